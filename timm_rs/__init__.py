@@ -1,0 +1,19 @@
+"""timm_rs: Resolution Switchable Networks for timm
+
+Importing it registers the `rs_*` models with timm.
+"""
+from .private_bn import PrivateBN, UnknownResolutionError
+from .rs_models import explain_unknown_model
+from .switchable import SwitchableMixin, make_switchable
+from .train.loss import EnsembleDistillationLoss
+from .version import __version__
+
+__all__ = [
+    'EnsembleDistillationLoss',
+    'PrivateBN',
+    'SwitchableMixin',
+    'UnknownResolutionError',
+    '__version__',
+    'explain_unknown_model',
+    'make_switchable',
+]

@@ -1,0 +1,183 @@
+"""Private Batch Normalization
+
+The one layer that a Resolution Switchable Network does not share: a Batch Normalization per input resolution, so that
+every resolution keeps its own affine parameters and running statistics (Wang et al., "Resolution Switchable Networks
+for Runtime Efficient Image Recognition", ECCV 2020, section 3.2).
+"""
+import copy
+from typing import Any, Iterator, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn as nn
+from timm.layers import register_notrace_module
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ['PrivateBN', 'UnknownResolutionError', 'check_resolutions']
+
+# Dictionaries of hooks that belong to the place in the network and not to the layer that stands there.
+_HOOK_DICTS = (
+    '_forward_hooks',
+    '_forward_hooks_with_kwargs',
+    '_forward_hooks_always_called',
+    '_forward_pre_hooks',
+    '_forward_pre_hooks_with_kwargs',
+    '_backward_hooks',
+    '_backward_pre_hooks',
+)
+
+
+class UnknownResolutionError(KeyError):
+    """A resolution was asked for that the network does not have."""
+
+    def __init__(self, resolution: Any, resolutions: Sequence[int]):
+        known = ', '.join(map(str, resolutions))
+        super().__init__(f'Unknown resolution {resolution!r}, this network has {known}.')
+
+    def __str__(self) -> str:
+        return self.args[0]  # KeyError would print the message in quotes
+
+
+def check_resolutions(resolutions: Union[int, Sequence[int]]) -> Tuple[int, ...]:
+    """Return resolutions largest first, as they are kept everywhere.
+
+    Args:
+        resolutions: Square input sizes in pixels.
+
+    Raises:
+        ValueError: There is none, or one is no integer, not positive, or named twice.
+
+    Example:
+        >>> check_resolutions([96, 224, 160])
+        (224, 160, 96)
+    """
+    resolutions = (resolutions,) if isinstance(resolutions, int) else tuple(resolutions)
+    if not resolutions:
+        raise ValueError('resolutions is empty, expected at least one input size in pixels such as (224, 160).')
+    for r in resolutions:
+        if not isinstance(r, int) or isinstance(r, bool) or r <= 0:
+            raise ValueError(f'resolutions {resolutions} holds {r!r}, expected positive integers (pixels).')
+    if len(set(resolutions)) < len(resolutions):
+        twice = sorted({r for r in resolutions if resolutions.count(r) > 1}, reverse=True)
+        raise ValueError(f'resolutions {resolutions} names {", ".join(map(str, twice))} twice.')
+    return tuple(sorted(resolutions, reverse=True))
+
+
+class Switch:
+    """The active resolution, one object shared by all PrivateBN of a network: switching is one assignment.
+
+    Args:
+        resolutions: Input sizes in pixels, largest first.
+    """
+
+    def __init__(self, resolutions: Tuple[int, ...]):
+        self.resolutions = resolutions
+        self.active = resolutions[0]
+        self.key = str(self.active)
+        self.checkpointing = False
+        self.warned = set()  # untrained input sizes that were warned about
+
+    def to(self, resolution: int) -> None:
+        if resolution not in self.resolutions:
+            raise UnknownResolutionError(resolution, self.resolutions)
+        self.active = int(resolution)
+        self.key = str(self.active)
+
+
+@register_notrace_module  # a leaf for torch.fx, which would bake the active branch in
+class PrivateBN(nn.Module):
+    """One BN module per resolution, keyed by resolution; the active one normalizes.
+
+    The modules are deep copies of the given one, so a layer with an activation (timm's BatchNormAct2d) keeps it. The
+    container is not itself a BN: converters that look for BN layers (sync, freeze, split) recurse into it and treat
+    each private one. It answers for the attributes of the active BN (weight, eps, act, ...), so that code which looks
+    into a BN still works. State-dict keys are `<name>.<resolution>.<key>`, such as `layer1.0.bn1.224.weight`.
+
+    Args:
+        bn: The BN layer to replace, of any subclass, e.g. BatchNorm1d, BatchNorm2d or BatchNormAct2d.
+        resolutions: Input sizes in pixels.
+        switch: Shared holder of the active resolution, a new one (largest active) if None.
+
+    Raises:
+        TypeError: The layer is no BN.
+        ValueError: The resolutions are not usable, see check_resolutions.
+
+    Example:
+        >>> bn = PrivateBN(nn.BatchNorm2d(8), (224, 160))
+        >>> bn(torch.rand(2, 8, 7, 7)).shape
+        torch.Size([2, 8, 7, 7])
+        >>> bn[160].num_features
+        8
+    """
+
+    def __init__(self, bn: nn.Module, resolutions: Sequence[int], switch: Optional[Switch] = None):
+        super().__init__()
+        if not isinstance(bn, _BatchNorm):
+            raise TypeError(f'PrivateBN takes a BatchNorm layer, got {type(bn).__name__}.')
+        self._switch = switch if switch is not None else Switch(check_resolutions(resolutions))
+        hooks = {name: getattr(bn, name) for name in _HOOK_DICTS if getattr(bn, name, None)}
+        for name, hook in hooks.items():
+            setattr(self, name, hook)
+            setattr(bn, name, type(hook)())
+        for resolution in self._switch.resolutions:
+            self.add_module(str(resolution), copy.deepcopy(bn))
+        self.training = bn.training
+
+    @property
+    def resolutions(self) -> Tuple[int, ...]:
+        """Input sizes in pixels, largest first."""
+        return self._switch.resolutions
+
+    @property
+    def resolution(self) -> int:
+        """The active input size in pixels."""
+        return self._switch.active
+
+    def switch_to(self, resolution: int) -> None:
+        """Make the BN of a resolution the active one, here and in all PrivateBN of the same network.
+
+        Raises:
+            UnknownResolutionError: There is no BN for this resolution.
+        """
+        self._switch.to(resolution)
+
+    def take_out(self, resolution: int, memo: dict) -> nn.Module:
+        """Return a copy of the BN of one resolution, with the hooks of this place in the network.
+
+        Args:
+            resolution: Input size in pixels.
+            memo: Of copy.deepcopy; tensors that it maps to themselves are shared.
+        """
+        bn = copy.deepcopy(self[resolution], memo)
+        for name in _HOOK_DICTS:
+            if getattr(self, name, None):
+                setattr(bn, name, copy.deepcopy(getattr(self, name), memo))
+        return bn
+
+    def __getitem__(self, resolution: int) -> nn.Module:
+        if resolution not in self._switch.resolutions:
+            raise UnknownResolutionError(resolution, self._switch.resolutions)
+        return self._modules[str(resolution)]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._switch.resolutions)
+
+    def __len__(self) -> int:
+        return len(self._switch.resolutions)
+
+    def __contains__(self, resolution: Any) -> bool:
+        return resolution in self._switch.resolutions
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            active = self._modules.get(self._switch.key) if '_switch' in self.__dict__ else None
+            if active is None:  # half built or half unpickled
+                raise
+            return getattr(active, name)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._modules[self._switch.key](x)
+
+    def extra_repr(self) -> str:
+        return f'active={self._switch.active}'

@@ -1,0 +1,158 @@
+"""Resolution Switchable Networks in timm's registry
+
+Each row of RS_MODELS is a timm architecture. `rs_<name>` builds it with timm's own entrypoint, keywords and pretrained
+tags, then makes its BN layers private to the resolutions. timm's weights are a start for training: every BN layer is
+copied to every resolution.
+"""
+import difflib
+from dataclasses import replace
+from functools import partial
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Union
+
+import torch.nn as nn
+from timm.models import (
+    generate_default_cfgs,
+    get_arch_pretrained_cfgs,
+    is_model,
+    list_models,
+    load_pretrained,
+    load_state_dict,
+    load_state_dict_from_hf,
+    model_entrypoint,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.models._hub import load_state_dict_from_path
+from timm.models._pretrained import PretrainedCfg
+
+from .checkpoint import extract_resolution, state_dict_resolutions
+from .private_bn import PrivateBN
+from .switchable import make_switchable
+
+PREFIX = 'rs_'
+RESOLUTIONS = (224, 192, 160, 128, 96)  # section 4.1
+RS_MODELS = (
+    'resnet18',
+    'resnet34',
+    'resnet50',
+    'resnet101',
+    'resnet152',
+    'resnext50_32x4d',
+    'resnext101_32x8d',
+    'mobilenetv2_100',
+)
+
+__all__ = ['PREFIX', 'RESOLUTIONS', 'RS_MODELS', 'explain_unknown_model']
+
+_SOURCES = ('state_dict', 'source', 'file', 'url', 'hf_hub_id', 'hf_hub_filename')  # of weights, in a pretrained_cfg
+
+
+def explain_unknown_model(name: str) -> str:
+    """Return one line on why there is no Resolution Switchable Network of this name, with the nearest that there are.
+
+    Example:
+        >>> explain_unknown_model('rs_resnet55')
+        "Unknown model 'rs_resnet55', did you mean rs_resnet50, rs_resnet152, rs_resnet18?"
+    """
+    name = name.split('.')[0]
+    near = difflib.get_close_matches(name, list_models(f'{PREFIX}*'), n=3, cutoff=0.5)
+    if is_model(PREFIX + name):
+        near = [PREFIX + name]
+    what = f'{name!r} is no Resolution Switchable Network' if is_model(name) else f'Unknown model {name!r}'
+    return f"{what}, did you mean {', '.join(near)}?" if near else f"{what}, see timm.list_models('{PREFIX}*')."
+
+
+def _create_rs(
+        base: str,
+        pretrained: bool = False,
+        resolutions: Sequence[int] = RESOLUTIONS,
+        pretrained_cfg: Optional[Union[str, Dict[str, Any], PretrainedCfg]] = None,
+        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+        cache_dir: Optional[str] = None,
+        **kwargs: Any,
+) -> nn.Module:
+    """Build timm's network and make it switchable."""
+    if isinstance(pretrained_cfg, PretrainedCfg):
+        pretrained_cfg = pretrained_cfg.to_dict()
+    cfg = resolve_pretrained_cfg(PREFIX + base, pretrained_cfg, pretrained_cfg_overlay)
+    weights = _foreign_weights(cfg, cache_dir) if pretrained else None
+    cfg = replace(cfg, state_dict=None, architecture=base).to_dict()
+    sources = {k: cfg.get(k) for k in _SOURCES}
+    if weights:  # hand on what is read already instead of its place
+        cfg.update(dict.fromkeys(_SOURCES, None), state_dict=weights)
+    build = partial(model_entrypoint(base), cache_dir=cache_dir, **kwargs)
+
+    if weights and state_dict_resolutions(weights):
+        model = _build_from_switchable(build, weights, resolutions, cfg)
+    else:
+        model = make_switchable(build(pretrained=pretrained, pretrained_cfg=cfg), resolutions)
+    model.pretrained_cfg.update(sources, architecture=PREFIX + base)
+    model._model_args = dict(resolutions=model.resolutions)  # timm stores no defaults, config.json has to
+    return model
+
+
+def _foreign_weights(cfg: PretrainedCfg, cache_dir: Optional[str]) -> Optional[Mapping[str, Any]]:
+    """Return the weights that may be a switchable network's, None for timm's own, which its entrypoint reads itself."""
+    if cfg.source == 'local-dir':
+        return load_state_dict_from_path(cfg.file)
+    if cfg.state_dict or (cfg.file and not cfg.custom_load):
+        return cfg.state_dict or load_state_dict(cfg.file)
+    if cfg.hf_hub_id and not cfg.hf_hub_id.startswith('timm/') and not cfg.custom_load:
+        filename = {'filename': cfg.hf_hub_filename} if cfg.hf_hub_filename else {}
+        return load_state_dict_from_hf(cfg.hf_hub_id, cache_dir=cache_dir, **filename)
+    return None
+
+
+def _build_from_switchable(
+        build: Callable,
+        weights: Mapping[str, Any],
+        resolutions: Sequence[int],
+        cfg: Dict[str, Any],
+) -> nn.Module:
+    """Build a network from a switchable one's weights, which may be of other resolutions, classes or channels."""
+    model = make_switchable(build(pretrained=False, pretrained_cfg=cfg), resolutions)
+    if not build.keywords.get('features_only', False):
+        load_pretrained(
+            model,
+            pretrained_cfg=cfg,
+            num_classes=model.num_classes,
+            in_chans=build.keywords.get('in_chans', 3),
+            strict=build.keywords.get('pretrained_strict', True),
+        )
+        return model
+    # A feature wrapper has other keys: timm loads a plain network per resolution, which lends its BN layers.
+    found = state_dict_resolutions(weights)
+    plain = {
+        r: build(pretrained=True, pretrained_cfg=dict(cfg, state_dict=extract_resolution(weights, r))) for r in found
+    }
+    trained = make_switchable(plain[found[0]], found)
+    trained.alpha.data.copy_(weights['alpha'])
+    for name, module in trained.named_modules():
+        if isinstance(module, PrivateBN):
+            for r in found[1:]:
+                module[r].load_state_dict(plain[r].get_submodule(name).state_dict())
+    model.load_state_dict(trained.state_dict())
+    return model
+
+
+def _pretrained_cfgs(base: str) -> Dict[str, PretrainedCfg]:
+    """Return timm's configurations for the rs model, with the sizes that it is trained and tested at."""
+    cfgs = {}
+    for name, cfg in get_arch_pretrained_cfgs(base).items():
+        input_size = (cfg.input_size[0], RESOLUTIONS[0], RESOLUTIONS[0])
+        cfgs[PREFIX + name] = replace(cfg, input_size=input_size, test_input_size=None, test_crop_pct=None)
+    return cfgs
+
+
+def _entrypoint(base: str) -> Callable[..., nn.Module]:
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create_rs(base, pretrained=pretrained, **kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = PREFIX + base
+    entrypoint.__doc__ = f'Resolution Switchable {base}: takes `resolutions` and all that timm takes for {base}.'
+    return entrypoint
+
+
+default_cfgs = generate_default_cfgs({k: v for base in RS_MODELS for k, v in _pretrained_cfgs(base).items()})
+for _base in RS_MODELS:
+    globals()[PREFIX + _base] = register_model(_entrypoint(_base))

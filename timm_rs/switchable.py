@@ -1,0 +1,247 @@
+"""Switchable networks
+
+`make_switchable` gives every Batch Normalization of a network a private copy per input resolution (Wang et al., ECCV
+2020, section 3.2). As with PyTorch's `fully_shard`, the module stays the same object with the same structure and
+parameter names and remains an instance of its own class, so everything that timm does with it goes on working.
+"""
+import copy
+import warnings
+from itertools import chain
+from typing import Any, Callable, List, Sequence, Set, Tuple, Union
+
+import torch
+import torch.nn as nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
+
+from .checkpoint import adapt_state_dict, nearest_resolution
+from .private_bn import PrivateBN, Switch, check_resolutions
+
+__all__ = ['SwitchableMixin', 'make_switchable']
+
+_CLASSES = {}  # plain class -> its switchable subclass
+
+
+def make_switchable(module: nn.Module, resolutions: Sequence[int] = (224, 192, 160, 128, 96)) -> nn.Module:
+    """Make the BN layers of a network private to a resolution, in place, each starting as a copy of the present one.
+
+    Args:
+        module: Any network that holds BN layers, from timm or not.
+        resolutions: Square input sizes in pixels; kept largest first, the largest is active.
+
+    Returns:
+        The same object, now with the methods of SwitchableMixin and the parameter alpha: the weights of the ensemble
+        of resolutions before their softmax [S], largest resolution first.
+
+    Raises:
+        ValueError: The network holds no BN, is switchable already, or the resolutions are not usable.
+
+    Example:
+        >>> import timm
+        >>> model = make_switchable(timm.create_model('resnet18'), resolutions=(224, 160))
+        >>> type(model.at(160)) is timm.models.ResNet and isinstance(model, timm.models.ResNet)
+        True
+    """
+    resolutions = check_resolutions(resolutions)
+    name = type(module).__name__
+    if any(isinstance(m, PrivateBN) for m in module.modules()):
+        held = getattr(module, 'resolutions', 'in a part of it')
+        raise ValueError(f'{name} is switchable already ({held}), expected a plain network.')
+    if isinstance(module, _BatchNorm):
+        raise ValueError(f'{name} is a single layer, expected a network that holds BatchNorm layers.')
+    if not any(isinstance(m, _BatchNorm) for m in module.modules()):
+        raise ValueError(f'{name} holds no BatchNorm layer, so nothing can be private to a resolution.')
+    taken = [a for a in ('alpha', 'at', 'switch_to', 'resolution', 'resolutions') if hasattr(module, a)]
+    if taken:
+        raise ValueError(f'{name} has an attribute {taken[0]!r} of its own, which a switchable network needs.')
+
+    reference = next(module.parameters(), torch.empty(0))
+    module._switch = Switch(resolutions)
+    module._plain_architecture = getattr(module, 'pretrained_cfg', None) and module.pretrained_cfg.get('architecture')
+    module.alpha = nn.Parameter(torch.zeros(len(resolutions), device=reference.device, dtype=reference.dtype))
+    _make_private(module, module._switch)
+    module.__class__ = _switchable_class(type(module))
+    module._note_input_size()
+    return module
+
+
+class SwitchableMixin:
+    """What a network gains by make_switchable.
+
+    Attributes:
+        alpha: Ensemble weights before the softmax [S], largest resolution first (section 3.3).
+    """
+
+    @property
+    def resolutions(self) -> Tuple[int, ...]:
+        """Input sizes in pixels that have a BN of their own, largest first."""
+        return self._switch.resolutions
+
+    @property
+    def resolution(self) -> int:
+        """The active input size in pixels: last switched to, or last seen by a call on one tensor."""
+        return self._switch.active
+
+    def switch_to(self, resolution: int) -> None:
+        """Make the BN layers of a resolution the active ones.
+
+        Raises:
+            UnknownResolutionError: A KeyError; this network has no such resolution.
+        """
+        if resolution != self._switch.active:
+            self._switch.to(resolution)
+            self._note_input_size()
+
+    def at(self, resolution: int) -> nn.Module:
+        """Take out the plain network of one resolution.
+
+        It has the backbone's own class and holds the very parameters and buffers of this network, not copies: train
+        one and the other follows. To move or cast it alone, copy it first: `copy.deepcopy(model.at(160)).half()`.
+
+        Args:
+            resolution: Input size in pixels.
+
+        Returns:
+            A module without PrivateBN, as cheap as the network that timm builds.
+
+        Raises:
+            UnknownResolutionError: This network has no such resolution.
+        """
+        memo = {id(t): t for t in chain(self.parameters(), self.buffers())}
+        for module in self.modules():
+            if isinstance(module, PrivateBN):
+                memo[id(module)] = module.take_out(resolution, memo)
+        plain = copy.deepcopy(self, memo)
+        plain.__class__ = self._plain_class
+        del plain.alpha, plain._switch
+        architecture = plain.__dict__.pop('_plain_architecture')
+        cfg = plain.__dict__.get('pretrained_cfg')
+        if cfg:
+            cfg.update(architecture=architecture, input_size=(cfg['input_size'][0], resolution, resolution))
+        plain.__dict__.get('_model_args', {}).pop('resolutions', None)
+        return plain
+
+    def forward(self, x: Union[torch.Tensor, Sequence[torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
+        """Run at the resolution of the input, which becomes the active one.
+
+        Args:
+            x: Images [N, C, H, W], or a list of one batch at every resolution, in any order. Images of a size without
+                BN of its own take the nearest by area, with one warning.
+
+        Returns:
+            What the plain network returns, e.g. logits [N, num_classes]; for a list the list of these in the order
+            given, and the active resolution stays.
+
+        Raises:
+            ValueError: A list that does not hold each resolution once, or images too small for the network.
+        """
+        if isinstance(x, (list, tuple)):
+            return self._forward_pyramid(x, *args, **kwargs)
+        height, width = x.shape[-2:]
+        for resolution in self._switch.resolutions:
+            if height == resolution and width == resolution:
+                self.switch_to(resolution)
+                return self._prepare_recompute(super().forward(x, *args, **kwargs))
+        return self._forward_untrained_size(x, *args, **kwargs)
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """Load the weights of a plain network (to every resolution) or of a switchable one, also of other resolutions.
+
+        A resolution that the state dict lacks starts from the nearest one, named in one warning.
+        """
+        private = (name for name, m in self.named_modules() if isinstance(m, PrivateBN))
+        state_dict = adapt_state_dict(state_dict, private, self.resolutions, self.alpha)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def reset_classifier(self, *args: Any, **kwargs: Any) -> None:
+        """Reset the head as timm does; BN layers that come with a new head are private too."""
+        super().reset_classifier(*args, **kwargs)
+        _make_private(self, self._switch)
+
+    def no_weight_decay(self) -> Set[str]:
+        """Return the names of parameters that never decay, the ensemble weights among them."""
+        plain = getattr(super(), 'no_weight_decay', set)
+        return set(plain()) | {'alpha'}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade compute for memory as timm does; each resolution is recomputed with its own BN."""
+        super().set_grad_checkpointing(enable)
+        self._switch.checkpointing = enable
+
+    def _forward_pyramid(self, pyramid: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> List[Any]:
+        sizes = [tuple(x.shape[-2:]) for x in pyramid]
+        if sorted(sizes, reverse=True) != [(r, r) for r in self.resolutions]:
+            got = ', '.join(f'{h}x{w}' for h, w in sizes) or 'none'
+            raise ValueError(f'Got a list of {len(sizes)} sizes ({got}), expected each of {self.resolutions} once.')
+        before = self.resolution
+        try:
+            return [SwitchableMixin.forward(self, x, *args, **kwargs) for x in pyramid]
+        finally:
+            self.switch_to(before)
+
+    def _forward_untrained_size(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        height, width = (int(s) for s in x.shape[-2:])
+        resolution = nearest_resolution(height, width, self.resolutions)
+        if (height, width) not in self._switch.warned:
+            self._switch.warned.add((height, width))
+            warnings.warn(
+                f'{type(self).__name__} has no BatchNorm for {height}x{width}, the nearest of {self.resolutions} serves: '
+                f'{resolution}.',
+                stacklevel=5,
+            )
+        self.switch_to(resolution)
+        try:
+            return self._prepare_recompute(super().forward(x, *args, **kwargs))
+        except RuntimeError as e:
+            if min(height, width) >= self.resolutions[-1]:
+                raise
+            raise ValueError(
+                f'{type(self).__name__} cannot take an input of {height}x{width}, expected one of {self.resolutions}: {e}'
+            ) from e
+
+    def _prepare_recompute(self, output: Any) -> Any:
+        """Have checkpointed layers recompute with the BN of this forward, whatever is active by then."""
+        if self._switch.checkpointing and not torch.compiler.is_compiling():
+            resolution = self.resolution
+            for tensor in tree_leaves(output):
+                if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                    tensor.register_hook(lambda _: self.switch_to(resolution))
+        return output
+
+    def _note_input_size(self) -> None:
+        """Let timm's data configuration follow the active resolution."""
+        cfg = self.__dict__.get('pretrained_cfg')
+        if cfg and cfg.get('input_size'):
+            cfg['input_size'] = (cfg['input_size'][0], self.resolution, self.resolution)
+
+    @property
+    def _plain_class(self) -> type:
+        return type(self).__bases__[1]
+
+    def __reduce_ex__(self, protocol: int) -> Tuple[Callable, Tuple, dict]:
+        return _new_switchable, (self._plain_class,), self.__dict__.copy()
+
+
+def _switchable_class(plain: type) -> type:
+    if plain not in _CLASSES:
+        _CLASSES[plain] = type(f'RS{plain.__name__}', (SwitchableMixin, plain), {'__module__': plain.__module__})
+    return _CLASSES[plain]
+
+
+def _new_switchable(plain: type) -> nn.Module:
+    """Return an empty object for copy and pickle to fill."""
+    cls = _switchable_class(plain)
+    return cls.__new__(cls)
+
+
+def _make_private(module: nn.Module, switch: Switch) -> None:
+    """Replace the BN layers below a module; one that stands in several places stays one layer."""
+    private = {}
+    for parent in list(module.modules()):
+        if isinstance(parent, PrivateBN):
+            continue
+        for name, child in parent._modules.items():
+            if isinstance(child, _BatchNorm):
+                if id(child) not in private:
+                    private[id(child)] = (child, PrivateBN(child, switch.resolutions, switch))
+                parent._modules[name] = private[id(child)][1]

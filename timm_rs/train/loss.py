@@ -1,0 +1,90 @@
+"""Multi-resolution ensemble distillation (Wang et al., ECCV 2020, section 3.3)"""
+from typing import Dict, List, Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+__all__ = ['EnsembleDistillationLoss']
+
+
+class EnsembleDistillationLoss(nn.Module):
+    """Classification at every resolution, and distillation from the ensemble of resolutions and from larger ones.
+
+    With logits z_s [N, C] of resolution s = 1..S, largest first, alpha = softmax(a) and the ensemble
+    z_ens = sum_s alpha_s z_s (equation 3), the loss is the sum of
+
+    - classification: sum_s L(z_s, y), the base criterion L summed over resolutions (equation 1),
+    - ensemble: L(z_ens, y), whose gradient reaches a alone (equation 4),
+    - distillation: sum_s KL(ens -> s) in mode 'ens' (equation 5); in mode 'ens_topdown' the sum of KL(ens -> s) over
+      all s and KL(t -> s) over all t < s, times 2 / (S + 1) (equations 6 and 7). KL(t -> s) is the mean over images of
+      sum_c p_t log(p_t / p_s) at temperature 1; no gradient reaches the teacher t.
+
+    It holds no state: the ensemble weights a belong to the model, which checkpoints and averages them.
+
+    Args:
+        mode: 'none' (the paper's Parallel: classification only), 'ens', or 'ens_topdown'.
+        criterion: Base criterion on logits [N, C] and the target, cross entropy if None.
+
+    Raises:
+        ValueError: The mode is none of these.
+
+    Example:
+        >>> criterion = EnsembleDistillationLoss(mode='ens')
+        >>> logits = [torch.zeros(2, 10), torch.zeros(2, 10)]
+        >>> losses = criterion(logits, torch.tensor([1, 2]), torch.zeros(2))
+        >>> [round(v.item(), 3) for v in losses.values()]
+        [6.908, 4.605, 2.303, 0.0]
+    """
+
+    MODES = ('none', 'ens', 'ens_topdown')
+
+    def __init__(self, mode: str = 'ens_topdown', criterion: Optional[nn.Module] = None):
+        super().__init__()
+        if mode not in self.MODES:
+            raise ValueError(f'Unknown distillation mode {mode!r}, expected one of {", ".join(self.MODES)}.')
+        self.mode = mode
+        self.criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
+
+    def forward(self, logits: List[torch.Tensor], target: torch.Tensor, alpha: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """Compute the loss in float32, under autocast too.
+
+        Args:
+            logits: Of each resolution [N, C], largest first.
+            target: Class indices [N], or what else the base criterion takes, e.g. soft targets [N, C].
+            alpha: Ensemble weights a before the softmax [S], largest resolution first.
+
+        Returns:
+            'loss' and its terms 'classification', 'ensemble', 'distillation'.
+
+        Raises:
+            ValueError: As many ensemble weights as logits are needed.
+        """
+        if len(logits) != len(alpha):
+            raise ValueError(f'Got logits of {len(logits)} resolutions and {len(alpha)} ensemble weights.')
+        with torch.autocast(logits[0].device.type, enabled=False):
+            logits = [z.float() for z in logits]
+            classification = sum(self.criterion(z, target) for z in logits)
+            ensemble = distillation = torch.zeros_like(classification)
+            if self.mode != 'none':
+                stacked = torch.stack([z.detach() for z in logits])
+                z_ens = torch.einsum('s,snc->nc', alpha.float().softmax(0), stacked)
+                ensemble = self.criterion(z_ens, target)
+                distillation = self._distillation(logits, z_ens.detach())
+        return dict(
+            loss=classification + ensemble + distillation,
+            classification=classification,
+            ensemble=ensemble,
+            distillation=distillation,
+        )
+
+    def _distillation(self, logits: List[torch.Tensor], z_ens: torch.Tensor) -> torch.Tensor:
+        log_p = [F.log_softmax(z, dim=-1) for z in logits]
+        teachers = [F.log_softmax(z_ens, dim=-1)]
+        divergence = 0.
+        for student in log_p:
+            for teacher in teachers:
+                divergence = divergence + F.kl_div(student, teacher, reduction='batchmean', log_target=True)
+            if self.mode == 'ens_topdown':
+                teachers.append(student.detach())
+        return divergence * 2 / (len(logits) + 1) if self.mode == 'ens_topdown' else divergence

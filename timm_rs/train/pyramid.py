@@ -1,0 +1,73 @@
+"""One augmented batch at every resolution"""
+from typing import List, Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..private_bn import check_resolutions
+
+__all__ = ['ResolutionPyramid']
+
+
+class ResolutionPyramid(nn.Module):
+    """Bring a batch of the largest resolution to every resolution, on its device, by antialiased bilinear interpolation.
+
+    The network sees the same image instances at all sizes (section 3.1). Because the batch comes augmented at the
+    largest size, every dataset, loader and augmentation of timm, mixup and cutmix included, serves unchanged.
+
+    Args:
+        resolutions: Square output sizes in pixels.
+        flip: 'shared' keeps the images as they come; 'independent' flips each image anew at every size, as the
+            authors' code does: the loader should not flip then.
+        hflip: Probability of an independent flip.
+
+    Raises:
+        ValueError: The flip policy is neither of these.
+
+    Example:
+        >>> pyramid = ResolutionPyramid((64, 32))
+        >>> [tuple(x.shape) for x in pyramid(torch.rand(2, 3, 64, 64))]
+        [(2, 3, 64, 64), (2, 3, 32, 32)]
+    """
+
+    FLIPS = ('shared', 'independent')
+
+    def __init__(self, resolutions: Sequence[int], flip: str = 'shared', hflip: float = 0.5):
+        super().__init__()
+        if flip not in self.FLIPS:
+            raise ValueError(f'Unknown flip policy {flip!r}, expected one of {", ".join(self.FLIPS)}.')
+        self.resolutions = check_resolutions(resolutions)
+        self.flip = flip
+        self.hflip = hflip
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
+        """Resize.
+
+        Args:
+            x: Images [N, C, H, W] at the largest resolution, floating point.
+
+        Returns:
+            Images [N, C, s, s] for every resolution s, largest first, in the memory layout of the input.
+
+        Raises:
+            ValueError: The images are of another size.
+        """
+        largest = self.resolutions[0]
+        if tuple(x.shape[-2:]) != (largest, largest):
+            raise ValueError(f'Got images of {x.shape[-2]}x{x.shape[-1]}, expected the largest resolution {largest}.')
+        pyramid = [x] + [
+            F.interpolate(x, size=(s, s), mode='bilinear', align_corners=False, antialias=True)
+            for s in self.resolutions[1:]
+        ]
+        if self.flip == 'independent':
+            pyramid = [self._flip_some(y) for y in pyramid]
+        return pyramid
+
+    def _flip_some(self, x: torch.Tensor) -> torch.Tensor:
+        flipped = torch.rand(x.shape[0], 1, 1, 1, device=x.device) < self.hflip
+        return torch.where(flipped, x.flip(-1), x)
+
+    def extra_repr(self) -> str:
+        return f'resolutions={self.resolutions}, flip={self.flip}'

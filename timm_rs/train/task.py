@@ -1,0 +1,64 @@
+"""The multi-resolution step as a timm training task"""
+from typing import Dict, Optional
+
+import torch
+import torch.nn as nn
+from timm.task import ClassificationTask
+from timm.utils import unwrap_model
+
+from .loss import EnsembleDistillationLoss
+from .pyramid import ResolutionPyramid
+
+__all__ = ['MultiResolutionTask']
+
+
+class MultiResolutionTask(ClassificationTask):
+    """Train a switchable network on every batch at all its resolutions at once, its ensemble teaching each (algorithm 1).
+
+    One forward of the model per step, so that DistributedDataParallel reduces the gradients of all resolutions once.
+    EMA, compilation, distribution and checkpoint state are those of timm's ClassificationTask.
+
+    Args:
+        model: A switchable network.
+        criterion: An EnsembleDistillationLoss, of the default mode around cross entropy if None.
+        pyramid: A ResolutionPyramid, of the model's resolutions and shared flips if None.
+        device: Device for task tensors.
+        dtype: Dtype for task tensors.
+        verbose: Log what is trained.
+
+    Example:
+        >>> import timm, timm_rs
+        >>> model = timm.create_model('rs_resnet18', resolutions=(64, 32), num_classes=10)
+        >>> task = MultiResolutionTask(model, verbose=False)
+        >>> task(torch.rand(2, 3, 64, 64), torch.tensor([3, 7]))['loss'].backward()
+    """
+
+    def __init__(
+            self,
+            model: nn.Module,
+            criterion: Optional[EnsembleDistillationLoss] = None,
+            pyramid: Optional[ResolutionPyramid] = None,
+            device: Optional[torch.device] = None,
+            dtype: Optional[torch.dtype] = None,
+            verbose: bool = True,
+    ):
+        criterion = criterion if criterion is not None else EnsembleDistillationLoss()
+        super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose)
+        self.pyramid = pyramid if pyramid is not None else ResolutionPyramid(model.resolutions)
+        if self.criterion.mode == 'none':
+            model.alpha.requires_grad_(False)  # DistributedDataParallel would wait for its gradient
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """Run one step.
+
+        Args:
+            input: Augmented images [N, C, H, W] at the largest resolution.
+            target: Class indices [N] or soft targets [N, num_classes].
+
+        Returns:
+            'loss', its terms as EnsembleDistillationLoss gives them, and 'output': logits [N, num_classes] of each
+            resolution, largest first.
+        """
+        logits = self.trainable_module(self.pyramid(input))
+        losses = self.criterion(logits, target, unwrap_model(self.trainable_module).alpha)
+        return dict(losses, output=logits)
