@@ -5,7 +5,7 @@ every resolution keeps its own affine parameters and running statistics (Wang et
 for Runtime Efficient Image Recognition", ECCV 2020, section 3.2).
 """
 import copy
-from typing import Any, Iterator, Optional, Sequence, Tuple, Union
+from typing import Any, Iterable, Iterator, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -50,7 +50,7 @@ def check_resolutions(resolutions: Union[int, Sequence[int]]) -> Tuple[int, ...]
         >>> check_resolutions([96, 224, 160])
         (224, 160, 96)
     """
-    resolutions = (resolutions,) if isinstance(resolutions, int) else tuple(resolutions)
+    resolutions = tuple(resolutions) if isinstance(resolutions, Iterable) else (resolutions,)
     if not resolutions:
         raise ValueError('resolutions is empty, expected at least one input size in pixels such as (224, 160).')
     for r in resolutions:
@@ -118,6 +118,7 @@ class PrivateBN(nn.Module):
         for name, hook in hooks.items():
             setattr(self, name, hook)
             setattr(bn, name, type(hook)())
+        self._is_full_backward_hook, bn._is_full_backward_hook = bn._is_full_backward_hook, None
         for resolution in self._switch.resolutions:
             self.add_module(str(resolution), copy.deepcopy(bn))
         self.training = bn.training
@@ -140,18 +141,17 @@ class PrivateBN(nn.Module):
         """
         self._switch.to(resolution)
 
-    def take_out(self, resolution: int, memo: dict) -> nn.Module:
-        """Return a copy of the BN of one resolution, with the hooks of this place in the network.
+    def copy_hooks(self, bn: nn.Module, memo: dict) -> None:
+        """Copy the hooks of this place in the network to the BN that takes the place in a copy of the network.
 
         Args:
-            resolution: Input size in pixels.
-            memo: Of copy.deepcopy; tensors that it maps to themselves are shared.
+            bn: The BN to stand there.
+            memo: Of copy.deepcopy, for hooks that refer to the network.
         """
-        bn = copy.deepcopy(self[resolution], memo)
         for name in _HOOK_DICTS:
             if getattr(self, name, None):
                 setattr(bn, name, copy.deepcopy(getattr(self, name), memo))
-        return bn
+        bn._is_full_backward_hook = self._is_full_backward_hook
 
     def __getitem__(self, resolution: int) -> nn.Module:
         if resolution not in self._switch.resolutions:

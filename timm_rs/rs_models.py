@@ -32,6 +32,7 @@ from .switchable import make_switchable
 PREFIX = 'rs_'
 RESOLUTIONS = (224, 192, 160, 128, 96)  # section 4.1
 RS_MODELS = (
+    'resnet10t',
     'resnet18',
     'resnet34',
     'resnet50',

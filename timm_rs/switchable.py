@@ -88,8 +88,8 @@ class SwitchableMixin:
         Raises:
             UnknownResolutionError: A KeyError; this network has no such resolution.
         """
-        if resolution != self._switch.active:
-            self._switch.to(resolution)
+        self._switch.to(resolution)  # without a look at the active one, which torch.compile would guard
+        if not torch.compiler.is_compiling():  # nor at the configuration
             self._note_input_size()
 
     def at(self, resolution: int) -> nn.Module:
@@ -108,9 +108,10 @@ class SwitchableMixin:
             UnknownResolutionError: This network has no such resolution.
         """
         memo = {id(t): t for t in chain(self.parameters(), self.buffers())}
-        for module in self.modules():
-            if isinstance(module, PrivateBN):
-                memo[id(module)] = module.take_out(resolution, memo)
+        private = [m for m in self.modules() if isinstance(m, PrivateBN)]
+        memo.update({id(m): copy.deepcopy(m[resolution], memo) for m in private})
+        for module in private:
+            module.copy_hooks(memo[id(module)], memo)
         plain = copy.deepcopy(self, memo)
         plain.__class__ = self._plain_class
         del plain.alpha, plain._switch
@@ -185,8 +186,8 @@ class SwitchableMixin:
         if (height, width) not in self._switch.warned:
             self._switch.warned.add((height, width))
             warnings.warn(
-                f'{type(self).__name__} has no BatchNorm for {height}x{width}, the nearest of {self.resolutions} serves: '
-                f'{resolution}.',
+                f'{type(self).__name__} has no BatchNorm for {height}x{width}, '
+                f'the nearest of {self.resolutions} serves: {resolution}.',
                 stacklevel=5,
             )
         self.switch_to(resolution)
@@ -196,7 +197,8 @@ class SwitchableMixin:
             if min(height, width) >= self.resolutions[-1]:
                 raise
             raise ValueError(
-                f'{type(self).__name__} cannot take an input of {height}x{width}, expected one of {self.resolutions}: {e}'
+                f'{type(self).__name__} cannot take an input of {height}x{width}, '
+                f'expected one of {self.resolutions}: {e}'
             ) from e
 
     def _prepare_recompute(self, output: Any) -> Any:

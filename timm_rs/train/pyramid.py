@@ -11,7 +11,7 @@ __all__ = ['ResolutionPyramid']
 
 
 class ResolutionPyramid(nn.Module):
-    """Bring a batch of the largest resolution to every resolution, on its device, by antialiased bilinear interpolation.
+    """Bring a batch of the largest resolution to every resolution by antialiased bilinear interpolation, on its device.
 
     The network sees the same image instances at all sizes (section 3.1). Because the batch comes augmented at the
     largest size, every dataset, loader and augmentation of timm, mixup and cutmix included, serves unchanged.
@@ -58,7 +58,7 @@ class ResolutionPyramid(nn.Module):
         if tuple(x.shape[-2:]) != (largest, largest):
             raise ValueError(f'Got images of {x.shape[-2]}x{x.shape[-1]}, expected the largest resolution {largest}.')
         pyramid = [x] + [
-            F.interpolate(x, size=(s, s), mode='bilinear', align_corners=False, antialias=True)
+            F.interpolate(x.float(), size=(s, s), mode='bilinear', antialias=True).to(x.dtype)
             for s in self.resolutions[1:]
         ]
         if self.flip == 'independent':

@@ -13,7 +13,7 @@ __all__ = ['MultiResolutionTask']
 
 
 class MultiResolutionTask(ClassificationTask):
-    """Train a switchable network on every batch at all its resolutions at once, its ensemble teaching each (algorithm 1).
+    """Train a switchable network on every batch at all its resolutions, their ensemble teaching each (algorithm 1).
 
     One forward of the model per step, so that DistributedDataParallel reduces the gradients of all resolutions once.
     EMA, compilation, distribution and checkpoint state are those of timm's ClassificationTask.

@@ -1,0 +1,51 @@
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.timm_rs-installed
+INSTALLED_DEV := $(VENV)/.timm_rs-installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help:  ## list the targets and variables
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo "  PYTHON    the Python, 3.10 or newer, that makes the environment ($(PYTHON))"
+	@echo "  VENV      the environment, made and filled if it is not there ($(VENV))"
+	@echo "  PIP_ARGS  more arguments for pip install, e.g. where to find a CPU-only torch; plain pip on"
+	@echo "            Linux brings the CUDA build, several gigabytes ($(PIP_ARGS))"
+
+demo: $(INSTALLED)  ## train a small RS-Net on handwritten digits, on the CPU, into output/demo
+	$(BIN)/python examples/digits_demo.py --output output/demo
+
+test: $(INSTALLED)  ## run the tests
+	$(BIN)/python -m pytest tests
+
+lint: $(INSTALLED_DEV)  ## check the code with ruff
+	$(BIN)/python -m ruff check
+
+clean:  ## remove build leftovers, caches and output/demo; the environment stays
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache output/demo
+	find timm_rs tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[demo,test]'
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[dev]'
+	@touch $@
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "error: no '$(PYTHON)' found: install Python 3.10 or newer, or name one: make PYTHON=/path/to/python" >&2; \
+		exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "error: $$($(PYTHON) --version 2>&1) is too old: name Python 3.10 or newer: make PYTHON=/path/to/python" >&2; \
+		exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "error: $(PYTHON) lacks the venv module: on Debian and Ubuntu, install the package python3-venv" >&2; \
+		exit 1; }
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,71 @@
+"""What the tests share: fixed seeds, no network, tiny models"""
+import os
+
+os.environ['HF_HUB_OFFLINE'] = '1'  # before timm is imported
+
+import pytest
+import timm
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from timm_rs import make_switchable
+
+RESOLUTIONS = (64, 48, 32)
+
+
+@pytest.fixture(autouse=True, scope='session')
+def float32_as_written():
+    """One thread and full precision: sums are the same whichever way a network is run."""
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision('highest')
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def randomize_bn(model):
+    """Give every BN parameters and statistics of its own, as training would."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            for tensor in (module.weight.data, module.running_var):
+                tensor.uniform_(0.5, 1.5)
+            for tensor in (module.bias.data, module.running_mean):
+                tensor.normal_(std=0.2)
+    return model
+
+
+def plain_model(name='test_resnet', num_classes=10, **kwargs):
+    return timm.create_model(name, num_classes=num_classes, **kwargs).eval()
+
+
+def rs_model(name='test_resnet', resolutions=RESOLUTIONS, **kwargs):
+    """Return a switchable network in eval mode whose resolutions differ from each other."""
+    return randomize_bn(make_switchable(plain_model(name, **kwargs), resolutions))
+
+
+def plain_key(key, resolutions=RESOLUTIONS):
+    """Return timm's name of a switchable network's parameter or buffer, and its resolution (None if shared)."""
+    head, _, tail = key.rpartition('.')
+    name, _, resolution = head.rpartition('.')
+    if resolution in map(str, resolutions):
+        return f'{name}.{tail}', int(resolution)
+    return key, None
+
+
+def plain_state_dict(model, resolution):
+    """Return the weights of one resolution under timm's names, by splitting keys."""
+    named = [(*plain_key(k, model.resolutions), v) for k, v in model.state_dict().items() if k != 'alpha']
+    return {k: v for k, r, v in named if r in (None, resolution)}
+
+
+def images(*sizes, n=2, channels=3):
+    """Return a batch of each square size, alone if there is one size."""
+    batches = [torch.randn(n, channels, s, s) for s in sizes]
+    return batches if len(batches) > 1 else batches[0]
+
+
+def assert_equal(actual, expected):
+    """Bit by bit, also in lists and dictionaries."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)

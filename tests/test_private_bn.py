@@ -1,0 +1,238 @@
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import RESOLUTIONS, assert_equal, images, plain_model, randomize_bn, rs_model
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm, freeze_batch_norm_2d, unfreeze_batch_norm_2d
+from timm.models import create_feature_extractor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from timm_rs import PrivateBN, UnknownResolutionError, make_switchable
+from timm_rs.private_bn import check_resolutions
+
+
+def private_bn(bn=None, resolutions=RESOLUTIONS):
+    """Return a container in eval mode whose BN layers differ from each other."""
+    return randomize_bn(PrivateBN(bn if bn is not None else nn.BatchNorm2d(4), resolutions)).eval()
+
+
+def by_formula(bn, x):
+    """Normalize with running statistics, channels at dimension 1."""
+    mean, var, weight, bias = (
+        t.view(1, -1, *[1] * (x.ndim - 2)) for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias)
+    )
+    return (x - mean) / (var + bn.eps).sqrt() * weight + bias
+
+
+def test_holds_equal_but_separate_copies():
+    bn = randomize_bn(nn.BatchNorm2d(4, eps=1e-3, momentum=0.2))
+    container = PrivateBN(bn, (32, 64))
+    assert (container.resolutions, container.resolution, len(container)) == ((64, 32), 64, 2)
+    assert list(container) == [64, 32]
+    for r in container:
+        assert type(container[r]) is nn.BatchNorm2d
+        assert (container[r].eps, container[r].momentum) == (1e-3, 0.2)
+        assert_equal(container[r].state_dict(), bn.state_dict())
+    storages = {t.data_ptr() for m in (bn, container) for t in (*m.parameters(), *m.buffers())}
+    assert len(storages) == 3 * 5
+
+
+def test_is_no_batch_norm_itself():
+    assert not isinstance(PrivateBN(nn.BatchNorm2d(4), (64,)), _BatchNorm)
+
+
+@pytest.mark.parametrize('module', [nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 1)])
+def test_takes_only_batch_norm(module):
+    with pytest.raises(TypeError, match=f'BatchNorm layer, got {type(module).__name__}'):
+        PrivateBN(module, (64, 32))
+
+
+@pytest.mark.parametrize('resolution', RESOLUTIONS)
+def test_normalizes_with_the_active_one(resolution):
+    container, x = private_bn(), torch.randn(2, 4, 5, 5)
+    container.switch_to(resolution)
+    torch.testing.assert_close(container(x), by_formula(container[resolution], x))
+
+
+@pytest.mark.parametrize('shape', [(6, 4), (2, 4, 7)])
+def test_batch_norm_1d(shape):
+    container, x = private_bn(nn.BatchNorm1d(4)), torch.randn(shape)
+    container.switch_to(32)
+    torch.testing.assert_close(container(x), by_formula(container[32], x))
+
+
+def test_batch_norm_act_keeps_activation_and_drop():
+    container = private_bn(BatchNormAct2d(4, act_layer=nn.SiLU, drop_layer=nn.Dropout))
+    x = torch.randn(2, 4, 5, 5)
+    for r in RESOLUTIONS:
+        container.switch_to(r)
+        assert type(container[r].act) is nn.SiLU and type(container[r].drop) is nn.Dropout
+        torch.testing.assert_close(container(x), F.silu(by_formula(container[r], x)))
+
+
+def test_answers_for_the_active_one():
+    container = private_bn(BatchNormAct2d(4, eps=1e-3))
+    for r in RESOLUTIONS:
+        container.switch_to(r)
+        for name in ('weight', 'bias', 'running_mean', 'running_var', 'act'):
+            assert getattr(container, name) is getattr(container[r], name)
+        assert (container.eps, container.num_features, container.affine) == (1e-3, 4, True)
+    assert not hasattr(container, 'nonsense')
+
+
+def test_getitem_and_contains():
+    container = PrivateBN(nn.BatchNorm2d(4), RESOLUTIONS)
+    assert 48 in container and 40 not in container and '48' not in container
+    with pytest.raises(KeyError) as e:
+        container[40]
+    assert isinstance(e.value, UnknownResolutionError)
+    assert str(e.value) == 'Unknown resolution 40, this network has 64, 48, 32.'
+
+
+def test_unknown_resolution_leaves_the_active_one():
+    container = PrivateBN(nn.BatchNorm2d(4), RESOLUTIONS)
+    container.switch_to(48)
+    with pytest.raises(UnknownResolutionError, match='40.*64, 48, 32'):
+        container.switch_to(40)
+    assert container.resolution == 48
+
+
+def test_layers_of_one_network_switch_together():
+    model = rs_model()
+    private = [m for m in model.modules() if isinstance(m, PrivateBN)]
+    private[3].switch_to(32)
+    assert len(private) > 3 and {m.resolution for m in private} == {model.resolution} == {32}
+
+
+@pytest.mark.parametrize('given, kept', [((32, 64), (64, 32)), ([96], (96,)), (96, (96,)), (range(2, 5), (4, 3, 2))])
+def test_check_resolutions_sorts(given, kept):
+    assert check_resolutions(given) == kept
+
+
+@pytest.mark.parametrize('given, message', [
+    ((), 'empty'),
+    ((64, 0), r'holds 0, expected positive integers'),
+    ((64, -32), r'holds -32, expected positive integers'),
+    ((64, 32.0), r'holds 32.0, expected positive integers'),
+    ((64, '32'), r"holds '32', expected positive integers"),
+    ((64, True), r'holds True, expected positive integers'),
+    (64.0, r'holds 64.0, expected positive integers'),
+    (None, r'holds None, expected positive integers'),
+    ((64, 32, 64), r'names 64 twice'),
+])
+def test_check_resolutions_refuses(given, message):
+    with pytest.raises(ValueError, match=message):
+        check_resolutions(given)
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_efficientnet'])  # of BatchNorm2d and of BatchNormAct2d
+def test_sync_conversion_recurses(name):
+    plain, model = plain_model(name), rs_model(name)
+    before = dict(model.state_dict())
+    expected = [type(m).__name__ for m in convert_sync_batchnorm(plain).modules() if isinstance(m, nn.SyncBatchNorm)]
+    model = convert_sync_batchnorm(model)
+    found = [type(m).__name__ for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
+    assert found == [t for t in expected for _ in RESOLUTIONS] != []
+    assert_equal(dict(model.state_dict()), before)
+    assert isinstance(model.bn1, PrivateBN) and not isinstance(model.at(32).bn1, PrivateBN)
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_efficientnet'])
+def test_freeze_and_unfreeze_recurse(name):
+    model, pyramid = rs_model(name), images(*RESOLUTIONS)
+    expected = model(pyramid)
+    types = [type(m) for m in model.modules()]
+    trainable = len(list(model.parameters()))
+
+    model = freeze_batch_norm_2d(model)
+    frozen = [m for m in model.modules() if 'Frozen' in type(m).__name__]
+    assert len(frozen) == sum(issubclass(t, _BatchNorm) for t in types) > 0
+    assert len(list(model.parameters())) == trainable - 2 * len(frozen)
+    torch.testing.assert_close(model(pyramid), expected, rtol=1e-4, atol=1e-5)
+
+    model = unfreeze_batch_norm_2d(model).eval()
+    assert [type(m) for m in model.modules()] == types
+    assert_equal(model(pyramid), expected)
+
+
+def test_hooks_stay_at_the_place():
+    bn, seen = nn.BatchNorm2d(4), []
+    handle = bn.register_forward_hook(lambda module, args, output: seen.append(type(module).__name__))
+    net = make_switchable(nn.Sequential(nn.Conv2d(3, 4, 1), bn), (8, 4)).eval()
+    net(images(8, 4))
+    assert seen == ['PrivateBN', 'PrivateBN']
+    net.at(4)(images(4))
+    assert seen[2:] == ['BatchNorm2d']
+    handle.remove()
+    net(images(4))
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize('when', ['before', 'after'])
+def test_full_backward_hooks_stay_at_the_place(when):
+    net, seen = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), []
+
+    def hook(module, grad_input, grad_output):
+        seen.append((type(module).__name__, grad_input[0].shape))
+
+    if when == 'before':
+        net[1].register_full_backward_hook(hook)
+    make_switchable(net, (8, 4))
+    if when == 'after':
+        net[1].register_full_backward_hook(hook)
+    net(images(8)).sum().backward()
+    net.at(4)(images(4)).sum().backward()
+    assert seen == [('PrivateBN', (2, 4, 8, 8)), ('BatchNorm2d', (2, 4, 4, 4))]
+
+
+def test_taking_out_follows_hooks_that_hold_the_network():
+    class Watch:
+        def __init__(self, model):
+            self.model = model
+
+        def hook(self, module, args, output):
+            self.output = output
+
+    model = rs_model()
+    model.bn1.register_forward_hook(Watch(model).hook)
+    plain = model.at(32)
+    assert not any(isinstance(m, PrivateBN) for m in plain.modules())
+    (hook,) = plain.bn1._forward_hooks.values()
+    assert hook.__self__.model is plain
+
+
+def test_state_dict_names_the_resolution():
+    keys = rs_model('resnet10t', resolutions=(224, 160)).state_dict().keys()
+    for key in ('bn1.224.weight', 'bn1.160.running_var', 'layer1.0.bn1.224.bias', 'layer2.0.downsample.2.160.weight'):
+        assert key in keys
+    assert 'bn1.weight' not in keys
+
+
+@pytest.mark.parametrize('duplicate', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_switch_on_their_own(duplicate):
+    container, x = private_bn(BatchNormAct2d(4)), torch.randn(2, 4, 5, 5)
+    container.switch_to(48)
+    other = duplicate(container)
+    assert other.resolution == 48
+    assert_equal(other(x), container(x))
+    other.switch_to(32)
+    assert container.resolution == 48
+    assert_equal(other(x), container[32](x))
+
+
+def test_is_a_leaf_for_fx():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), private_bn(), nn.ReLU()).eval()
+    traced, x = create_feature_extractor(net, {'2': 'out'}), images(8)
+    for r in RESOLUTIONS:
+        net[1].switch_to(r)
+        assert_equal(traced(x)['out'], net(x))
+    assert isinstance(traced.get_submodule('1'), PrivateBN)
+
+
+def test_prints_the_active_resolution():
+    container = PrivateBN(nn.BatchNorm2d(4), RESOLUTIONS)
+    container.switch_to(48)
+    assert 'active=48' in repr(container)

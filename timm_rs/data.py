@@ -1,0 +1,173 @@
+"""Data sets by name, and evaluation loaders that decode an image once for all resolutions"""
+import os
+from typing import Any, Callable, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm import data as timm_data
+from timm.data.loader import fast_collate
+
+from .private_bn import check_resolutions
+
+__all__ = ['DigitsDataset', 'PyramidNormalizer', 'count_classes', 'create_dataset', 'create_eval_loader']
+
+
+class DigitsDataset(torch.utils.data.Dataset):
+    """Handwritten digits bundled with scikit-learn: 1,797 RGB images of 8x8 pixels, 10 classes.
+
+    Every fourth image is for validation (450), the others are for training (1,347).
+
+    Args:
+        split: Name of a training or validation split.
+        transform: Applied to the PIL image.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+
+    num_classes = 10
+
+    def __init__(self, split: str = 'train', transform: Optional[Callable] = None):
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as e:
+            raise ImportError("--dataset digits needs scikit-learn: pip install 'timm_rs[demo]'.") from e
+        digits = load_digits()
+        is_validation = np.arange(len(digits.target)) % 4 == 0
+        chosen = ~is_validation if split.startswith('train') else is_validation
+        self.images = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)
+        self.targets = digits.target[chosen].tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
+        image = Image.fromarray(self.images[index]).convert('RGB')
+        return (self.transform(image) if self.transform is not None else image), self.targets[index]
+
+
+def create_dataset(name: str, root: Optional[str], split: str, **kwargs: Any) -> torch.utils.data.Dataset:
+    """Return a data set of timm, or the digits.
+
+    Args:
+        name: 'digits', or a name that timm takes: '' for a folder or tar of class folders, 'hfds/...' and so on.
+        root: Folder of the data set.
+        split: Name of the split.
+        **kwargs: Further arguments of timm.data.create_dataset.
+
+    Raises:
+        ValueError: The folder is missing or holds no images.
+    """
+    if name == 'digits':
+        return DigitsDataset(split)
+    if not name or name.startswith(('folder', 'torch/image_folder')):
+        if not root:
+            raise ValueError('No data: give the folder of the data set as DIR or --data-dir, or --dataset digits.')
+        if not os.path.exists(root):
+            raise ValueError(f'Data folder {root} does not exist, expected a folder with one of images per class.')
+    try:
+        return timm_data.create_dataset(name, root=root, split=split, **kwargs)
+    except (AssertionError, FileNotFoundError, NotADirectoryError, RuntimeError) as e:
+        raise ValueError(f'Cannot read split {split!r} of data set {name or root}: {e}') from e
+
+
+def count_classes(dataset: torch.utils.data.Dataset) -> Optional[int]:
+    """Return the number of classes where a data set tells it, else None."""
+    if hasattr(dataset, 'num_classes'):
+        return dataset.num_classes
+    class_to_idx = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
+    return max(class_to_idx.values()) + 1 if class_to_idx else None
+
+
+class PyramidTransform:
+    """Applies one transform per resolution to the same decoded image."""
+
+    def __init__(self, transforms: Sequence[Callable]):
+        self.transforms = transforms
+
+    def __call__(self, image: Image.Image) -> List[Any]:
+        return [transform(image) for transform in self.transforms]
+
+
+def _collate_pyramid(batch: Sequence[Tuple[List[Any], int]]) -> Tuple[List[torch.Tensor], torch.Tensor]:
+    images, targets = zip(*batch)
+    pyramid = [fast_collate([(image, target) for image, target in zip(level, targets)]) for level in zip(*images)]
+    return [level[0] for level in pyramid], pyramid[0][1]
+
+
+class PyramidNormalizer:
+    """Brings uint8 images of every resolution to a device and normalizes them there, as timm's prefetch loader does.
+
+    Args:
+        mean: Pixel mean per channel, for pixels in [0, 1].
+        std: Pixel standard deviation per channel.
+        device: Device of the images.
+        dtype: Dtype of the images.
+        channels_last: Give images in channels_last layout.
+    """
+
+    def __init__(
+            self,
+            mean: Sequence[float],
+            std: Sequence[float],
+            device: torch.device,
+            dtype: torch.dtype = torch.float32,
+            channels_last: bool = False,
+    ):
+        self.mean = torch.tensor([m * 255 for m in mean], device=device, dtype=dtype).view(1, -1, 1, 1)
+        self.std = torch.tensor([s * 255 for s in std], device=device, dtype=dtype).view(1, -1, 1, 1)
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        images = images.to(device=self.mean.device, dtype=self.mean.dtype, non_blocking=True)
+        return images.sub_(self.mean).div_(self.std).contiguous(memory_format=self.layout)
+
+
+def create_eval_loader(
+        dataset: torch.utils.data.Dataset,
+        resolutions: Sequence[int],
+        batch_size: int,
+        data_config: dict,
+        num_workers: int = 0,
+        distributed: bool = False,
+        pin_memory: bool = False,
+) -> torch.utils.data.DataLoader:
+    """Return a loader that reads and decodes every image once and gives it at every resolution.
+
+    At each size the preprocessing is timm's own for that size (resize to size / crop_pct, centre crop), so the batches
+    equal those of timm's loader for one size, pixel for pixel.
+
+    Args:
+        dataset: Data set of PIL images whose transform can be set.
+        resolutions: Square sizes in pixels.
+        batch_size: Images per batch.
+        data_config: Preprocessing as timm.data.resolve_model_data_config returns it; its input size is not used.
+        num_workers: Loader processes.
+        distributed: Give each process its share.
+        pin_memory: Pin the memory of batches.
+
+    Returns:
+        A loader of (list of uint8 images [N, C, s, s] per resolution, largest first, targets [N]).
+    """
+    resolutions = check_resolutions(resolutions)
+    config = dict(data_config)
+    channels = config.pop('input_size')[0]
+    loader = timm_data.create_loader(
+        dataset,
+        input_size=(channels, resolutions[0], resolutions[0]),
+        batch_size=batch_size,
+        is_training=False,
+        use_prefetcher=False,
+        collate_fn=_collate_pyramid,
+        num_workers=num_workers,
+        distributed=distributed,
+        pin_memory=pin_memory,
+        **config,
+    )
+    dataset.transform = PyramidTransform([
+        timm_data.create_transform((channels, r, r), is_training=False, use_prefetcher=True, **config)
+        for r in resolutions
+    ])
+    return loader

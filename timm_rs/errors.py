@@ -1,0 +1,35 @@
+"""Errors of the command line: one line on stderr, no traceback"""
+import argparse
+import logging
+import sys
+from contextlib import contextmanager
+from typing import Iterator
+
+__all__ = ['OneLineParser', 'one_line_errors']
+
+_logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """Turn what a user's input can raise into one line on stderr and exit status 1.
+
+    Meant for the setting up of a program, where what fails is what it was given. The traceback is logged at DEBUG.
+
+    Args:
+        program: Name that stands before the message.
+    """
+    try:
+        yield
+    except (AssertionError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
+        _logger.debug('Traceback of the error below', exc_info=True)
+        message = ' '.join(str(e).split()) or type(e).__name__
+        print(f'{program}: error: {message}', file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports an error in one line, without the long usage."""
+
+    def error(self, message: str):
+        self.exit(2, f'{self.prog}: error: {message}\n')

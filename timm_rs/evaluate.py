@@ -1,0 +1,129 @@
+"""Accuracy and cost at every resolution"""
+import time
+from contextlib import nullcontext
+from typing import Any, Callable, Dict, List, Optional, Sequence, Union
+
+import torch
+import torch.nn as nn
+from timm.task.evaluator import ClassificationEvaluator
+from timm.utils import unwrap_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from .checkpoint import nearest_resolution
+from .private_bn import check_resolutions
+from .switchable import SwitchableMixin
+
+__all__ = ['ENSEMBLE', 'average', 'count_madds', 'count_parameters', 'evaluate']
+
+ENSEMBLE = 'ens'  # key of the ensemble beside the resolutions
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of learnable values; a switchable network counts every private BN and the ensemble weights."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_madds(model: nn.Module, resolution: int, in_chans: int = 3) -> int:
+    """Return the multiply-adds of convolutions and matrix products for one image, each counted once.
+
+    Args:
+        model: Any network; a switchable one is counted with the BN nearest to the resolution.
+        resolution: Input size in pixels.
+        in_chans: Image channels.
+
+    Raises:
+        ValueError: The network cannot take an image of this size.
+
+    Example:
+        >>> import timm
+        >>> round(count_madds(timm.create_model('resnet18'), 224) / 1e9, 2)
+        1.81
+    """
+    if isinstance(model, SwitchableMixin):
+        model = model.at(nearest_resolution(resolution, resolution, model.resolutions))
+    training = model.training
+    model.eval()
+    try:
+        reference = next(model.parameters())
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, in_chans, resolution, resolution, device=reference.device, dtype=reference.dtype))
+    except (RuntimeError, AssertionError, ValueError) as e:
+        raise ValueError(f'{type(model).__name__} cannot take images of {resolution}x{resolution}: {e}') from e
+    finally:
+        model.train(training)
+    return counter.get_total_flops() // 2
+
+
+def average(metrics: Dict[Union[int, str], Dict[str, float]]) -> Dict[str, float]:
+    """Return the mean over resolutions of each metric, without the ensemble."""
+    rows = [row for key, row in metrics.items() if key != ENSEMBLE]
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+@torch.inference_mode()
+def evaluate(
+        model: nn.Module,
+        loader: Any,
+        resolutions: Sequence[int],
+        normalize: Callable[[torch.Tensor], torch.Tensor],
+        amp_autocast: Callable = nullcontext,
+        max_samples: Optional[int] = None,
+        distributed: bool = False,
+        on_batch: Optional[Callable[[int, Dict], None]] = None,
+) -> Dict[Union[int, str], Dict[str, float]]:
+    """Evaluate a network at several resolutions, and their ensemble where they are all those of a switchable network.
+
+    Args:
+        model: A switchable or a plain network, compiled or wrapped if need be.
+        loader: Of (list of uint8 images per resolution, largest first, targets), see timm_rs.data.create_eval_loader.
+        resolutions: Input sizes in pixels, those of the loader.
+        normalize: Brings a uint8 batch to the device and normalizes it.
+        amp_autocast: Context of mixed precision.
+        max_samples: Images of this process that count, the loader's padding excluded.
+        distributed: Sum the counts over processes.
+        on_batch: Called with the batch number and the running metrics.
+
+    Returns:
+        For each resolution, and 'ens' for the ensemble: 'loss' (cross entropy), 'top1' and 'top5' in percent, and
+        'images_per_second' of this process, model alone.
+    """
+    resolutions = check_resolutions(resolutions)
+    keys: List[Union[int, str]] = list(resolutions)
+    weights = None
+    network = unwrap_model(model)
+    if isinstance(network, SwitchableMixin) and network.resolutions == resolutions:
+        weights = network.alpha.float().softmax(0)
+        keys.append(ENSEMBLE)
+    evaluators = {
+        key: ClassificationEvaluator(next(network.parameters()).device, max_samples=max_samples) for key in keys
+    }
+    seconds = dict.fromkeys(keys, 0.)
+    model.eval()
+    num_images = 0
+    for batch_idx, (pyramid, target) in enumerate(loader):
+        logits = []
+        for resolution, images in zip(resolutions, pyramid):
+            images = normalize(images)
+            target = target.to(images.device, non_blocking=True)
+            start = _now(images.device)
+            with amp_autocast():
+                logits.append(model(images).float())
+            seconds[resolution] += _now(images.device) - start
+            evaluators[resolution].update(logits[-1], target)
+        if weights is not None:
+            evaluators[ENSEMBLE].update(torch.einsum('s,snc->nc', weights, torch.stack(logits)), target)
+        num_images += len(target)
+        if on_batch is not None:
+            on_batch(batch_idx, {key: e.summary() for key, e in evaluators.items()})
+    seconds[ENSEMBLE] = sum(seconds.values())
+    return {
+        key: dict(e.compute(distributed=distributed), images_per_second=num_images / max(seconds[key], 1e-9))
+        for key, e in evaluators.items()
+    }
+
+
+def _now(device: torch.device) -> float:
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

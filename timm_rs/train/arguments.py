@@ -1,0 +1,361 @@
+"""Command line of train_rs.py: timm's flags, same names and defaults, and those of multi-resolution training"""
+import argparse
+import difflib
+import os
+from typing import Any, Dict, List, Optional, Sequence
+
+import yaml
+from timm.utils import ParseKwargs
+
+from ..errors import OneLineParser
+from ..private_bn import check_resolutions
+from .loss import EnsembleDistillationLoss
+from .pyramid import ResolutionPyramid
+
+__all__ = ['create_parser', 'largest_size_conflict', 'parse_args']
+
+# Flags of timm's train.py that have no meaning here, with the reason that the user is given.
+_REFUSED = {
+    'naflex_loader': 'NaFlex batches are token sequences; a BatchNorm network takes images of the sizes --resolutions',
+    'naflex_train_seq_lens': 'NaFlex does not apply to BatchNorm networks',
+    'naflex_max_seq_len': 'NaFlex does not apply to BatchNorm networks',
+    'naflex_patch_sizes': 'NaFlex does not apply to BatchNorm networks',
+    'naflex_patch_size_probs': 'NaFlex does not apply to BatchNorm networks',
+    'naflex_loss_scale': 'NaFlex does not apply to BatchNorm networks',
+    'aug_splits': 'every image is seen at all resolutions already; splits would need BNs private to both',
+    'split_bn': 'BatchNorm is private to the resolution; splits would need BNs private to both',
+    'resplit': 'there are no augmentation splits',
+    'jsd_loss': 'the resolutions already teach each other, see --distill',
+    'torchscript': 'the network switches at run time; script one resolution of the trained network, model.at(160)',
+    'fuser': 'it goes with --torchscript; use --torchcompile',
+    'kd_model_name': 'the teacher is the ensemble of resolutions, see --distill',
+    'kd_distill_type': 'the teacher is the ensemble of resolutions, see --distill',
+    'kd_loss_type': 'the teacher is the ensemble of resolutions, see --distill',
+    'kd_temperature': 'the teacher is the ensemble of resolutions, at temperature 1',
+    'kd_student_feature_dim': 'the teacher is the ensemble of resolutions, see --distill',
+    'kd_teacher_feature_dim': 'the teacher is the ensemble of resolutions, see --distill',
+    'kd_token_distill_type': 'the teacher is the ensemble of resolutions, see --distill',
+    'distill_loss_weight': 'the terms of the loss are weighted as in the paper, see --distill',
+    'task_loss_weight': 'the terms of the loss are weighted as in the paper, see --distill',
+    'train_img_sizes': 'all of --resolutions are trained on every batch',
+    'train_size_schedule': 'all of --resolutions are trained on every batch',
+    'multilabel_threshold': 'distillation between resolutions is defined for one label per image',
+    'target_format': 'distillation between resolutions is defined for one label per image',
+}
+
+
+class _Refuse(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(f'{option_string} is not supported: {_REFUSED[self.dest]}.')
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """Return the parser; every flag that it accepts is read by train_rs.py."""
+    parser = OneLineParser(
+        usage='%(prog)s DIR --model rs_resnet18 [--resolutions 224 192 ...] [options]',
+        description='Train a Resolution Switchable Network: one set of weights for several input sizes.',
+        epilog="All other flags are those of timm's train.py.",
+    )
+    add = parser.add_argument
+    add('data', nargs='?', metavar='DIR', help='folder of the data set, same as --data-dir')
+    add('-c', '--config', default='', metavar='FILE', help='YAML file of defaults for these flags')
+
+    add = parser.add_argument_group('Resolutions').add_argument
+    add('--resolutions', type=int, nargs='+', default=None, metavar='N',
+        help="input sizes in pixels that get a BatchNorm of their own (default: the model's, 224 192 160 128 96)")
+    add('--distill', default='ens_topdown', choices=EnsembleDistillationLoss.MODES,
+        help='teachers of a resolution: nobody, the ensemble, or the ensemble and all larger ones (default)')
+    add('--flip', default='shared', choices=ResolutionPyramid.FLIPS,
+        help='flip an image once for all resolutions (default) or anew for each')
+
+    add = parser.add_argument_group('Data set').add_argument
+    add('--data-dir', metavar='DIR', help='folder of the data set')
+    add('--dataset', default='', metavar='NAME',
+        help='kind of data set: "" for a folder or tar of class folders, "digits" for the bundled digits, '
+             'or <type>/<name> with a type of timm (torch, hfds, hfids, tfds, wds)')
+    add('--train-split', default='train', metavar='NAME', help='split to train on')
+    add('--val-split', default='validation', metavar='NAME', help='split to validate on')
+    add('--train-num-samples', default=None, type=int, metavar='N', help='images in an iterable train split')
+    add('--val-num-samples', default=None, type=int, metavar='N', help='images in an iterable validation split')
+    add('--dataset-download', action='store_true', help='let data sets that can be downloaded do so')
+    add('--class-map', default='', metavar='FILE', help='file that maps class names to indices')
+    add('--input-img-mode', default=None, help='PIL mode of the images (default: RGB, or L for 1 channel)')
+    add('--input-key', default=None, help='key of the image in a sample')
+    add('--target-key', default=None, help='key of the label in a sample')
+    add('--dataset-trust-remote-code', action='store_true', help='let a HF data set run its own code')
+
+    add = parser.add_argument_group('Model').add_argument
+    add('--model', default='rs_resnet50', metavar='MODEL', help='name of an rs_* model (default: rs_resnet50)')
+    add('--pretrained', action='store_true', help="start from the model's pretrained weights")
+    add('--pretrained-path', default=None, metavar='PATH',
+        help='start from this checkpoint, plain or switchable, as if it were the pretrained weights; new classifier')
+    add('--initial-checkpoint', default='', metavar='PATH', help='load this checkpoint, plain or switchable, strictly')
+    add('--resume', default='', metavar='PATH',
+        help='go on from this checkpoint; "auto" from the last one in the output folder, if any')
+    add('--no-resume-opt', action='store_true', help='do not resume the state of the optimizer')
+    add('--num-classes', type=int, default=None, metavar='N', help='number of classes (default: of the data or model)')
+    add('--gp', default=None, metavar='POOL', help='global pool: fast, avg, max, avgmax or catavgmax')
+    add('--img-size', type=int, default=None, metavar='N', help='only the largest of --resolutions is accepted')
+    add('--in-chans', type=int, default=None, metavar='N', help='image channels (default: 3)')
+    add('--input-size', type=int, nargs=3, default=None, metavar='N',
+        help='channels, height and width; only the largest of --resolutions is accepted')
+    add('--crop-pct', type=float, default=None, metavar='PCT', help='share of the image that validation crops')
+    add('--mean', type=float, nargs='+', default=None, metavar='MEAN', help='pixel mean for normalization')
+    add('--std', type=float, nargs='+', default=None, metavar='STD', help='pixel standard deviation for normalization')
+    add('--interpolation', default='', metavar='NAME', help='interpolation of validation images')
+    add('-b', '--batch-size', type=int, default=128, metavar='N', help='images per process and step (default: 128)')
+    add('-vb', '--validation-batch-size', type=int, default=None, metavar='N', help='images per validation batch')
+    add('--channels-last', action='store_true', help='channels_last memory layout')
+    add('--grad-accum-steps', type=int, default=1, metavar='N', help='batches whose gradients make one update')
+    add('--grad-checkpointing', action='store_true', help='recompute activations instead of keeping them')
+    add('--fast-norm', action='store_true', help="timm's fast norm layers")
+    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='further model arguments as key=value')
+    add('--head-init-scale', type=float, default=None, help='scale of the initial classifier')
+    add('--head-init-bias', type=float, default=None, help='initial bias of the classifier')
+    add('--torchcompile', nargs='?', default=None, const='inductor', metavar='BACKEND', help='compile the model')
+    add('--torchcompile-mode', default=None, help='mode of torch.compile')
+
+    add = parser.add_argument_group('Device').add_argument
+    add('--device', default='cuda', help='device to run on; the CPU serves where there is no GPU (default: cuda)')
+    add('--amp', action='store_true', help='mixed precision')
+    add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='lower precision of --amp')
+    add('--model-dtype', default=None, choices=('float32', 'float16', 'bfloat16'), help='dtype of the weights')
+    add('--no-ddp-bb', action='store_true', help='do not broadcast buffers at each step')
+    add('--synchronize-step', action='store_true', help='wait for the GPU at the end of each step')
+    add('--local_rank', type=int, default=0, help=argparse.SUPPRESS)
+    add('--device-modules', nargs='+', default=None, help='Python modules to import for a device backend')
+
+    add = parser.add_argument_group('Optimizer').add_argument
+    add('--opt', default='sgd', metavar='NAME', help='optimizer of timm (default: sgd)')
+    add('--opt-eps', type=float, default=None, metavar='EPS', help='epsilon of the optimizer')
+    add('--opt-betas', type=float, nargs='+', default=None, metavar='BETA', help='betas of the optimizer')
+    add('--momentum', type=float, default=0.9, metavar='M', help='momentum (default: 0.9)')
+    add('--weight-decay', type=float, default=2e-5, metavar='W',
+        help='weight decay (default: 2e-5), never of BatchNorm, biases and ensemble weights')
+    add('--clip-grad', type=float, default=None, metavar='NORM', help='clip gradients (default: no)')
+    add('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='what is clipped')
+    add('--layer-decay', type=float, default=None, help='layer-wise decay of the learning rate')
+    add('--layer-decay-min-scale', type=float, default=0., help='lower bound of the layer-wise scale')
+    add('--layer-decay-no-opt-scale', type=float, default=None, help='layer-wise scale under which layers are frozen')
+    add('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, help='further optimizer arguments as key=value')
+
+    add = parser.add_argument_group('Learning rate').add_argument
+    add('--sched', default='cosine', metavar='NAME', help='schedule of timm (default: cosine)')
+    add('--sched-on-updates', action='store_true', help='step the schedule at every update instead of every epoch')
+    add('--lr', type=float, default=None, metavar='LR', help='learning rate; else it follows from --lr-base')
+    add('--lr-base', type=float, default=0.1, metavar='LR', help='learning rate for --lr-base-size images per update')
+    add('--lr-base-size', type=int, default=256, metavar='N', help='images per update that --lr-base is for')
+    add('--lr-base-scale', default='', choices=('', 'linear', 'sqrt'),
+        help='how the rate grows with the batch (default: sqrt for adaptive optimizers, else linear)')
+    add('--lr-noise', type=float, nargs='+', default=None, metavar='PCT', help='where noise is put on the rate')
+    add('--lr-noise-pct', type=float, default=0.67, help='bound of the noise')
+    add('--lr-noise-std', type=float, default=1.0, help='standard deviation of the noise')
+    add('--lr-cycle-mul', type=float, default=1.0, help='growth of the cycle length')
+    add('--lr-cycle-decay', type=float, default=0.5, help='decay of the rate per cycle')
+    add('--lr-cycle-limit', type=int, default=1, help='number of cycles')
+    add('--lr-k-decay', type=float, default=1.0, help='k-decay of cosine and poly')
+    add('--lr-decay-fn', default=None, help='shape of the decay phase of wsd and rsqrt')
+    add('--lr-stable-timescale', type=float, default=None, help='time scale of rsqrt in epochs')
+    add('--warmup-lr', type=float, default=1e-5, help='learning rate that the warm-up begins with')
+    add('--min-lr', type=float, default=0., help='lowest learning rate')
+    add('--epochs', type=int, default=300, metavar='N', help='epochs to train (default: 300)')
+    add('--epoch-repeats', type=float, default=0., help='repeats of an iterable data set per epoch')
+    add('--start-epoch', type=int, default=None, metavar='N', help='epoch to start from, overrides the checkpoint')
+    add('--stop-epoch', type=int, default=None, metavar='N', help='stop after N epochs, the schedule unchanged')
+    add('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], help='epochs of multistep')
+    add('--decay-epochs', type=float, default=90, help='epochs between decays of step')
+    add('--warmup-epochs', type=int, default=5, help='epochs of warm-up')
+    add('--warmup-prefix', action='store_true', help='do not count the warm-up in the schedule')
+    add('--cooldown-epochs', type=int, default=0, help='epochs at the lowest rate in the end')
+    add('--patience-epochs', type=int, default=10, help='patience of plateau')
+    add('--decay-rate', '--dr', type=float, default=0.1, help='factor of a decay')
+
+    add = parser.add_argument_group('Augmentation and regularization').add_argument
+    add('--no-aug', action='store_true', help='no training augmentation at all')
+    add('--train-crop-mode', default=None, help='crop of training images: rrc, rkrc or rkrr')
+    add('--scale', type=float, nargs='+', default=[0.08, 1.0], help='area of the random crop')
+    add('--ratio', type=float, nargs='+', default=[3. / 4., 4. / 3.], help='aspect ratio of the random crop')
+    add('--hflip', type=float, default=0.5, help='probability of a horizontal flip')
+    add('--vflip', type=float, default=0., help='probability of a vertical flip')
+    add('--color-jitter', type=float, default=0.4, help='strength of the color jitter')
+    add('--color-jitter-prob', type=float, default=None, help='probability of the color jitter')
+    add('--grayscale-prob', type=float, default=None, help='probability of a greyscale image')
+    add('--gaussian-blur-prob', type=float, default=None, help='probability of a blur')
+    add('--aa', default=None, metavar='NAME', help='auto augmentation policy, e.g. rand-m9-mstd0.5')
+    add('--aug-repeats', type=float, default=0, help='repeated augmentations of an image (distributed only)')
+    add('--loss', default=None, choices=('ce', 'bce', 'asl', 'poly'), help='base criterion (default: cross entropy)')
+    add('--bce-loss', action='store_true', help='same as --loss bce')
+    add('--bce-sum', action='store_true', help='sum BCE over classes')
+    add('--bce-target-thresh', type=float, default=None, help='threshold that makes soft BCE targets hard')
+    add('--bce-pos-weight', type=float, default=None, help='weight of positive BCE targets')
+    add('--reprob', type=float, default=0., help='probability of random erasing')
+    add('--remode', default='pixel', help='fill of random erasing')
+    add('--recount', type=int, default=1, help='erased regions')
+    add('--mixup', type=float, default=0., help='alpha of mixup')
+    add('--cutmix', type=float, default=0., help='alpha of cutmix')
+    add('--cutmix-minmax', type=float, nargs='+', default=None, help='share of cutmix, instead of its alpha')
+    add('--mixup-prob', type=float, default=1., help='probability of mixup or cutmix')
+    add('--mixup-switch-prob', type=float, default=0.5, help='probability of cutmix where both are on')
+    add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='what shares a mixing ratio')
+    add('--mixup-off-epoch', type=int, default=0, metavar='N', help='no mixing from this epoch on')
+    add('--smoothing', type=float, default=0.1, help='label smoothing')
+    add('--train-interpolation', default='random', help='interpolation of training images')
+    add('--drop', type=float, default=0., help='dropout rate')
+    add('--drop-connect', type=float, default=None, help='old name of --drop-path')
+    add('--drop-path', type=float, default=None, help='stochastic depth rate')
+    add('--drop-block', type=float, default=None, help='drop block rate')
+
+    add = parser.add_argument_group('Batch normalization').add_argument
+    add('--bn-momentum', type=float, default=None, help='momentum of the running statistics')
+    add('--bn-eps', type=float, default=None, help='epsilon of BatchNorm')
+    add('--sync-bn', action='store_true', help='synchronize BatchNorm over processes (GPU only)')
+    add('--dist-bn', default='reduce', choices=('reduce', 'broadcast', ''),
+        help='make running statistics equal on all processes after an epoch')
+
+    add = parser.add_argument_group('Moving average').add_argument
+    add('--model-ema', action='store_true', help='track a moving average of the weights')
+    add('--model-ema-force-cpu', action='store_true', help='keep it on the CPU of rank 0, without validation')
+    add('--model-ema-decay', type=float, default=0.9998, help='its decay')
+    add('--model-ema-warmup', action='store_true', help='let the decay warm up')
+
+    add = parser.add_argument_group('Miscellaneous').add_argument
+    add('--seed', type=int, default=42, help='random seed (default: 42)')
+    add('--worker-seeding', default='all', help='seeding of loader workers')
+    add('--log-interval', type=int, default=50, metavar='N', help='updates between log lines')
+    add('--val-interval', type=int, default=1, metavar='N', help='epochs between validations')
+    add('--recovery-interval', type=int, default=0, metavar='N', help='updates between recovery checkpoints')
+    add('--checkpoint-hist', type=int, default=10, metavar='N', help='best checkpoints to keep')
+    add('--save-epochs', type=int, nargs='+', default=None, metavar='N', help='epochs to keep a milestone of')
+    add('-j', '--workers', type=int, default=4, metavar='N', help='loader processes')
+    add('--save-images', action='store_true', help='save a batch of training images at every log line')
+    add('--pin-mem', action='store_true', help='pin memory of batches')
+    add('--no-prefetcher', action='store_true', help='normalize on the CPU instead of on the device')
+    add('--output', default='', metavar='DIR', help='folder of the output (default: ./output/train)')
+    add('--experiment', default='', metavar='NAME', help='sub-folder of the output (default: from time and model)')
+    add('--eval-metric', default='top1_mean', metavar='NAME',
+        help='metric of the best checkpoint, e.g. top1_160, top1_ens or top1_mean, over resolutions (default)')
+    add('--use-multi-epochs-loader', action='store_true', help='keep loader workers between epochs')
+    add('--log-wandb', action='store_true', help='log to wandb')
+    add('--wandb-project', default=None, help='wandb project')
+    add('--wandb-tags', nargs='+', default=[], help='wandb tags')
+    add('--wandb-resume-id', default='', help='wandb run to go on with')
+
+    for dest in _REFUSED:
+        parser.add_argument('--' + dest.replace('_', '-'), dest=dest, nargs='*', action=_Refuse, help=argparse.SUPPRESS)
+    parser.add_argument('--task', default='classification', help=argparse.SUPPRESS)
+    return parser
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Parse the command line, over the defaults of a --config file.
+
+    Unusable flags and values end the program with one line on stderr and status 2.
+    """
+    parser = create_parser()
+    config, _ = _config_parser().parse_known_args(argv)
+    if config.config:
+        parser.set_defaults(**_read_config(parser, config.config))
+    args = parser.parse_args(argv)
+    for dest in _REFUSED:
+        delattr(args, dest)
+    _check(parser, args)
+    return args
+
+
+def _config_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(add_help=False, allow_abbrev=False)
+    parser.add_argument('-c', '--config', default='')
+    return parser
+
+
+def _read_config(parser: argparse.ArgumentParser, path: str) -> Dict[str, Any]:
+    """Read a YAML file with the names and types of the flags."""
+    if not os.path.isfile(path):
+        parser.error(f'--config {path}: there is no such file.')
+    try:
+        with open(path) as f:
+            config = yaml.safe_load(f) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        parser.error(f"--config {path}: no valid YAML ({' '.join(str(e).split())}).")
+    if not isinstance(config, dict):
+        parser.error(f'--config {path}: expected flags with their values, got a {type(config).__name__}.')
+    actions = {a.dest: a for a in parser._actions if a.dest != 'help'}
+    defaults = {}
+    for name, value in config.items():
+        if name not in actions:
+            near = difflib.get_close_matches(str(name), actions, n=1)
+            parser.error(f"--config {path}: unknown flag {name!r}{f', did you mean {near[0]!r}?' if near else '.'}")
+        action = actions[name]
+        if isinstance(action, _Refuse):
+            is_default = value in (None, False, 0, '', []) or name.startswith(('naflex', 'kd_'))
+            if not is_default:
+                parser.error(f'--config {path}: {name} is not supported: {_REFUSED[name]}.')
+            continue
+        defaults[name] = _convert(parser, path, action, value)
+    return defaults
+
+
+def _convert(parser: argparse.ArgumentParser, path: str, action: argparse.Action, value: Any) -> Any:
+    """Return a YAML value as the command line would give it."""
+    if value is None or isinstance(action, ParseKwargs):
+        return value
+    expected = f'--config {path}: {action.dest} is {value!r}, expected'
+    if isinstance(action.default, bool):
+        if not isinstance(value, bool):
+            parser.error(f'{expected} true or false.')
+        return value
+    is_list = action.nargs in ('+', '*') or isinstance(action.nargs, int)
+    if is_list != isinstance(value, (list, tuple)):
+        parser.error(f"{expected} {'a list' if is_list else 'one value'}.")
+    convert = action.type or str
+    try:
+        value = [convert(v) for v in value] if is_list else convert(value)
+    except (TypeError, ValueError):
+        parser.error(f'{expected} {convert.__name__}.')
+    if action.choices is not None and value not in action.choices:
+        parser.error(f"{expected} one of {', '.join(map(str, action.choices))}.")
+    return value
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Settle what flags say together."""
+    if args.task not in ('classification', ''):
+        parser.error(f'--task {args.task} is not supported: distillation is defined for one label per image.')
+    if args.data and args.data_dir and args.data != args.data_dir:
+        parser.error(f'two data folders are given, {args.data} and --data-dir {args.data_dir}.')
+    args.data_dir = args.data_dir or args.data
+    if args.resolutions is not None:
+        try:
+            args.resolutions = list(check_resolutions(args.resolutions))
+        except ValueError as e:
+            parser.error(f'--resolutions: {e}')
+    for name, least in _LEAST.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} is {value}, expected at least {least}.")
+    if args.stop_epoch is not None and args.stop_epoch > args.epochs:
+        parser.error(f'--stop-epoch {args.stop_epoch} lies behind --epochs {args.epochs}.')
+    if args.amp and args.model_dtype not in (None, 'float32'):
+        parser.error(f'--amp keeps the weights in float32, so it does not go with --model-dtype {args.model_dtype}.')
+    if args.resume == 'auto' and not args.experiment:
+        parser.error('--resume auto needs --experiment, the name of the run to go on with.')
+    if args.drop_connect is not None:
+        args.drop_path = args.drop_connect if args.drop_path is None else args.drop_path
+    if args.bce_loss:
+        if args.loss not in (None, 'bce'):
+            parser.error(f'--bce-loss does not go with --loss {args.loss}.')
+        args.loss = 'bce'
+
+
+_LEAST = dict(
+    epochs=1, batch_size=1, validation_batch_size=1, grad_accum_steps=1, num_classes=1, in_chans=1, workers=0,
+    log_interval=1, val_interval=1, recovery_interval=0, checkpoint_hist=1, stop_epoch=1, start_epoch=0,
+)
+
+
+def largest_size_conflict(args: argparse.Namespace, resolutions: Sequence[int]) -> Optional[str]:
+    """Return what is wrong with --img-size or --input-size, None if it is unset or the largest resolution."""
+    sizes: List[int] = [args.img_size] if args.img_size else list(args.input_size[1:]) if args.input_size else []
+    if any(s != resolutions[0] for s in sizes):
+        return f'--img-size {sizes[-1]}: the training sizes are --resolutions, now {" ".join(map(str, resolutions))}.'
+    return None

@@ -1,0 +1,255 @@
+"""From flags to the parts of a training run, all of them timm's but for the model's resolutions"""
+import argparse
+import logging
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Optional
+
+import timm
+import torch
+import torch.nn as nn
+from timm.data import FastCollateMixup, Mixup, create_loader
+from timm.data.model_config import resolve_input_data_config
+from timm.layers import convert_sync_batchnorm, set_fast_norm
+from timm.loss import create_classification_loss
+from timm.models import is_model
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.utils import init_distributed_device
+from torch.utils.data import Dataset, IterableDataset
+
+from ..data import PyramidNormalizer, count_classes, create_dataset, create_eval_loader
+from ..evaluate import count_madds
+from ..private_bn import check_resolutions
+from ..rs_models import PREFIX, RESOLUTIONS, explain_unknown_model
+from .arguments import largest_size_conflict
+from .loss import EnsembleDistillationLoss
+from .pyramid import ResolutionPyramid
+from .task import MultiResolutionTask
+
+__all__ = ['Loaders', 'build_datasets', 'build_loaders', 'build_model', 'build_optimizer', 'build_task', 'select_device']
+
+_logger = logging.getLogger('train')
+
+
+@dataclass
+class Loaders:
+    """Batches of a run.
+
+    Attributes:
+        train: Of (images [N, C, H, W] at the largest resolution, targets), augmented and normalized.
+        eval: Of (list of uint8 images per resolution, targets).
+        normalize: Brings evaluation images to the device.
+        mixup: Mixes a training batch in the loop, None where the loader does or nobody does.
+        eval_samples: Images of this process that count in evaluation, None if unknown.
+    """
+    train: Any
+    eval: Any
+    normalize: Callable[[torch.Tensor], torch.Tensor]
+    mixup: Optional[Mixup]
+    eval_samples: Optional[int]
+
+
+def select_device(args: argparse.Namespace) -> torch.device:
+    """Set up the device and the process group; a machine without GPU serves with its CPU."""
+    if args.device.startswith('cuda') and not torch.cuda.is_available():
+        _logger.warning(f'No GPU for --device {args.device}, running on the CPU.')
+        args.device = 'cpu'
+    device = init_distributed_device(args)
+    if args.sync_bn and device.type == 'cpu':
+        raise ValueError('--sync-bn needs GPUs, synchronized BatchNorm does not run on a CPU.')
+    if args.aug_repeats and not args.distributed:
+        raise ValueError('--aug-repeats needs distributed training, see distributed_train.sh.')
+    return device
+
+
+def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """Build the model and settle args.resolutions, args.num_classes and args.in_chans by it."""
+    if ':' not in args.model and (not args.model.startswith(PREFIX) or not is_model(args.model)):
+        raise ValueError(explain_unknown_model(args.model))
+    if args.fast_norm:
+        set_fast_norm()
+    if args.in_chans is None:
+        args.in_chans = args.input_size[0] if args.input_size else 3
+    kwargs = dict(args.model_kwargs)
+    if args.resolutions is not None:
+        kwargs['resolutions'] = tuple(args.resolutions)
+    elif ':' not in args.model:
+        kwargs.setdefault('resolutions', RESOLUTIONS)
+    if args.pretrained_path:
+        kwargs['pretrained_cfg_overlay'] = dict(file=args.pretrained_path, num_classes=-1)  # a new classifier
+    model = timm.create_model(
+        args.model,
+        pretrained=args.pretrained or bool(args.pretrained_path),
+        in_chans=args.in_chans,
+        num_classes=args.num_classes,
+        drop_rate=args.drop or None,
+        drop_path_rate=args.drop_path,
+        drop_block_rate=args.drop_block,
+        global_pool=args.gp,
+        bn_momentum=args.bn_momentum,
+        bn_eps=args.bn_eps,
+        checkpoint_path=args.initial_checkpoint,
+        **kwargs,
+    )
+    args.resolutions = list(check_resolutions(model.resolutions))
+    args.num_classes = model.num_classes
+    conflict = largest_size_conflict(args, args.resolutions)
+    if conflict:
+        raise ValueError(conflict)
+    count_madds(model, args.resolutions[-1], args.in_chans)  # the smallest size must pass through the network
+    if args.head_init_scale is not None:
+        for parameter in model.get_classifier().parameters():
+            parameter.data.mul_(args.head_init_scale)
+    if args.head_init_bias is not None:
+        nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    model.to(device=device, dtype=getattr(torch, args.model_dtype) if args.model_dtype else None)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if args.distributed and args.sync_bn:
+        model = convert_sync_batchnorm(model)
+    return model
+
+
+def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:
+    """Open the training and validation split; without --num-classes their number of classes counts."""
+    common = dict(
+        class_map=args.class_map,
+        download=args.dataset_download,
+        seed=args.seed,
+        input_img_mode=args.input_img_mode or ('L' if args.in_chans == 1 else 'RGB'),
+        input_key=args.input_key,
+        target_key=args.target_key,
+        trust_remote_code=args.dataset_trust_remote_code,
+    )
+    train_set = create_dataset(
+        args.dataset, args.data_dir, args.train_split, is_training=True, batch_size=args.batch_size,
+        num_samples=args.train_num_samples, repeats=args.epoch_repeats, **common,
+    )
+    eval_set = create_dataset(
+        args.dataset, args.data_dir, args.val_split, is_training=False,
+        batch_size=args.validation_batch_size or args.batch_size, num_samples=args.val_num_samples, **common,
+    )
+    for split, dataset in ((args.train_split, train_set), (args.val_split, eval_set)):
+        num_classes = count_classes(dataset)
+        if num_classes is None or args.class_map:
+            continue
+        if args.num_classes is None:
+            args.num_classes = num_classes
+            _logger.info(f'{args.data_dir or args.dataset} has {num_classes} classes, so has the model.')
+        elif args.num_classes != num_classes:
+            raise ValueError(
+                f'Split {split!r} of {args.data_dir or args.dataset} has {num_classes} classes, '
+                f'expected {args.num_classes} as the model.')
+    if not isinstance(train_set, IterableDataset) and len(train_set) < args.batch_size:
+        raise ValueError(
+            f'--batch-size {args.batch_size} is more than the {len(train_set)} training images, expected a smaller one.')
+    return train_set, eval_set
+
+
+def build_loaders(
+        args: argparse.Namespace,
+        model: nn.Module,
+        device: torch.device,
+        train_set: Dataset,
+        eval_set: Dataset,
+) -> Loaders:
+    """Give batches as timm's train.py does, and evaluation batches at all resolutions in one pass."""
+    data_config = resolve_input_data_config(model, args=_data_args(args), verbose=args.rank == 0)
+    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    mixup = collate = None
+    prefetcher = not args.no_prefetcher
+    if mixing:
+        mixup_kwargs = dict(
+            mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
+            num_classes=args.num_classes,
+        )
+        if prefetcher:
+            collate = FastCollateMixup(**mixup_kwargs)
+        else:
+            mixup = Mixup(**mixup_kwargs)
+    dtype = getattr(torch, args.model_dtype) if args.model_dtype else torch.float32
+    train_loader = create_loader(
+        train_set,
+        input_size=(args.in_chans, args.resolutions[0], args.resolutions[0]),
+        batch_size=args.batch_size,
+        is_training=True,
+        no_aug=args.no_aug,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        train_crop_mode=args.train_crop_mode,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=0. if args.flip == 'independent' else args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob or 0.,
+        gaussian_blur_prob=args.gaussian_blur_prob or 0.,
+        auto_augment=args.aa,
+        num_aug_repeats=args.aug_repeats,
+        interpolation=data_config['interpolation'] if args.no_aug else args.train_interpolation,
+        mean=data_config['mean'],
+        std=data_config['std'],
+        num_workers=args.workers,
+        distributed=args.distributed,
+        collate_fn=collate,
+        pin_memory=args.pin_mem,
+        img_dtype=dtype,
+        device=device,
+        use_prefetcher=prefetcher,
+        use_multi_epochs_loader=args.use_multi_epochs_loader,
+        worker_seeding=args.worker_seeding,
+    )
+    eval_loader = create_eval_loader(
+        eval_set, args.resolutions, args.validation_batch_size or args.batch_size, data_config, args.workers,
+        args.distributed, args.pin_mem,
+    )
+    eval_samples = None
+    if args.distributed and hasattr(eval_set, '__len__'):
+        eval_samples = len(range(args.rank, len(eval_set), args.world_size))
+    normalize = PyramidNormalizer(data_config['mean'], data_config['std'], device, dtype, args.channels_last)
+    return Loaders(train_loader, eval_loader, normalize, mixup, eval_samples)
+
+
+def build_task(args: argparse.Namespace, model: nn.Module, device: torch.device) -> MultiResolutionTask:
+    """Build the multi-resolution step around timm's criterion."""
+    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    criterion = create_classification_loss(
+        args.loss,
+        smoothing=args.smoothing,
+        soft_targets=mixing,
+        pos_weight=args.bce_pos_weight,
+        bce_target_thresh=args.bce_target_thresh,
+        bce_sum=args.bce_sum,
+    )
+    hflip = 0. if args.no_aug else args.hflip
+    return MultiResolutionTask(
+        model,
+        EnsembleDistillationLoss(args.distill, criterion),
+        ResolutionPyramid(args.resolutions, args.flip, hflip),
+        device=device,
+        verbose=args.rank == 0,
+    )
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """Build timm's optimizer; without --lr the rate follows from --lr-base and the images per update."""
+    if args.lr is None:
+        images = args.batch_size * args.world_size * args.grad_accum_steps
+        scale = args.lr_base_scale
+        if not scale:
+            scale = 'sqrt' if any(o in args.opt.lower() for o in ('ada', 'lamb')) else 'linear'
+        ratio = images / args.lr_base_size
+        args.lr = args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
+        _logger.info(f'Learning rate {args.lr} for {images} images per update ({scale} scaling of {args.lr_base}).')
+    return create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+
+
+def _data_args(args: argparse.Namespace) -> Dict[str, Any]:
+    """Return the flags that timm's data configuration takes."""
+    size = (args.in_chans, args.resolutions[0], args.resolutions[0])
+    chosen = {k: getattr(args, k) for k in ('mean', 'std', 'interpolation', 'crop_pct')}
+    return dict(input_size=size, **{k: v for k, v in chosen.items() if v})

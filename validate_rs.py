@@ -1,0 +1,228 @@
+#!/usr/bin/env python3
+"""Evaluate a Resolution Switchable Network at its resolutions and as their ensemble
+
+    python validate_rs.py DIR --checkpoint output/train/run/model_best.pth.tar
+    python validate_rs.py DIR --model rs_resnet50 --checkpoint weights.safetensors --img-size 160 96
+    python validate_rs.py DIR --model hf-hub:user/name --pretrained --results-file results.csv
+
+Prints a table of resolution, top-1, top-5, loss, multiply-adds, parameters and images per second. At each size the
+images are preprocessed as timm does for that size. A checkpoint of train_rs.py tells model, resolutions, classes and
+normalization itself. Plain timm models are evaluated too: one network at all of --img-size.
+"""
+import csv
+import json
+import logging
+import os
+import sys
+from contextlib import nullcontext
+from functools import partial
+
+import timm
+import torch
+from timm import utils
+from timm.data.model_config import resolve_input_data_config
+from timm.models import is_model, load_checkpoint
+from tqdm import tqdm
+
+from timm_rs import SwitchableMixin, explain_unknown_model
+from timm_rs.checkpoint import nearest_resolution
+from timm_rs.data import PyramidNormalizer, count_classes, create_dataset, create_eval_loader
+from timm_rs.errors import OneLineParser, one_line_errors
+from timm_rs.evaluate import ENSEMBLE, count_madds, count_parameters, evaluate
+from timm_rs.private_bn import check_resolutions
+
+_logger = logging.getLogger('validate')
+_COLUMNS = ('resolution', 'top1', 'top5', 'loss', 'madds', 'params', 'images_per_second')
+
+
+def create_parser():
+    parser = OneLineParser(
+        usage='%(prog)s DIR --checkpoint FILE [--img-size N ...] [options]',
+        description='Evaluate a Resolution Switchable Network.',
+        epilog="The flags are those of timm's validate.py.",
+    )
+    add = parser.add_argument
+    add('data', nargs='?', metavar='DIR', help='folder of the data set, same as --data-dir')
+    add('--data-dir', metavar='DIR', help='folder of the data set')
+    add('--dataset', default='', metavar='NAME', help='kind of data set: "", "digits", or <type>/<name> as in timm')
+    add('--split', default='validation', metavar='NAME', help='split to evaluate')
+    add('--num-samples', default=None, type=int, metavar='N', help='images in an iterable split')
+    add('--dataset-download', action='store_true', help='let data sets that can be downloaded do so')
+    add('--class-map', default='', metavar='FILE', help='file that maps class names to indices')
+    add('--input-img-mode', default=None, help='PIL mode that images are converted to')
+    add('--input-key', default=None, help='key of the image in a sample')
+    add('--target-key', default=None, help='key of the label in a sample')
+    add('--dataset-trust-remote-code', action='store_true', help='let a HF data set run its own code')
+    add('-m', '--model', default=None, metavar='NAME', help='name of the model (default: that of the checkpoint)')
+    add('--pretrained', action='store_true', help='load the pretrained weights of the model')
+    add('--checkpoint', default='', metavar='PATH', help='weights to load: a training checkpoint or a state dict')
+    add('--use-ema', action='store_true', help="evaluate the checkpoint's moving average, if it holds one")
+    add('--resolutions', type=int, nargs='+', default=None, metavar='N', help="the model's resolutions")
+    add('--num-classes', type=int, default=None, help='number of classes')
+    add('--in-chans', type=int, default=None, metavar='N', help='image channels')
+    add('--gp', default=None, metavar='POOL', help='global pool')
+    add('--model-kwargs', nargs='*', default={}, action=utils.ParseKwargs, help='further model arguments as key=value')
+    add('--img-size', type=int, nargs='+', default=None, metavar='N',
+        help="sizes to evaluate at, trained or not (default: all of the model's resolutions and their ensemble)")
+    add('--crop-pct', default=None, type=float, metavar='PCT', help='share of the image that is cropped')
+    add('--crop-mode', default=None, metavar='NAME', help='how it is cropped: center, squash or border')
+    add('--mean', type=float, nargs='+', default=None, metavar='MEAN', help='pixel mean for normalization')
+    add('--std', type=float, nargs='+', default=None, metavar='STD', help='pixel standard deviation')
+    add('--interpolation', default='', metavar='NAME', help='interpolation of the images')
+    add('-b', '--batch-size', default=256, type=int, metavar='N', help='images per batch (default: 256)')
+    add('-j', '--workers', default=4, type=int, metavar='N', help='loader processes (default: 4)')
+    add('--log-freq', default=10, type=int, metavar='N', help='batches between log lines')
+    add('--pin-mem', action='store_true', help='pin memory of batches')
+    add('--channels-last', action='store_true', help='channels_last memory layout')
+    add('--device', default='cuda', help='device to run on; the CPU serves where there is no GPU')
+    add('--amp', action='store_true', help='mixed precision')
+    add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='lower precision of --amp')
+    add('--model-dtype', default=None, choices=('float32', 'float16', 'bfloat16'), help='dtype of the weights')
+    add('--torchcompile', nargs='?', default=None, const='inductor', metavar='BACKEND', help='compile the model')
+    add('--results-file', default='', metavar='FILE', help='write the table to FILE, .csv or .json')
+    return parser
+
+
+def main(argv=None):
+    utils.setup_default_logging()
+    parser = create_parser()
+    args = parser.parse_args(argv)
+    if args.results_file and not args.results_file.endswith(('.csv', '.json')):
+        parser.error(f'--results-file {args.results_file}: expected a name that ends in .csv or .json.')
+    if args.data and args.data_dir and args.data != args.data_dir:
+        parser.error(f'two data folders are given, {args.data} and --data-dir {args.data_dir}.')
+    args.data_dir = args.data_dir or args.data
+    if not args.model and not args.checkpoint:
+        parser.error('give --checkpoint, --model, or both.')
+
+    with one_line_errors('validate_rs.py'):
+        if args.img_size is not None:
+            args.img_size = check_resolutions(args.img_size)
+        if args.device.startswith('cuda') and not torch.cuda.is_available():
+            _logger.warning(f'No GPU for --device {args.device}, running on the CPU.')
+            args.device = 'cpu'
+        device = torch.device(args.device)
+        if args.checkpoint:
+            take_over_training_args(args)
+        model = build_model(args, device)
+        resolutions = args.img_size or getattr(model, 'resolutions', None)
+        if resolutions is None:
+            resolutions = (model.pretrained_cfg['input_size'][-1],)
+        madds = {r: count_madds(model, r, args.in_chans or 3) for r in resolutions}
+        for r in set(resolutions) - set(getattr(model, 'resolutions', resolutions)):
+            nearest = nearest_resolution(r, r, model.resolutions)
+            _logger.warning(f'{r} px was not trained: the BatchNorms of {nearest} px serve.')
+
+        config = resolve_input_data_config(model, args=data_args(args), verbose=True)
+        dataset = create_dataset(
+            args.dataset, args.data_dir, args.split, class_map=args.class_map, download=args.dataset_download,
+            num_samples=args.num_samples, batch_size=args.batch_size, input_key=args.input_key,
+            target_key=args.target_key, trust_remote_code=args.dataset_trust_remote_code,
+            input_img_mode=args.input_img_mode or ('L' if args.in_chans == 1 else 'RGB'),
+        )
+        num_classes = count_classes(dataset)
+        if not args.class_map and num_classes not in (None, model.num_classes):
+            raise ValueError(
+                f'Split {args.split!r} of {args.data_dir} has {num_classes} classes, '
+                f'the model has {model.num_classes}.')
+        loader = create_eval_loader(
+            dataset, resolutions, args.batch_size, config, num_workers=args.workers, pin_memory=args.pin_mem)
+        dtype = getattr(torch, args.model_dtype) if args.model_dtype else torch.float32
+        normalize = PyramidNormalizer(config['mean'], config['std'], device, dtype, args.channels_last)
+
+    autocast = nullcontext
+    if args.amp:
+        autocast = partial(torch.autocast, device_type=device.type, dtype=getattr(torch, args.amp_dtype))
+    network = torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
+    progress = tqdm(total=len(loader), desc='Test', leave=False, disable=None)
+
+    def log(batch_idx, running):
+        progress.update()
+        if batch_idx % args.log_freq == 0:
+            top1 = '  '.join(f"{key}: {row['top1']:.2f}" for key, row in running.items())
+            _logger.info(f'Test: [{batch_idx:>4d}/{len(loader)}]  Acc@1  {top1}')
+
+    metrics = evaluate(network, loader, resolutions, normalize, amp_autocast=autocast, on_batch=log)
+    progress.close()
+    params = count_parameters(model)
+    madds[ENSEMBLE] = sum(madds.values())
+    rows = [dict(row, resolution=key, madds=madds[key], params=params) for key, row in metrics.items()]
+    print(format_table(rows))
+    if args.results_file:
+        with one_line_errors('validate_rs.py'):
+            write_results(args.results_file, [{c: row[c] for c in _COLUMNS} for row in rows])
+
+
+def take_over_training_args(args):
+    """Fill in what the command line leaves open with what a training checkpoint tells of itself."""
+    if not os.path.isfile(args.checkpoint):
+        raise ValueError(f'--checkpoint {args.checkpoint}: there is no such file.')
+    saved = None
+    if not args.checkpoint.endswith('.safetensors'):
+        checkpoint = utils.load_checkpoint_metadata(args.checkpoint)
+        saved = checkpoint.get('args') if isinstance(checkpoint, dict) else None
+    if saved is None:
+        if not args.model:
+            raise ValueError(f'{args.checkpoint} does not tell its model, give --model.')
+        return
+    same_model = args.model in (None, saved.model)
+    args.model = args.model or saved.model
+    if same_model:
+        for name in ('resolutions', 'num_classes', 'in_chans', 'gp', 'model_kwargs'):
+            if not getattr(args, name):
+                setattr(args, name, getattr(saved, name, None))
+    for name in ('crop_pct', 'mean', 'std', 'interpolation'):
+        if not getattr(args, name):
+            setattr(args, name, getattr(saved, name, None))
+
+
+def build_model(args, device):
+    if ':' not in args.model and not is_model(args.model):
+        raise ValueError(explain_unknown_model(args.model))
+    kwargs = dict(args.model_kwargs or {})
+    if args.resolutions:
+        kwargs['resolutions'] = tuple(args.resolutions)
+    model = timm.create_model(
+        args.model, pretrained=args.pretrained, num_classes=args.num_classes, in_chans=args.in_chans,
+        global_pool=args.gp, **kwargs)
+    if args.checkpoint:
+        load_checkpoint(model, args.checkpoint, use_ema=args.use_ema)
+    model.to(device=device, dtype=getattr(torch, args.model_dtype) if args.model_dtype else None)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    kind = f'resolutions {model.resolutions}' if isinstance(model, SwitchableMixin) else 'one resolution'
+    _logger.info(f'Model {args.model}, {kind}, {count_parameters(model):,} parameters')
+    return model
+
+
+def data_args(args):
+    chosen = {k: getattr(args, k) for k in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')}
+    return {k: v for k, v in chosen.items() if v}
+
+
+def format_table(rows):
+    """Return the table for people; parameters are in units of 2^20, as the paper gives them."""
+    lines = [f"{'resolution':>10} {'top-1':>7} {'top-5':>7} {'loss':>7} {'MAdds':>9} {'params':>8} {'images/s':>9}"]
+    for row in rows:
+        madds = f"{row['madds'] / 1e9:.2f}G" if row['madds'] >= 1e9 else f"{row['madds'] / 1e6:.1f}M"
+        lines.append(
+            f"{row['resolution']:>10} {row['top1']:>7.2f} {row['top5']:>7.2f} {row['loss']:>7.3f} {madds:>9} "
+            f"{row['params'] / 2 ** 20:>7.2f}M {row['images_per_second']:>9.1f}")
+    return '\n'.join(lines)
+
+
+def write_results(path, rows):
+    """Write the rows as CSV or JSON; the file is there complete or not at all."""
+    partial_path = f'{path}.part'
+    with open(partial_path, 'w', newline='') as f:
+        if path.endswith('.json'):
+            json.dump(rows, f, indent=2)
+        else:
+            writer = csv.DictWriter(f, fieldnames=_COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+    os.replace(partial_path, path)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
