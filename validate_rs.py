@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from contextlib import nullcontext
 from functools import partial
 
@@ -112,6 +113,7 @@ def main(argv=None):
         for r in set(resolutions) - set(getattr(model, 'resolutions', resolutions)):
             nearest = nearest_resolution(r, r, model.resolutions)
             _logger.warning(f'{r} px was not trained: the BatchNorms of {nearest} px serve.')
+        warnings.filterwarnings('ignore', message='.* has no BatchNorm for')  # said above
 
         config = resolve_input_data_config(model, args=data_args(args), verbose=True)
         dataset = create_dataset(

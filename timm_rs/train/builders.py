@@ -2,7 +2,7 @@
 import argparse
 import logging
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import timm
 import torch
@@ -25,7 +25,15 @@ from .loss import EnsembleDistillationLoss
 from .pyramid import ResolutionPyramid
 from .task import MultiResolutionTask
 
-__all__ = ['Loaders', 'build_datasets', 'build_loaders', 'build_model', 'build_optimizer', 'build_task', 'select_device']
+__all__ = [
+    'Loaders',
+    'build_datasets',
+    'build_loaders',
+    'build_model',
+    'build_optimizer',
+    'build_task',
+    'select_device',
+]
 
 _logger = logging.getLogger('train')
 
@@ -143,7 +151,7 @@ def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:
                 f'expected {args.num_classes} as the model.')
     if not isinstance(train_set, IterableDataset) and len(train_set) < args.batch_size:
         raise ValueError(
-            f'--batch-size {args.batch_size} is more than the {len(train_set)} training images, expected a smaller one.')
+            f'--batch-size {args.batch_size} is more than the {len(train_set)} training images, expected less.')
     return train_set, eval_set
 
 
