@@ -1,20 +1,24 @@
 #!/usr/bin/env python3
 """Train a Resolution Switchable Network
 
-    python train_rs.py DIR --model rs_resnet18 --config configs/rs_resnet18.yaml
-    ./distributed_train.sh 8 DIR --model rs_resnet18 --config configs/rs_resnet18.yaml
+    python train_rs.py DIR --config configs/rs_resnet18.yaml
+    ./distributed_train.sh 8 DIR --config configs/rs_resnet18.yaml
     python train_rs.py --dataset digits --model rs_resnet10t --resolutions 32 24 16 --epochs 10
 
-The flags are those of timm's train.py, and --resolutions, --distill and --flip. The output folder holds args.yaml,
-summary.csv (accuracy at every resolution, of the ensemble, and their mean), the last and the best checkpoints.
+The flags are those of timm's train.py, and --resolutions, --distill, --flip and --memory. The output folder holds
+args.yaml, summary.csv (accuracy at every resolution, of the ensemble, and their mean), the last and the best checkpoints.
+A run that was killed goes on with --resume auto as if it had not been.
 """
 import importlib
 import logging
 import os
 import sys
+import time
 from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
+from typing import Any, Callable, Optional
 
 import torch
 import yaml
@@ -22,9 +26,11 @@ from timm import utils
 from timm.models import resume_checkpoint, safe_model_name
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-from timm_rs.errors import one_line_errors
+from timm_rs.errors import TrainingFault, one_line_errors
+from timm_rs.train import MultiResolutionTask
 from timm_rs.train.arguments import parse_args
 from timm_rs.train.builders import (
+    Loaders,
     build_datasets,
     build_loaders,
     build_model,
@@ -32,118 +38,164 @@ from timm_rs.train.builders import (
     build_task,
     select_device,
 )
-from timm_rs.train.engine import ensemble_weights, train_one_epoch, validate
+from timm_rs.train.engine import Preempted, Preemption, ensemble_weights, train_one_epoch, validate
+from timm_rs.train.saver import AtomicCheckpointSaver, Progress, find_latest
+from timm_rs.train.summary import append_summary, trim_summary
 
 _logger = logging.getLogger('train')
+
+
+@dataclass
+class Run:
+    """What a run is made of; the saver and the writer are on rank 0 only."""
+    model: torch.nn.Module
+    task: MultiResolutionTask
+    loaders: Loaders
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: Any
+    loss_scaler: Optional[Callable]
+    amp_autocast: Callable
+    output_dir: str
+    stop_epoch: int
+    saver: Optional[AtomicCheckpointSaver]
+    writer: Any
 
 
 def main(argv=None):
     utils.setup_default_logging()
     args = parse_args(argv)
     args_text = yaml.safe_dump(vars(args), default_flow_style=False)
-
     with one_line_errors('train_rs.py'):
-        for module in args.device_modules or ():
-            importlib.import_module(module)
-        device = select_device(args)
-        if torch.cuda.is_available():
-            torch.backends.cuda.matmul.allow_tf32 = True
-            torch.backends.cudnn.benchmark = True
-        utils.random_seed(args.seed, args.rank)
-        output_dir, resume = find_output(args)
-        datasets = build_datasets(args)
-        model = build_model(args, device)
-        loaders = build_loaders(args, model, device, *datasets)
-        task = build_task(args, model, device)
-        optimizer = build_optimizer(args, model)
+        run = set_up(args, args_text)
 
-        amp_autocast, loss_scaler = nullcontext, None
-        if args.amp:
-            dtype = getattr(torch, args.amp_dtype)
-            amp_autocast = partial(torch.autocast, device_type=device.type, dtype=dtype)
-            if device.type == 'cuda' and dtype == torch.float16:
-                loss_scaler = utils.NativeScaler(device=device.type)
-        if args.model_ema:
-            ema_device = 'cpu' if args.model_ema_force_cpu else None
-            task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=ema_device)
-
-        start_epoch = 0
-        if resume:
-            start_epoch = resume_run(resume, args, model, task, optimizer, loss_scaler)
-        if args.start_epoch is not None:
-            start_epoch = args.start_epoch
-        if args.torchcompile:
-            task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
-        if args.distributed:
-            device_ids = [device] if device.type == 'cuda' else None
-            task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb)
-
-        updates_per_epoch = (len(loaders.train) + args.grad_accum_steps - 1) // args.grad_accum_steps
-        decreasing = args.eval_metric.startswith('loss')
-        lr_scheduler, num_epochs = create_scheduler_v2(
-            optimizer, **scheduler_kwargs(args, decreasing_metric=decreasing), updates_per_epoch=updates_per_epoch)
-        if lr_scheduler is not None and start_epoch > 0:
-            if args.sched_on_updates:
-                lr_scheduler.step_update(start_epoch * updates_per_epoch)
-            else:
-                lr_scheduler.step(start_epoch)
-
-        saver = None
-        if utils.is_primary(args):
-            os.makedirs(output_dir, exist_ok=True)
-            saver = utils.CheckpointSaver(
-                model=model, optimizer=optimizer, args=args, amp_scaler=loss_scaler, checkpoint_dir=output_dir,
-                recovery_dir=output_dir, decreasing=decreasing, max_history=args.checkpoint_hist, task=task)
-            if resume and os.path.dirname(resume) == output_dir:
-                saver.load_state_dict_from_checkpoint(resume)
-                utils.trim_summary(os.path.join(output_dir, 'summary.csv'), start_epoch)
-            with open(os.path.join(output_dir, 'args.yaml'), 'w') as f:
-                f.write(args_text)
-            if args.log_wandb:
-                import wandb
-                wandb.init(
-                    project=args.wandb_project, name=args.experiment, config=vars(args), tags=args.wandb_tags,
-                    resume='must' if args.wandb_resume_id else None, id=args.wandb_resume_id or None)
-
-    stop_epoch = num_epochs if args.stop_epoch is None else min(args.stop_epoch, num_epochs)
-    if utils.is_primary(args):
-        _logger.info(
-            f'Training {args.model} at {" ".join(map(str, args.resolutions))} for {stop_epoch} epochs of '
-            f'{updates_per_epoch} updates, distillation {args.distill}. Output: {output_dir}')
-    best_metric = best_epoch = None
-    for epoch in range(start_epoch, stop_epoch):
-        if hasattr(loaders.train.sampler, 'set_epoch'):
-            loaders.train.sampler.set_epoch(epoch)
-        train_metrics = train_one_epoch(
-            epoch, task, loaders, optimizer, args, lr_scheduler, loss_scaler, amp_autocast, saver, output_dir)
-        if args.distributed and args.dist_bn:
-            utils.distribute_bn(model, args.world_size, args.dist_bn == 'reduce')
-
-        milestone = epoch + 1 in (args.save_epochs or ())
-        eval_metrics = None
-        if (epoch + 1) % args.val_interval == 0 or epoch + 1 == stop_epoch or milestone:
-            eval_metrics = validate(task.get_eval_model(), loaders, args, amp_autocast)
-            if task.has_ema() and not args.model_ema_force_cpu:
-                ema = task.get_eval_model(ema=True)
-                if args.distributed and args.dist_bn:
-                    utils.distribute_bn(ema, args.world_size, args.dist_bn == 'reduce')
-                eval_metrics = validate(ema, loaders, args, amp_autocast, name='Test (EMA)')
-        if lr_scheduler is not None:
-            metric = eval_metrics[args.eval_metric] if eval_metrics else None
-            lr_scheduler.step(epoch + 1, metric)
-
-        if saver is not None and eval_metrics:
-            lrs = [g['lr'] for g in optimizer.param_groups]
-            utils.update_summary(
-                epoch, dict(train_metrics, **ensemble_weights(model)), eval_metrics,
-                filename=os.path.join(output_dir, 'summary.csv'), lr=sum(lrs) / len(lrs), log_wandb=args.log_wandb)
-            best_metric, best_epoch = saver.save_checkpoint(epoch, metric=eval_metrics[args.eval_metric])
-            if milestone:
-                saver.save_milestone(epoch + 1)
+    preemption = Preemption()
+    try:
+        fit(run, args, preemption)
+    except Preempted:
+        progress = run.task.progress
+        if run.saver is not None:
+            run.saver.save_recovery(progress.epoch, progress.batch)
+            _logger.warning(
+                f'SIGTERM: saved after batch {progress.batch} of epoch {progress.epoch}, '
+                f'go on with --resume auto --output {os.path.dirname(run.output_dir)} '
+                f'--experiment {os.path.basename(run.output_dir)}.')
+        raise SystemExit(128 + 15) from None
+    except TrainingFault as e:
+        print(f'train_rs.py: error: {e}', file=sys.stderr)
+        raise SystemExit(1) from e
     if args.distributed:
         torch.distributed.destroy_process_group()
-    if best_metric is not None:
-        _logger.info(f'*** Best {args.eval_metric}: {best_metric:.2f} (epoch {best_epoch})')
+
+
+def set_up(args, args_text):
+    """Build all parts of the run, restored from the checkpoint to resume, if any."""
+    for module in args.device_modules or ():
+        importlib.import_module(module)
+    device = select_device(args)
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    output_dir, resume = find_output(args)
+    if args.distributed:
+        torch.distributed.barrier()  # nobody writes before all have looked
+
+    utils.random_seed(args.seed, args.rank)
+    datasets = build_datasets(args)
+    model = build_model(args, device)
+    loaders = build_loaders(args, model, device, *datasets)
+    task = build_task(args, model, device)
+    optimizer = build_optimizer(args, model)
+    amp_autocast, loss_scaler = nullcontext, None
+    if args.amp:
+        dtype = getattr(torch, args.amp_dtype)
+        amp_autocast = partial(torch.autocast, device_type=device.type, dtype=dtype)
+        if dtype == torch.float16:
+            loss_scaler = utils.NativeScaler(device=device.type)
+    if args.model_ema:
+        ema_device = 'cpu' if args.model_ema_force_cpu else None
+        task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=ema_device)
+    checkpoint = resume_run(resume, args, model, task, optimizer, loss_scaler) if resume else None
+    if args.start_epoch is not None:
+        task.progress = Progress(args.start_epoch)
+    if args.torchcompile:
+        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+    if args.distributed:
+        device_ids = [device] if device.type == 'cuda' else None
+        task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb)
+
+    decreasing = args.eval_metric.startswith('loss')
+    updates_per_epoch = (len(loaders.train) + args.grad_accum_steps - 1) // args.grad_accum_steps
+    lr_scheduler, num_epochs = create_scheduler_v2(
+        optimizer, **scheduler_kwargs(args, decreasing_metric=decreasing), updates_per_epoch=updates_per_epoch)
+    progress = task.progress
+    if lr_scheduler is not None and (progress.epoch or progress.batch):
+        if args.sched_on_updates:
+            lr_scheduler.step_update(progress.epoch * updates_per_epoch + progress.batch // args.grad_accum_steps)
+        else:
+            lr_scheduler.step(progress.epoch)
+
+    saver = writer = None
+    if utils.is_primary(args):
+        os.makedirs(output_dir, exist_ok=True)
+        saver = AtomicCheckpointSaver(
+            model=model, optimizer=optimizer, args=args, amp_scaler=loss_scaler, checkpoint_dir=output_dir,
+            recovery_dir=output_dir, decreasing=decreasing, max_history=args.checkpoint_hist, task=task)
+        if resume and os.path.dirname(resume) == output_dir:
+            trim_summary(os.path.join(output_dir, 'summary.csv'), progress.epoch)
+            saver.resume(checkpoint)
+        with open(os.path.join(output_dir, 'args.yaml'), 'w') as f:
+            f.write(args_text)
+        writer = open_writer(args, output_dir)
+        _logger.info(
+            f'Training {args.model} at {" ".join(map(str, args.resolutions))} for {args.stop_epoch or num_epochs} epochs '
+            f'of {updates_per_epoch} updates, distillation {args.distill}. Output: {output_dir}')
+    return Run(
+        model, task, loaders, optimizer, lr_scheduler, loss_scaler, amp_autocast, output_dir,
+        min(args.stop_epoch or num_epochs, num_epochs), saver, writer)
+
+
+def fit(run, args, preemption):
+    """Train, validate and save, epoch by epoch."""
+    while run.task.progress.epoch < run.stop_epoch:
+        epoch = run.task.progress.epoch
+        start, first_image = time.perf_counter(), run.task.progress.num_images
+        train_metrics = train_one_epoch(
+            run.task.progress, run.task, run.loaders, run.optimizer, args, preemption, run.lr_scheduler,
+            run.loss_scaler, run.amp_autocast, run.saver, run.output_dir)
+        images = (run.task.progress.num_images - first_image) * args.world_size
+        rate = images / (time.perf_counter() - start)
+        if args.distributed and args.dist_bn:
+            utils.distribute_bn(run.model, args.world_size, args.dist_bn == 'reduce')
+
+        milestone = epoch + 1 in (args.save_epochs or ())
+        eval_metrics = {}
+        if (epoch + 1) % args.val_interval == 0 or epoch + 1 == run.stop_epoch or milestone:
+            eval_metrics = validate(run.task.get_eval_model(), run.loaders, args, preemption, run.amp_autocast)
+            if run.task.has_ema() and not args.model_ema_force_cpu:
+                ema = run.task.get_eval_model(ema=True)
+                if args.distributed and args.dist_bn:
+                    utils.distribute_bn(ema, args.world_size, args.dist_bn == 'reduce')
+                eval_metrics = validate(ema, run.loaders, args, preemption, run.amp_autocast, name='Test (EMA)')
+        metric = eval_metrics.get(args.eval_metric)
+        if run.lr_scheduler is not None:
+            run.lr_scheduler.step(epoch + 1, metric)
+
+        run.task.progress = Progress(epoch + 1)
+        if run.saver is not None:
+            lrs = [g['lr'] for g in run.optimizer.param_groups]
+            row = {f'train_{k}': v for k, v in dict(train_metrics, **ensemble_weights(run.model)).items()}
+            row.update({f'eval_{k}': v for k, v in eval_metrics.items()}, lr=sum(lrs) / len(lrs))
+            append_summary(os.path.join(run.output_dir, 'summary.csv'), dict(epoch=epoch, **row))
+            write_scalars(run.writer, epoch, dict(row, images_per_second=rate))
+            _logger.info(f'Epoch {epoch}: {rate:.1f} images/s')
+            if eval_metrics:
+                run.saver.save_checkpoint(epoch, metric=metric)
+            else:
+                run.saver.save_recovery(epoch, batch_idx=len(run.loaders.train) - 1)
+            if milestone:
+                run.saver.save_milestone(epoch + 1)
+    if run.saver is not None and run.saver.best_metric is not None:
+        _logger.info(f'*** Best {args.eval_metric}: {run.saver.best_metric:.2f} (epoch {run.saver.best_epoch})')
 
 
 def find_output(args):
@@ -155,36 +207,58 @@ def find_output(args):
         str(max(args.resolutions)) if args.resolutions else 'default',
     ])
     output_dir = os.path.join(root, name)
-    resume = args.resume
-    if resume == 'auto':
-        last = os.path.join(output_dir, 'last.pth.tar')
-        resume = last if os.path.exists(last) else ''
-    elif resume and not os.path.isfile(resume):
+    resume = find_latest(output_dir) if args.resume == 'auto' else args.resume
+    if resume and not os.path.isfile(resume):
         raise ValueError(f'--resume {resume}: there is no such checkpoint.')
     in_place = resume and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(output_dir)
-    if os.path.isdir(output_dir) and os.listdir(output_dir) and not in_place:
+    unfinished = args.resume == 'auto' and not resume  # killed before its first checkpoint
+    if os.path.isdir(output_dir) and os.listdir(output_dir) and not in_place and not unfinished:
         raise ValueError(
             f'Output folder {output_dir} exists and is not overwritten, give another --experiment or --resume auto.')
     return output_dir, os.path.join(output_dir, os.path.basename(resume)) if in_place else resume
 
 
 def resume_run(path, args, model, task, optimizer, loss_scaler):
-    """Restore a checkpoint of a run of the same resolutions and return the epoch to go on with."""
+    """Restore a checkpoint of a run of the same network and return what else it holds."""
     checkpoint = utils.load_checkpoint_metadata(path)
     saved = checkpoint.get('args') if isinstance(checkpoint, dict) else None
-    if saved is None:
-        raise ValueError(f'--resume {path} is no training checkpoint, load it with --initial-checkpoint.')
+    if saved is None or 'task_state' not in checkpoint:
+        raise ValueError(f'--resume {path} is no checkpoint of train_rs.py, load it with --initial-checkpoint.')
     for name in ('model', 'resolutions', 'num_classes'):
         if getattr(saved, name, None) != getattr(args, name):
             raise ValueError(
                 f"--resume {path} was trained with --{name.replace('_', '-')} {getattr(saved, name, None)}, "
                 f'now it is {getattr(args, name)}.')
-    start_epoch = resume_checkpoint(
+    resume_checkpoint(
         model, path, optimizer=None if args.no_resume_opt else optimizer,
         loss_scaler=None if args.no_resume_opt else loss_scaler, log_info=utils.is_primary(args))
     if task.has_ema() and 'state_dict_ema' in checkpoint:
         task.load_checkpoint_state(checkpoint['state_dict_ema'], ema=True)
-    return start_epoch or 0
+    task.load_task_state(checkpoint['task_state'])
+    return checkpoint
+
+
+def open_writer(args, output_dir):
+    """Return a TensorBoard writer, wandb, or None."""
+    if args.log_tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+        return SummaryWriter(output_dir)
+    if args.log_wandb:
+        import wandb
+        wandb.init(
+            project=args.wandb_project, name=args.experiment or os.path.basename(output_dir), config=vars(args),
+            tags=args.wandb_tags, resume='must' if args.wandb_resume_id else None, id=args.wandb_resume_id or None)
+        return wandb
+    return None
+
+
+def write_scalars(writer, epoch, scalars):
+    if hasattr(writer, 'add_scalar'):
+        for name, value in scalars.items():
+            writer.add_scalar(name.replace('_', '/', 1), value, epoch)
+        writer.flush()
+    elif writer is not None:
+        writer.log(dict(scalars, epoch=epoch))
 
 
 if __name__ == '__main__':

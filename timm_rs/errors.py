@@ -5,9 +5,13 @@ import sys
 from contextlib import contextmanager
 from typing import Iterator
 
-__all__ = ['OneLineParser', 'one_line_errors']
+__all__ = ['OneLineParser', 'TrainingFault', 'one_line_errors']
 
 _logger = logging.getLogger(__name__)
+
+
+class TrainingFault(RuntimeError):
+    """Training cannot go on; the message says why and what may help."""
 
 
 @contextmanager

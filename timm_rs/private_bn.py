@@ -73,7 +73,8 @@ class Switch:
         self.resolutions = resolutions
         self.active = resolutions[0]
         self.key = str(self.active)
-        self.checkpointing = False
+        self.checkpointing = False  # layers are recomputed in the backward pass
+        self.recompute = False  # so are whole resolutions
         self.warned = set()  # untrained input sizes that were warned about
 
     def to(self, resolution: int) -> None:

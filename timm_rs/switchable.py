@@ -6,13 +6,16 @@ parameter names and remains an instance of its own class, so everything that tim
 """
 import copy
 import warnings
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import chain
-from typing import Any, Callable, List, Sequence, Set, Tuple, Union
+from typing import Any, Callable, ContextManager, Iterator, List, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from .checkpoint import adapt_state_dict, nearest_resolution
 from .private_bn import PrivateBN, Switch, check_resolutions
@@ -169,16 +172,27 @@ class SwitchableMixin:
         super().set_grad_checkpointing(enable)
         self._switch.checkpointing = enable
 
+    def set_resolution_checkpointing(self, enable: bool = True) -> None:
+        """Keep no activations of a list of resolutions, and recompute each in turn in the backward pass.
+
+        The peak is then that of one resolution instead of all, for one more forward. Gradients stay the same, and the
+        running statistics of BN are updated once.
+        """
+        self._switch.recompute = enable
+
     def _forward_pyramid(self, pyramid: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> List[Any]:
         sizes = [tuple(x.shape[-2:]) for x in pyramid]
         if sorted(sizes, reverse=True) != [(r, r) for r in self.resolutions]:
             got = ', '.join(f'{h}x{w}' for h, w in sizes) or 'none'
             raise ValueError(f'Got a list of {len(sizes)} sizes ({got}), expected each of {self.resolutions} once.')
         before = self.resolution
-        try:
-            return [SwitchableMixin.forward(self, x, *args, **kwargs) for x in pyramid]
-        finally:
-            self.switch_to(before)
+        forward = partial(SwitchableMixin.forward, self)
+        if self._switch.recompute and self.training and torch.is_grad_enabled():
+            contexts = partial(_recompute_contexts, self)
+            forward = partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
+        outputs = [forward(x, *args, **kwargs) for x in pyramid]
+        self.switch_to(before)  # after a failure the active resolution is the one that failed
+        return outputs
 
     def _forward_untrained_size(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         height, width = (int(s) for s in x.shape[-2:])
@@ -222,6 +236,26 @@ class SwitchableMixin:
 
     def __reduce_ex__(self, protocol: int) -> Tuple[Callable, Tuple, dict]:
         return _new_switchable, (self._plain_class,), self.__dict__.copy()
+
+
+def _recompute_contexts(module: nn.Module) -> Tuple[ContextManager, ContextManager]:
+    """Return the contexts of a checkpointed forward and of its recomputation."""
+    return nullcontext(), _frozen_statistics(module)
+
+
+@contextmanager
+def _frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Normalize with batch statistics as in training, but leave the running ones alone."""
+    layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    before = [(m.momentum, m.num_batches_tracked) for m in layers]
+    for layer in layers:
+        layer.momentum = 0.  # still passes the running statistics on: as many tensors are saved as in the forward
+        layer.num_batches_tracked = layer.num_batches_tracked.clone()
+    try:
+        yield
+    finally:
+        for layer, (momentum, num_batches) in zip(layers, before):
+            layer.momentum, layer.num_batches_tracked = momentum, num_batches
 
 
 def _switchable_class(plain: type) -> type:

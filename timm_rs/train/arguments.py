@@ -68,6 +68,9 @@ def create_parser() -> argparse.ArgumentParser:
     add('--flip', default='shared', choices=ResolutionPyramid.FLIPS,
         help='flip an image once for all resolutions (default) or anew for each')
 
+    add('--memory', default='default', choices=('default', 'lean'),
+        help='lean: hold the activations of one resolution at a time, for one more forward pass')
+
     add = parser.add_argument_group('Data set').add_argument
     add('--data-dir', metavar='DIR', help='folder of the data set')
     add('--dataset', default='', metavar='NAME',
@@ -227,6 +230,7 @@ def create_parser() -> argparse.ArgumentParser:
     add('--checkpoint-hist', type=int, default=10, metavar='N', help='best checkpoints to keep')
     add('--save-epochs', type=int, nargs='+', default=None, metavar='N', help='epochs to keep a milestone of')
     add('-j', '--workers', type=int, default=4, metavar='N', help='loader processes')
+    add('--max-unreadable', type=int, default=100, metavar='N', help='unreadable images that end training if exceeded')
     add('--save-images', action='store_true', help='save a batch of training images at every log line')
     add('--pin-mem', action='store_true', help='pin memory of batches')
     add('--no-prefetcher', action='store_true', help='normalize on the CPU instead of on the device')
@@ -235,6 +239,7 @@ def create_parser() -> argparse.ArgumentParser:
     add('--eval-metric', default='top1_mean', metavar='NAME',
         help='metric of the best checkpoint, e.g. top1_160, top1_ens or top1_mean, over resolutions (default)')
     add('--use-multi-epochs-loader', action='store_true', help='keep loader workers between epochs')
+    add('--log-tensorboard', action='store_true', help='log to TensorBoard, in the output folder')
     add('--log-wandb', action='store_true', help='log to wandb')
     add('--wandb-project', default=None, help='wandb project')
     add('--wandb-tags', nargs='+', default=[], help='wandb tags')
@@ -339,6 +344,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f'--amp keeps the weights in float32, so it does not go with --model-dtype {args.model_dtype}.')
     if args.resume == 'auto' and not args.experiment:
         parser.error('--resume auto needs --experiment, the name of the run to go on with.')
+    if args.memory == 'lean' and args.torchcompile:
+        parser.error('--memory lean recomputes outside the compiled graph, so it does not go with --torchcompile.')
     if args.drop_connect is not None:
         args.drop_path = args.drop_connect if args.drop_path is None else args.drop_path
     if args.bce_loss:
@@ -349,7 +356,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 _LEAST = dict(
     epochs=1, batch_size=1, validation_batch_size=1, grad_accum_steps=1, num_classes=1, in_chans=1, workers=0,
-    log_interval=1, val_interval=1, recovery_interval=0, checkpoint_hist=1, stop_epoch=1, start_epoch=0,
+    log_interval=1, max_unreadable=0, val_interval=1, recovery_interval=0, checkpoint_hist=1, stop_epoch=1,
+    start_epoch=0,
 )
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from timm.data import FastCollateMixup, Mixup, create_loader
 from timm.data.model_config import resolve_input_data_config
+from timm.data.random_erasing import RandomErasing
 from timm.layers import convert_sync_batchnorm, set_fast_norm
 from timm.loss import create_classification_loss
 from timm.models import is_model
@@ -21,6 +22,7 @@ from ..evaluate import count_madds
 from ..private_bn import check_resolutions
 from ..rs_models import PREFIX, RESOLUTIONS, explain_unknown_model
 from .arguments import largest_size_conflict
+from .determinism import EpochSampler, ReadErrors, SteadyDataset, mix_seed
 from .loss import EnsembleDistillationLoss
 from .pyramid import ResolutionPyramid
 from .task import MultiResolutionTask
@@ -47,12 +49,18 @@ class Loaders:
         eval: Of (list of uint8 images per resolution, targets).
         normalize: Brings evaluation images to the device.
         mixup: Mixes a training batch in the loop, None where the loader does or nobody does.
+        erase: Erases parts of a training batch in the loop, None where the loader does or nobody does.
+        order: Of the training images, None where the data set has its own.
+        errors: Images that could not be read.
         eval_samples: Images of this process that count in evaluation, None if unknown.
     """
     train: Any
     eval: Any
     normalize: Callable[[torch.Tensor], torch.Tensor]
     mixup: Optional[Mixup]
+    erase: Optional[RandomErasing]
+    order: Optional[EpochSampler]
+    errors: ReadErrors
     eval_samples: Optional[int]
 
 
@@ -111,6 +119,8 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
         nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(True)
+    if args.memory == 'lean':
+        model.set_resolution_checkpointing(True)
     model.to(device=device, dtype=getattr(torch, args.model_dtype) if args.model_dtype else None)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -178,13 +188,21 @@ def build_loaders(
         else:
             mixup = Mixup(**mixup_kwargs)
     dtype = getattr(torch, args.model_dtype) if args.model_dtype else torch.float32
+    erase = None
+    if args.reprob > 0 and prefetcher and not args.no_aug:  # here and not in the prefetcher, which runs a batch ahead
+        erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device)
+    errors = ReadErrors(args.max_unreadable)
+    if not isinstance(train_set, IterableDataset):
+        train_set = SteadyDataset(train_set, mix_seed(args.seed, args.rank), errors)
+    if not isinstance(eval_set, IterableDataset):
+        eval_set = SteadyDataset(eval_set, 0, errors)
     train_loader = create_loader(
         train_set,
         input_size=(args.in_chans, args.resolutions[0], args.resolutions[0]),
         batch_size=args.batch_size,
         is_training=True,
         no_aug=args.no_aug,
-        re_prob=args.reprob,
+        re_prob=0. if erase is not None else args.reprob,
         re_mode=args.remode,
         re_count=args.recount,
         train_crop_mode=args.train_crop_mode,
@@ -211,6 +229,10 @@ def build_loaders(
         use_multi_epochs_loader=args.use_multi_epochs_loader,
         worker_seeding=args.worker_seeding,
     )
+    order = None
+    if not isinstance(train_set, IterableDataset) and not args.use_multi_epochs_loader:
+        batch_sampler = train_loader.batch_sampler
+        order = batch_sampler.sampler = EpochSampler(batch_sampler.sampler, args.seed, args.batch_size)
     eval_loader = create_eval_loader(
         eval_set, args.resolutions, args.validation_batch_size or args.batch_size, data_config, args.workers,
         args.distributed, args.pin_mem,
@@ -219,7 +241,7 @@ def build_loaders(
     if args.distributed and hasattr(eval_set, '__len__'):
         eval_samples = len(range(args.rank, len(eval_set), args.world_size))
     normalize = PyramidNormalizer(data_config['mean'], data_config['std'], device, dtype, args.channels_last)
-    return Loaders(train_loader, eval_loader, normalize, mixup, eval_samples)
+    return Loaders(train_loader, eval_loader, normalize, mixup, erase, order, errors, eval_samples)
 
 
 def build_task(args: argparse.Namespace, model: nn.Module, device: torch.device) -> MultiResolutionTask:

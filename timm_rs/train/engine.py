@@ -2,10 +2,11 @@
 import argparse
 import logging
 import os
+import signal
 import time
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Callable, Dict, Optional, Union
+from typing import Any, Callable, Dict, List, Optional, Union
 
 import torch
 import torch.nn as nn
@@ -13,33 +14,95 @@ import torchvision
 from timm import utils
 from tqdm import tqdm
 
+from ..errors import TrainingFault
 from ..evaluate import average, evaluate
 from .builders import Loaders
-from .task import MultiResolutionTask
+from .determinism import seed_all
+from .saver import AtomicCheckpointSaver, Progress
+from .task import TERMS, MultiResolutionTask
 
-__all__ = ['ensemble_weights', 'flatten_metrics', 'train_one_epoch', 'validate']
+__all__ = [
+    'Preempted',
+    'Preemption',
+    'ensemble_weights',
+    'flatten_metrics',
+    'train_one_epoch',
+    'validate',
+]
 
 _logger = logging.getLogger('train')
-_TERMS = ('loss', 'classification', 'ensemble', 'distillation')
+
+
+class Preempted(Exception):
+    """The process was asked to end."""
+
+
+class Preemption:
+    """Notes a SIGTERM, for the loop to end at the next safe point."""
+
+    def __init__(self):
+        self.requested = False
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, *_: Any) -> None:
+        self.requested = True
+
+    def check(self) -> None:
+        """Raise Preempted if a SIGTERM has come."""
+        if self.requested:
+            raise Preempted
+
+
+class _Faults:
+    """Finds the first step whose loss is not finite, without waiting for the device at every step."""
+
+    def __init__(self, resolutions: List[int], device: torch.device):
+        self.resolutions = resolutions
+        self.step = torch.full((), -1, device=device, dtype=torch.int64)
+        self.finite = torch.ones(len(resolutions), device=device, dtype=torch.bool)
+        self.at_once = device.type == 'cpu'
+
+    def note(self, step: int, losses: Dict[str, Any]) -> None:
+        finite = torch.stack([z.detach().isfinite().all() for z in losses['output']])
+        first = (self.step < 0) & ~(losses['loss'].detach().isfinite() & finite.all())
+        self.step = torch.where(first, step, self.step)
+        self.finite = torch.where(first, finite, self.finite)
+        if self.at_once:
+            self.check()
+
+    def check(self) -> None:
+        step = self.step.item()
+        if step >= 0:
+            where = [str(r) for r, fine in zip(self.resolutions, self.finite.tolist()) if not fine]
+            place = f"logits at resolution {', '.join(where)}" if where else 'loss of finite logits'
+            raise TrainingFault(
+                f'The loss is not finite at batch {step}: {place}. The last checkpoint is kept; a lower --lr, '
+                '--clip-grad or --amp-dtype bfloat16 may help.')
 
 
 def train_one_epoch(
-        epoch: int,
+        progress: Progress,
         task: MultiResolutionTask,
         loaders: Loaders,
         optimizer: torch.optim.Optimizer,
         args: argparse.Namespace,
+        preemption: Preemption,
         lr_scheduler: Any = None,
         loss_scaler: Optional[Callable] = None,
         amp_autocast: Callable = nullcontext,
-        saver: Optional[utils.CheckpointSaver] = None,
+        saver: Optional[AtomicCheckpointSaver] = None,
         output_dir: Optional[str] = None,
 ) -> Dict[str, float]:
-    """Train for one epoch.
+    """Train for the rest of an epoch, keeping progress up to date.
 
     Returns:
-        Means over the epoch's images of the loss and its terms, and images per second over all processes.
+        Means over the epoch's images, of all processes, of the loss and its terms.
+
+    Raises:
+        TrainingFault: The loss is not finite, or memory ran out.
+        Preempted: The process was asked to end; progress tells where it is.
     """
+    epoch = progress.epoch
     if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
         if loaders.mixup is not None:
             loaders.mixup.mixup_enabled = False
@@ -47,59 +110,80 @@ def train_one_epoch(
     task.train()
     device = task.device
     accum_steps = args.grad_accum_steps
-    last_accum_steps = len(loaders.train) % accum_steps or accum_steps
-    updates_per_epoch = (len(loaders.train) + accum_steps - 1) // accum_steps
-    last_idx = len(loaders.train) - 1
-    num_updates = epoch * updates_per_epoch
-    sums = torch.zeros(len(_TERMS), device=device, dtype=torch.float64)
-    num_images = 0
-    start = window_start = time.perf_counter()
-    window_images = 0
-    data_time = 0.
-    fetch_start = start
+    num_batches = len(loaders.train)
+    last_accum_steps = num_batches % accum_steps or accum_steps
+    updates_per_epoch = (num_batches + accum_steps - 1) // accum_steps
+    last_idx = num_batches - 1
+    num_updates = epoch * updates_per_epoch + progress.batch // accum_steps
+    sums = torch.tensor(progress.sums or [0.] * len(TERMS), device=device, dtype=torch.float64)
+    faults = _Faults(args.resolutions, device)
+    clip_parameters = partial(task.get_clip_parameters, exclude_head='agc' in args.clip_mode)
+    window_start = fetch_start = time.perf_counter()
+    window_images, data_time = 0, 0.
 
+    seed_all(args.seed, args.rank, epoch)
+    if loaders.order is not None:
+        loaders.order.set_epoch(epoch, progress.batch)
+    elif hasattr(loaders.train.sampler, 'set_epoch'):
+        loaders.train.sampler.set_epoch(epoch)
+    batches = tqdm(
+        enumerate(loaders.train, start=progress.batch if loaders.order is not None else 0),
+        desc=f'Train {epoch}', total=num_batches, initial=progress.batch, leave=False,
+        disable=None if args.rank == 0 else True,
+    )
     optimizer.zero_grad()
-    progress = tqdm(loaders.train, desc=f'Train {epoch}', leave=False, disable=None if args.rank == 0 else True)
-    for batch_idx, (images, target) in enumerate(progress):
+    for batch_idx, (images, target) in batches:
+        if batch_idx < progress.batch:  # a stream begins anew, its first batches are done
+            continue
+        seed_all(args.seed, args.rank, epoch, batch_idx)
         if args.no_prefetcher:
             images, target = images.to(device, dtype=loaders.normalize.mean.dtype), target.to(device)
             if loaders.mixup is not None:
                 images, target = loaders.mixup(images, target)
+        if loaders.erase is not None:
+            images = loaders.erase(images)
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         data_time += time.perf_counter() - fetch_start
         need_update = batch_idx == last_idx or (batch_idx + 1) % accum_steps == 0
         steps = last_accum_steps if batch_idx > last_idx - last_accum_steps else accum_steps
 
-        with nullcontext() if need_update else task.no_sync():
-            with amp_autocast():
-                losses = task(images, target)
-            loss = losses['loss'] / steps
-            clip_parameters = partial(task.get_clip_parameters, exclude_head='agc' in args.clip_mode)
-            if loss_scaler is not None:
-                loss_scaler(
-                    loss, optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode,
-                    parameters=clip_parameters(), need_update=need_update)
-            else:
-                loss.backward()
-                if need_update:
-                    if args.clip_grad is not None:
-                        utils.dispatch_clip_grad(clip_parameters(), value=args.clip_grad, mode=args.clip_mode)
-                    optimizer.step()
+        try:
+            with nullcontext() if need_update else task.no_sync():
+                with amp_autocast():
+                    losses = task(images, target)
+                faults.note(batch_idx, losses)
+                loss = losses['loss'] / steps
+                if loss_scaler is not None:
+                    loss_scaler(
+                        loss, optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode,
+                        parameters=clip_parameters(), need_update=need_update)
+                else:
+                    loss.backward()
+                    if need_update:
+                        if args.clip_grad is not None:
+                            utils.dispatch_clip_grad(clip_parameters(), value=args.clip_grad, mode=args.clip_mode)
+                        optimizer.step()
+        except torch.OutOfMemoryError as e:
+            raise TrainingFault(_explain_out_of_memory(task, args, e)) from e
+        sums += torch.stack([losses[term].detach() for term in TERMS]).double() * len(images)
+        progress.num_images += len(images)
+        progress.batch = batch_idx + 1
+        window_images += len(images)
+        loaders.errors.check()
+
         if need_update:
             optimizer.zero_grad()
             num_updates += 1
             task.update_ema(step=num_updates)
-        sums += torch.stack([losses[term].detach() for term in _TERMS]).double() * len(images)
-        num_images += len(images)
-        window_images += len(images)
-        if args.synchronize_step and device.type == 'cuda':
-            torch.cuda.synchronize()
-
-        if need_update:
+            if args.synchronize_step and device.type == 'cuda':
+                torch.cuda.synchronize()
+            if lr_scheduler is not None:
+                lr_scheduler.step_update(num_updates=num_updates)
             update_idx = batch_idx // accum_steps
             if update_idx % args.log_interval == 0 or batch_idx == last_idx:
-                means = (sums / num_images).tolist()
+                faults.check()
+                means = (sums / progress.num_images).tolist()
                 now = time.perf_counter()
                 if utils.is_primary(args):
                     rate = window_images * args.world_size / (now - window_start)
@@ -111,27 +195,44 @@ def train_one_epoch(
                         f'Cls: {means[1]:#.3g}  Ens: {means[2]:#.3g}  Dis: {means[3]:#.3g}  '
                         f'Rate: {rate:.1f}/s  LR: {lr:.3e}  Data: {data_time:.2f}s')
                     if args.save_images and output_dir:
-                        torchvision.utils.save_image(
-                            images, os.path.join(output_dir, f'train-batch-{batch_idx}.jpg'), padding=0, normalize=True)
+                        path = os.path.join(output_dir, f'train-batch-{batch_idx}.jpg')
+                        torchvision.utils.save_image(images, path, padding=0, normalize=True)
                 window_start, window_images, data_time = now, 0, 0.
-            if saver is not None and args.recovery_interval and (update_idx + 1) % args.recovery_interval == 0:
-                saver.save_recovery(epoch, batch_idx=update_idx)
-            if lr_scheduler is not None:
-                lr_scheduler.step_update(num_updates=num_updates)
+            recover = args.recovery_interval and (update_idx + 1) % args.recovery_interval == 0
+            if recover or preemption.requested:
+                faults.check()
+                progress.sums = sums.tolist()
+                if recover and saver is not None:
+                    saver.save_recovery(epoch, batch_idx=batch_idx)
+                preemption.check()
         fetch_start = time.perf_counter()
 
+    faults.check()
+    progress.sums = sums.tolist()
+    count = torch.tensor(progress.num_images, device=device, dtype=torch.float64)
     if args.distributed:
         torch.distributed.all_reduce(sums)
-    means = (sums / (num_images * args.world_size)).tolist()
-    rate = num_images * args.world_size / (time.perf_counter() - start)
-    return dict(zip(_TERMS, means), images_per_second=rate)
+        torch.distributed.all_reduce(count)
+    unreadable = loaders.errors.summary()
+    if unreadable:
+        _logger.warning(unreadable)
+    return dict(zip(TERMS, (sums / count).tolist()))
+
+
+def _explain_out_of_memory(task: MultiResolutionTask, args: argparse.Namespace, error: Exception) -> str:
+    resolution = utils.unwrap_model(task.get_trainable_module()).resolution
+    return (
+        f'Out of memory at resolution {resolution} with a batch of {args.batch_size}: a smaller --batch-size with '
+        f'--grad-accum-steps, --memory lean, --grad-checkpointing, --amp or --channels-last may help. '
+        f"({' '.join(str(error).split())[:200]})")
 
 
 def validate(
         model: nn.Module,
         loaders: Loaders,
         args: argparse.Namespace,
-        amp_autocast: Callable,
+        preemption: Preemption,
+        amp_autocast: Callable = nullcontext,
         name: str = 'Test',
 ) -> Dict[str, float]:
     """Evaluate at every resolution and as an ensemble, and log a line of it.
@@ -139,7 +240,12 @@ def validate(
     Returns:
         As flatten_metrics does.
     """
-    progress = tqdm(total=len(loaders.eval), desc=name, leave=False, disable=None if args.rank == 0 else True)
+    bar = tqdm(total=len(loaders.eval), desc=name, leave=False, disable=None if args.rank == 0 else True)
+
+    def on_batch(*_: Any) -> None:
+        bar.update()
+        preemption.check()
+
     metrics = evaluate(
         model,
         loaders.eval,
@@ -148,9 +254,10 @@ def validate(
         amp_autocast=amp_autocast,
         max_samples=loaders.eval_samples,
         distributed=args.distributed,
-        on_batch=lambda *_: progress.update(),
+        on_batch=on_batch,
     )
-    progress.close()
+    bar.close()
+    loaders.errors.check()
     flat = flatten_metrics(metrics)
     if utils.is_primary(args):
         top1 = '  '.join(f"{key}: {row['top1']:.2f}" for key, row in metrics.items())
@@ -165,6 +272,6 @@ def flatten_metrics(metrics: Dict[Union[int, str], Dict[str, float]]) -> Dict[st
 
 
 def ensemble_weights(model: nn.Module) -> Dict[str, float]:
-    """Return the softmaxed ensemble weights as alpha_224, alpha_192, ..., 'ens' and the like left out."""
+    """Return the ensemble weights after the softmax as alpha_224, alpha_192, ..."""
     weights = model.alpha.detach().float().softmax(0).tolist()
     return {f'alpha_{r}': w for r, w in zip(model.resolutions, weights)}

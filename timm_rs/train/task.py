@@ -1,5 +1,6 @@
 """The multi-resolution step as a timm training task"""
-from typing import Dict, Optional
+from dataclasses import asdict
+from typing import Any, Dict, Optional
 
 import torch
 import torch.nn as nn
@@ -8,8 +9,11 @@ from timm.utils import unwrap_model
 
 from .loss import EnsembleDistillationLoss
 from .pyramid import ResolutionPyramid
+from .saver import Progress
 
-__all__ = ['MultiResolutionTask']
+__all__ = ['TERMS', 'MultiResolutionTask']
+
+TERMS = ('loss', 'classification', 'ensemble', 'distillation')  # that a step returns
 
 
 class MultiResolutionTask(ClassificationTask):
@@ -45,8 +49,24 @@ class MultiResolutionTask(ClassificationTask):
         criterion = criterion if criterion is not None else EnsembleDistillationLoss()
         super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose)
         self.pyramid = pyramid if pyramid is not None else ResolutionPyramid(model.resolutions)
+        self.progress = Progress()
         if self.criterion.mode == 'none':
             model.alpha.requires_grad_(False)  # DistributedDataParallel would wait for its gradient
+
+    def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
+        """Return how far training has come, for the checkpoint."""
+        return {} if ema else asdict(self.progress)
+
+    def load_task_state(
+            self,
+            state: Optional[Dict[str, Any]],
+            strict: bool = True,
+            module: Optional[nn.Module] = None,
+            ema: bool = False,
+    ) -> None:
+        """Restore how far training has come."""
+        if state and not ema:
+            self.progress = Progress(**state)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Run one step.

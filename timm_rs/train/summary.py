@@ -1,0 +1,37 @@
+"""summary.csv: a row per validated epoch, at any time whole"""
+import csv
+import os
+from typing import Any, Dict, List
+
+__all__ = ['append_summary', 'read_summary', 'trim_summary']
+
+
+def read_summary(path: str) -> List[Dict[str, str]]:
+    """Return the rows of a summary, none if there is no file."""
+    if not os.path.exists(path):
+        return []
+    with open(path, newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def append_summary(path: str, row: Dict[str, Any]) -> None:
+    """Add a row."""
+    _write(path, [*read_summary(path), row])
+
+
+def trim_summary(path: str, epoch: int) -> None:
+    """Drop the rows of an epoch and of all later ones, which are going to be trained again."""
+    rows = read_summary(path)
+    kept = [row for row in rows if int(row['epoch']) < epoch]
+    if len(kept) < len(rows):
+        _write(path, kept)
+
+
+def _write(path: str, rows: List[Dict[str, Any]]) -> None:
+    temporary = f'{path}.tmp'
+    with open(temporary, 'w', newline='') as f:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(f, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
