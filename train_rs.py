@@ -6,8 +6,8 @@
     python train_rs.py --dataset digits --model rs_resnet10t --resolutions 32 24 16 --epochs 10
 
 The flags are those of timm's train.py, and --resolutions, --distill, --flip and --memory. The output folder holds
-args.yaml, summary.csv (accuracy at every resolution, of the ensemble, and their mean), the last and the best checkpoints.
-A run that was killed goes on with --resume auto as if it had not been.
+args.yaml, summary.csv (accuracy at every resolution, of the ensemble, and their mean), the last and the best
+checkpoints. A run that was killed goes on with --resume auto as if it had not been.
 """
 import importlib
 import logging
@@ -62,7 +62,6 @@ class Run:
 
 
 def main(argv=None):
-    utils.setup_default_logging()
     args = parse_args(argv)
     args_text = yaml.safe_dump(vars(args), default_flow_style=False)
     with one_line_errors('train_rs.py'):
@@ -80,8 +79,11 @@ def main(argv=None):
                 f'go on with --resume auto --output {os.path.dirname(run.output_dir)} '
                 f'--experiment {os.path.basename(run.output_dir)}.')
         raise SystemExit(128 + 15) from None
-    except TrainingFault as e:
-        print(f'train_rs.py: error: {e}', file=sys.stderr)
+    except RuntimeError as e:
+        fault = e if isinstance(e, TrainingFault) else run.loaders.errors.fault()
+        if fault is None:
+            raise
+        print(f'train_rs.py: error: {fault}', file=sys.stderr)
         raise SystemExit(1) from e
     if args.distributed:
         torch.distributed.destroy_process_group()
@@ -147,8 +149,8 @@ def set_up(args, args_text):
             f.write(args_text)
         writer = open_writer(args, output_dir)
         _logger.info(
-            f'Training {args.model} at {" ".join(map(str, args.resolutions))} for {args.stop_epoch or num_epochs} epochs '
-            f'of {updates_per_epoch} updates, distillation {args.distill}. Output: {output_dir}')
+            f'Training {args.model} at {" ".join(map(str, args.resolutions))}, distillation {args.distill}, for '
+            f'{args.stop_epoch or num_epochs} epochs of {updates_per_epoch} updates. Output: {output_dir}')
     return Run(
         model, task, loaders, optimizer, lr_scheduler, loss_scaler, amp_autocast, output_dir,
         min(args.stop_epoch or num_epochs, num_epochs), saver, writer)
@@ -262,4 +264,5 @@ def write_scalars(writer, epoch, scalars):
 
 
 if __name__ == '__main__':
+    utils.setup_default_logging()
     sys.exit(main())

@@ -85,7 +85,6 @@ def create_parser():
 
 
 def main(argv=None):
-    utils.setup_default_logging()
     parser = create_parser()
     args = parser.parse_args(argv)
     if args.results_file and not args.results_file.endswith(('.csv', '.json')):
@@ -227,4 +226,5 @@ def write_results(path, rows):
 
 
 if __name__ == '__main__':
+    utils.setup_default_logging()
     sys.exit(main())

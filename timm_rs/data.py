@@ -10,6 +10,9 @@ from timm.data.loader import fast_collate
 
 from .private_bn import check_resolutions
 
+_TRAIN = ('train', 'training')  # names that timm takes for the same split
+_EVAL = ('val', 'valid', 'validation', 'eval', 'evaluation')
+
 __all__ = ['DigitsDataset', 'PyramidNormalizer', 'count_classes', 'create_dataset', 'create_eval_loader']
 
 
@@ -67,10 +70,21 @@ def create_dataset(name: str, root: Optional[str], split: str, **kwargs: Any) ->
             raise ValueError('No data: give the folder of the data set as DIR or --data-dir, or --dataset digits.')
         if not os.path.exists(root):
             raise ValueError(f'Data folder {root} does not exist, expected a folder with one of images per class.')
+        _check_split(root, split)
     try:
         return timm_data.create_dataset(name, root=root, split=split, **kwargs)
     except (AssertionError, FileNotFoundError, NotADirectoryError, RuntimeError) as e:
         raise ValueError(f'Cannot read split {split!r} of data set {name or root}: {e}') from e
+
+
+def _check_split(root: str, split: str) -> None:
+    """Refuse a split that is not there beside others that are: timm would take all of them together."""
+    names = [set(_TRAIN), set(_EVAL), {'test'}]
+    folders = set(os.listdir(root)) if os.path.isdir(root) else set()
+    same = next((n for n in names if split in n), {split})
+    others = folders & set.union(*names)
+    if split and others and not folders & (same | {split}):
+        raise ValueError(f"{root} has no split {split!r}, it holds {', '.join(sorted(others))}.")
 
 
 def count_classes(dataset: torch.utils.data.Dataset) -> Optional[int]:

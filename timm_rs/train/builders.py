@@ -1,6 +1,7 @@
 """From flags to the parts of a training run, all of them timm's but for the model's resolutions"""
 import argparse
 import logging
+import os
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Optional, Tuple
 
@@ -18,7 +19,7 @@ from timm.utils import init_distributed_device
 from torch.utils.data import Dataset, IterableDataset
 
 from ..data import PyramidNormalizer, count_classes, create_dataset, create_eval_loader
-from ..evaluate import count_madds
+from ..evaluate import ENSEMBLE, count_madds
 from ..private_bn import check_resolutions
 from ..rs_models import PREFIX, RESOLUTIONS, explain_unknown_model
 from .arguments import largest_size_conflict
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 _logger = logging.getLogger('train')
+_METRICS = ('top1', 'top5', 'loss')
 
 
 @dataclass
@@ -81,6 +83,10 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
     """Build the model and settle args.resolutions, args.num_classes and args.in_chans by it."""
     if ':' not in args.model and (not args.model.startswith(PREFIX) or not is_model(args.model)):
         raise ValueError(explain_unknown_model(args.model))
+    for flag in ('initial_checkpoint', 'pretrained_path'):
+        path = getattr(args, flag)
+        if path and not os.path.isfile(path):
+            raise ValueError(f"--{flag.replace('_', '-')} {path}: there is no such file.")
     if args.fast_norm:
         set_fast_norm()
     if args.in_chans is None:
@@ -108,6 +114,13 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
     )
     args.resolutions = list(check_resolutions(model.resolutions))
     args.num_classes = model.num_classes
+    if args.eval_metric in _METRICS:
+        args.eval_metric += '_mean'
+    name, _, place = args.eval_metric.partition('_')
+    if name not in _METRICS or place not in ('mean', ENSEMBLE, *map(str, args.resolutions)):
+        raise ValueError(
+            f'--eval-metric {args.eval_metric!r}: expected one of {", ".join(_METRICS)}, followed by _mean, '
+            f'_{ENSEMBLE} or a resolution such as _{args.resolutions[-1]}.')
     conflict = largest_size_conflict(args, args.resolutions)
     if conflict:
         raise ValueError(conflict)
@@ -148,6 +161,11 @@ def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:
         args.dataset, args.data_dir, args.val_split, is_training=False,
         batch_size=args.validation_batch_size or args.batch_size, num_samples=args.val_num_samples, **common,
     )
+    roots = [getattr(getattr(d, 'reader', None), 'root', None) for d in (train_set, eval_set)]
+    if not args.dataset and roots[0] == roots[1]:
+        raise ValueError(
+            f'{args.data_dir} gives the same images for training and validation, '
+            f'expected it to hold the folders {args.train_split} and {args.val_split}.')
     for split, dataset in ((args.train_split, train_set), (args.val_split, eval_set)):
         num_classes = count_classes(dataset)
         if num_classes is None or args.class_map:

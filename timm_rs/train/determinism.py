@@ -7,7 +7,7 @@ anywhere goes on exactly as if it had not been interrupted, without any generato
 import logging
 import random
 from itertools import islice
-from typing import Any, Iterator, List, Tuple
+from typing import Any, Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -96,15 +96,22 @@ class ReadErrors:
         Raises:
             TrainingFault: More images than the limit failed.
         """
+        fault = self.fault()
+        if fault is not None:
+            raise fault
+
+    def fault(self) -> Optional[TrainingFault]:
+        """Log what was reported, and return the fault if more images than the limit failed."""
         while not self._queue.empty():
             name, reason = self._queue.get()
             if name not in self.names:
                 _logger.warning(f'Cannot read image {name} ({reason}), another one stands in.')
             self.names[name] = reason
         if len(self.names) > self.limit:
-            raise TrainingFault(
+            return TrainingFault(
                 f'{len(self.names)} images cannot be read, expected at most {self.limit} (--max-unreadable): '
                 f'{", ".join(list(self.names)[:3])}, ...')
+        return None
 
     def summary(self) -> str:
         """Return one line on all failures so far, empty if there is none."""
@@ -146,7 +153,7 @@ class SteadyDataset(Dataset):
 
     def __getitem__(self, key: Any) -> Tuple[Any, Any]:
         epoch, index = key if isinstance(key, tuple) else (None, key)
-        for attempt in range(len(self)):
+        for _ in range(min(len(self), self.errors.limit + 10)):
             if epoch is not None:
                 seed_all(self.seed, epoch, index)
             try:
@@ -155,10 +162,8 @@ class SteadyDataset(Dataset):
                 if isinstance(e, RuntimeError) and 'consecutive samples' not in str(e):
                     raise  # no reading error
                 self.errors.report(self._name(index), self._reason(index, e))
-                if attempt == self.errors.limit:
-                    raise
                 index = (index + 1) % len(self)
-        raise RuntimeError('No image of the data set can be read.')
+        raise RuntimeError(f'No image before number {index} can be read.')
 
     def _reason(self, index: int, error: Exception) -> str:
         if hasattr(self.dataset, 'reader'):  # timm tells that it failed, not why

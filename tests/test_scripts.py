@@ -1,0 +1,306 @@
+"""The command lines, run in this process"""
+import csv
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from timm.data import create_dataset, create_loader
+
+import train_rs
+import validate_rs
+from timm_rs.train.arguments import parse_args
+
+ROOT = Path(__file__).parent.parent
+MODEL = 'rs_resnet10t'
+TINY = f'--model {MODEL} --resolutions 32 16 --batch-size 4 --workers 0 --device cpu --lr 0.05 --warmup-epochs 0'.split()
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """Photographs of several shapes in two classes, one of them greyscale."""
+    root = tmp_path_factory.mktemp('images')
+    generator = random.Random(0)
+    for split, count in (('train', 5), ('validation', 7)):
+        for name in ('cat', 'dog'):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                size = (generator.randint(20, 60), generator.randint(20, 60))
+                image = Image.frombytes('RGB', size, generator.randbytes(3 * size[0] * size[1]))
+                image.convert('L' if i == 0 else 'RGB').save(folder / f'{i}.jpg')
+    return root
+
+
+@pytest.fixture(scope='module')
+def trained(images, tmp_path_factory):
+    output = tmp_path_factory.mktemp('trained')
+    train_rs.main([str(images), *TINY, '--epochs', '2', '--output', str(output), '--experiment', 'run'])
+    return output / 'run'
+
+
+def fails(main, argv, capfd):
+    """Return the one line on stderr that a failing command ends with."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as e:
+        main([str(a) for a in argv])
+    assert e.value.code not in (0, None)
+    captured = capfd.readouterr()
+    assert 'Traceback' not in captured.err
+    errors = [line for line in captured.err.splitlines() if 'error: ' in line]
+    assert len(errors) == 1 and captured.err.strip().endswith(errors[0])
+    return errors[0]
+
+
+def test_output_folder(trained):
+    names = {p.name for p in trained.iterdir()}
+    assert {'args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'checkpoint-1.pth.tar'} <= names
+    args = yaml.safe_load((trained / 'args.yaml').read_text())
+    assert args['model'] == MODEL and args['resolutions'] == [32, 16]
+    rows = list(csv.DictReader((trained / 'summary.csv').open()))
+    assert [row['epoch'] for row in rows] == ['0', '1']
+    for row in rows:
+        values = {k: float(v) for k, v in row.items()}
+        assert values['eval_top1_mean'] == pytest.approx((values['eval_top1_32'] + values['eval_top1_16']) / 2)
+        assert values['train_alpha_32'] + values['train_alpha_16'] == pytest.approx(1)
+        terms = sum(values[f'train_{t}'] for t in ('classification', 'ensemble', 'distillation'))
+        assert values['train_loss'] == pytest.approx(terms)
+
+
+def test_best_checkpoint_follows_the_metric(images, tmp_path):
+    train_rs.main([
+        str(images), *TINY, '--epochs', '3', '--eval-metric', 'loss_16', '--output', str(tmp_path), '--experiment', 'r'])
+    losses = [float(row['eval_loss_16']) for row in csv.DictReader((tmp_path / 'r' / 'summary.csv').open())]
+    best = torch.load(tmp_path / 'r' / 'model_best.pth.tar', weights_only=False)
+    assert best['epoch'] == losses.index(min(losses))
+
+
+def test_validation_equals_timm_loader_image_for_image(images, trained, tmp_path, capsys):
+    """Predictions of timm's loader for one size with model.at(size) give the very counts that we print."""
+    results = tmp_path / 'results.json'
+    validate_rs.main([
+        str(images), '--checkpoint', str(trained / 'last.pth.tar'), '--workers', '0', '--device', 'cpu', '--batch-size',
+        '5', '--results-file', str(results)])
+    rows = {row['resolution']: row for row in json.loads(results.read_text())}
+    assert list(rows) == [32, 16, 'ens']
+    table = capsys.readouterr().out
+    assert 'top-1' in table and len(table.strip().splitlines()) == 4
+
+    model = timm.create_model(
+        MODEL, resolutions=(32, 16), num_classes=2, checkpoint_path=str(trained / 'last.pth.tar')).eval()
+    logits = {}
+    for r in (32, 16):
+        plain = model.at(r)
+        config = timm.data.resolve_model_data_config(plain)
+        loader = create_loader(
+            create_dataset('', images, 'validation'), batch_size=4, device=torch.device('cpu'), num_workers=0, **config)
+        with torch.no_grad():
+            batches = [(plain(x), y) for x, y in loader]
+        logits[r], target = (torch.cat(t) for t in zip(*batches))
+        assert rows[r]['top1'] == 100 * (logits[r].argmax(1) == target).float().mean().item()
+        loss = torch.nn.functional.cross_entropy(logits[r], target).item()
+        assert rows[r]['loss'] == pytest.approx(loss, rel=1e-5)
+        assert rows[r]['params'] == sum(p.numel() for p in model.parameters())
+    ensemble = sum(w * z for w, z in zip(model.alpha.softmax(0), logits.values()))
+    assert rows['ens']['loss'] == pytest.approx(torch.nn.functional.cross_entropy(ensemble, target).item(), rel=1e-5)
+
+
+def test_one_pass_gives_timms_pixels(images):
+    from timm_rs.data import PyramidNormalizer, create_eval_loader
+    config = timm.data.resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg('resnet10t').to_dict())
+    ours = create_eval_loader(create_dataset('', images, 'validation'), (32, 24), 3, config)
+    normalize = PyramidNormalizer(config['mean'], config['std'], torch.device('cpu'))
+    for position, size in enumerate((32, 24)):
+        theirs = create_loader(
+            create_dataset('', images, 'validation'), batch_size=3, device=torch.device('cpu'), num_workers=0,
+            **dict(config, input_size=(3, size, size)))
+        for (pyramid, target), (x, y) in zip(ours, theirs):
+            torch.testing.assert_close(normalize(pyramid[position]), x, rtol=0, atol=0)
+            torch.testing.assert_close(target, y)
+
+
+def test_untrained_size_says_which_batchnorm_serves(images, trained, caplog):
+    validate_rs.main([
+        str(images), '--checkpoint', str(trained / 'last.pth.tar'), '--img-size', '20', '--workers', '0', '--device',
+        'cpu'])
+    assert '20 px was not trained: the BatchNorms of 16 px serve' in caplog.text
+
+
+def test_validate_a_plain_timm_model(images, capfd):
+    validate_rs.main([
+        str(images), '--model', 'resnet10t', '--num-classes', '2', '--img-size', '32', '16', '--workers', '0',
+        '--device', 'cpu'])
+    lines = capfd.readouterr().out.strip().splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ['32', '16']
+
+
+def test_start_from_a_plain_checkpoint(images, tmp_path):
+    """--initial-checkpoint takes timm's keys: with a learning rate of 0 the largest size stays timm's network."""
+    plain = timm.create_model('resnet10t', num_classes=2).eval()
+    torch.save(plain.state_dict(), tmp_path / 'plain.pth')
+    train_rs.main([
+        str(images), *TINY, '--lr', '0', '--epochs', '1', '--initial-checkpoint', str(tmp_path / 'plain.pth'), '--output',
+        str(tmp_path), '--experiment', 'r'])
+    model = timm.create_model(
+        MODEL, resolutions=(32, 16), num_classes=2, checkpoint_path=str(tmp_path / 'r' / 'last.pth.tar'))
+    for name, parameter in model.at(16).named_parameters():
+        torch.testing.assert_close(parameter, plain.get_parameter(name))
+
+
+@pytest.mark.parametrize('flags', [
+    ['--amp', '--amp-dtype', 'bfloat16', '--channels-last'],
+    ['--model-dtype', 'bfloat16', '--opt', 'adamw', '--clip-grad', '1'],
+    ['--mixup', '0.4', '--cutmix', '1', '--bce-loss', '--model-ema'],
+    ['--mixup', '0.4', '--no-prefetcher', '--reprob', '0.5', '--flip', 'independent'],
+    ['--aa', 'rand-m9-mstd0.5', '--grad-accum-steps', '2', '--layer-decay', '0.8', '--distill', 'ens'],
+    ['--grad-checkpointing', '--memory', 'lean', '--drop-path', '0.2', '--clip-grad', '0.1', '--clip-mode', 'agc'],
+    ['--torchcompile', 'eager', '--distill', 'none', '--sched', 'step', '--sched-on-updates'],
+    ['--no-aug', '--val-interval', '2', '--save-epochs', '1', '--use-multi-epochs-loader', '--in-chans', '1'],
+])
+def test_flags_together(images, tmp_path, flags):
+    train_rs.main([str(images), *TINY, '--epochs', '2', '--output', str(tmp_path), '--experiment', 'r', *flags])
+    rows = list(csv.DictReader((tmp_path / 'r' / 'summary.csv').open()))
+    assert len(rows) == 2 and float(rows[-1]['train_loss']) > 0
+
+
+def test_resume_refuses_another_network(images, trained, tmp_path, capfd):
+    argv = [images, *TINY, '--epochs', '3', '--output', tmp_path, '--resume', trained / 'last.pth.tar']
+    assert 'was trained with --resolutions [32, 16]' in fails(train_rs.main, [*argv, '--resolutions', '32', '24'], capfd)
+
+
+@pytest.mark.parametrize('flags,message', [
+    (['--model', 'rs_resnet1O'], "Unknown model 'rs_resnet1O', did you mean rs_resnet1"),
+    (['--model', 'resnet10t'], 'did you mean rs_resnet10t?'),
+    (['--resolutions', '32', '32'], 'names 32 twice'),
+    (['--resolutions', '32', '0'], 'expected positive integers'),
+    (['--num-classes', '3'], 'has 2 classes, expected 3'),
+    (['--batch-size', '100'], '--batch-size 100'),
+    (['--img-size', '64'], '--img-size 64: the training sizes are --resolutions'),
+    (['--kd-model-name', 'resnet50'], '--kd-model-name is not supported'),
+    (['--split-bn'], '--split-bn is not supported'),
+    (['--aug-splits', '3'], '--aug-splits is not supported'),
+    (['--jsd-loss'], '--jsd-loss is not supported'),
+    (['--torchscript'], '--torchscript is not supported'),
+    (['--naflex-loader'], '--naflex-loader is not supported'),
+    (['--task', 'multilabel'], '--task multilabel is not supported'),
+    (['--resume', 'nowhere.pth.tar'], 'nowhere.pth.tar: there is no such checkpoint'),
+    (['--resume', 'auto'], 'needs --experiment'),
+    (['--initial-checkpoint', 'nowhere.pth'], 'nowhere.pth'),
+    (['--distill', 'both'], "invalid choice: 'both'"),
+    (['--sync-bn'], '--sync-bn needs GPUs'),
+    (['--config', 'nowhere.yaml'], 'nowhere.yaml: there is no such file'),
+    (['--epochs', '0'], '--epochs is 0'),
+    (['--eval-metric', 'top2'], "--eval-metric 'top2'"),
+    (['--opt', 'sgdd'], 'sgdd'),
+    (['--val-split', 'nothing'], "has no split 'nothing', it holds train, validation"),
+    (['--train-split', 'validation'], 'gives the same images for training and validation'),
+])
+def test_bad_training_input(images, tmp_path, capfd, flags, message):
+    line = fails(train_rs.main, [images, *TINY, '--epochs', '1', '--output', tmp_path / 'out', *flags], capfd)
+    assert message in line
+    assert not (tmp_path / 'out').exists()
+
+
+def test_network_that_cannot_take_the_smallest_size(images, tmp_path, capfd):
+    argv = [images, *TINY, '--model', 'rs_vgg11_bn', '--output', tmp_path / 'out']
+    assert 'cannot take images of 16x16' in fails(train_rs.main, argv, capfd)
+
+
+def test_missing_data_folder(tmp_path, capfd):
+    assert f'{tmp_path}/nowhere does not exist' in fails(train_rs.main, [tmp_path / 'nowhere', *TINY], capfd)
+    assert 'No data' in fails(train_rs.main, TINY, capfd)
+
+
+def test_output_is_never_overwritten(images, trained, capfd):
+    before = {p.name: p.stat().st_mtime_ns for p in trained.iterdir()}
+    argv = [images, *TINY, '--output', trained.parent, '--experiment', trained.name]
+    assert 'exists and is not overwritten' in fails(train_rs.main, argv, capfd)
+    assert before == {p.name: p.stat().st_mtime_ns for p in trained.iterdir()}
+
+
+@pytest.mark.parametrize('content,message', [
+    ('lr: fast', "lr is 'fast', expected float"),
+    ('leraning_rate: 1', "unknown flag 'leraning_rate'"),
+    ('resolutions: 32', 'expected a list'),
+    ('amp: 3', 'expected true or false'),
+    ('distill: top', 'expected one of none, ens, ens_topdown'),
+    ('split_bn: true', 'split_bn is not supported'),
+    ('lr: [', 'no valid YAML'),
+    ('- lr', 'expected flags with their values'),
+])
+def test_bad_config(tmp_path, capfd, content, message):
+    (tmp_path / 'c.yaml').write_text(content)
+    assert message in fails(parse_args, ['--config', tmp_path / 'c.yaml'], capfd)
+
+
+def test_config_sets_defaults_that_flags_override(tmp_path):
+    (tmp_path / 'c.yaml').write_text('lr: 3e-4\nresolutions: [96, 128]\nsplit_bn: false\nkd_temperature: 4.0\n')
+    args = parse_args(['--config', str(tmp_path / 'c.yaml'), '--epochs', '7'])
+    assert (args.lr, args.resolutions, args.epochs) == (3e-4, [128, 96], 7)
+    assert parse_args(['--config', str(tmp_path / 'c.yaml'), '--lr', '1']).lr == 1
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.yaml')), ids=lambda p: p.stem)
+def test_recipes_parse_and_name_a_model(path):
+    args = parse_args(['--config', str(path)])
+    assert timm.is_model(args.model) and args.model == re.split(r'[.-]', path.stem)[0]
+
+
+@pytest.mark.parametrize('flags,message', [
+    (['--checkpoint', 'nowhere.pth'], 'nowhere.pth: there is no such file'),
+    (['--model', 'rs_resnet10'], 'did you mean rs_resnet10'),
+    (['--model', MODEL, '--img-size', '0'], 'expected positive integers'),
+    (['--results-file', 'x.txt'], 'expected a name that ends in .csv or .json'),
+    ([], 'give --checkpoint, --model, or both'),
+    (['--model', MODEL, '--num-classes', '5'], 'has 2 classes, the model has 5'),
+])
+def test_bad_validation_input(images, capfd, flags, message):
+    assert message in fails(validate_rs.main, [images, '--workers', '0', '--device', 'cpu', *flags], capfd)
+
+
+def test_validation_of_a_checkpoint_of_other_classes(images, trained, capfd):
+    argv = [images, '--checkpoint', trained / 'last.pth.tar', '--num-classes', '5', '--device', 'cpu']
+    assert 'size mismatch' in fails(validate_rs.main, argv, capfd)
+
+
+def test_loss_that_is_not_finite_names_step_and_resolution(images, tmp_path, capfd):
+    argv = [images, *TINY, '--epochs', '2', '--output', tmp_path, '--experiment', 'r', '--lr', '1e30']
+    line = fails(train_rs.main, argv, capfd)
+    assert re.search(r'not finite at batch \d+: logits at resolution 32, 16', line)
+    assert not (tmp_path / 'r' / 'last.pth.tar').exists()
+
+
+def test_unreadable_images_are_named_and_counted(images, tmp_path, capfd, caplog):
+    root = tmp_path / 'images'
+    shutil.copytree(images, root)
+    broken = root / 'train' / 'cat' / '1.jpg'
+    broken.write_bytes(broken.read_bytes()[:100])
+    argv = [str(root), *TINY, '--epochs', '1', '--output', str(tmp_path), '--workers', '1', '--batch-size', '5']
+    train_rs.main([*argv, '--experiment', 'skips'])
+    log = caplog.text
+    assert f'Cannot read image {broken}' in log and f'1 unreadable images so far: {broken}' in log
+    assert '--max-unreadable' in fails(train_rs.main, [*argv, '--experiment', 'stops', '--max-unreadable', '0'], capfd)
+
+
+def test_full_disk_keeps_the_last_checkpoint(images, tmp_path, capfd, monkeypatch):
+    save, calls = torch.save, 0
+
+    def full_disk(state, path, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            Path(path).write_bytes(b'half')
+            raise OSError(28, 'No space left on device')
+        save(state, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, 'save', full_disk)
+    argv = [images, *TINY, '--epochs', '3', '--output', tmp_path, '--experiment', 'r']
+    assert 'No space left on device' in fails(train_rs.main, argv, capfd)
+    assert torch.load(tmp_path / 'r' / 'last.pth.tar', weights_only=False)['epoch'] == 0
+    assert not list((tmp_path / 'r').glob('tmp*'))
