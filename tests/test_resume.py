@@ -129,7 +129,8 @@ def test_kill_within_a_save(images, tmp_path, uninterrupted, n):
 
 
 def test_sigterm_saves_and_tells(images, tmp_path, uninterrupted, capfd):
-    code = run(images, tmp_path, seconds=uninterrupted[1] / 2, signum=signal.SIGTERM, flags=('--recovery-interval', '0'))
+    flags = ('--recovery-interval', '0')
+    code = run(images, tmp_path, seconds=uninterrupted[1] / 2, signum=signal.SIGTERM, flags=flags)
     assert code == 128 + signal.SIGTERM
     assert '--resume auto' in capfd.readouterr().err
     assert find_latest(str(tmp_path / 'run'))

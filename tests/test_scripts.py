@@ -19,7 +19,9 @@ from timm_rs.train.arguments import parse_args
 
 ROOT = Path(__file__).parent.parent
 MODEL = 'rs_resnet10t'
-TINY = f'--model {MODEL} --resolutions 32 16 --batch-size 4 --workers 0 --device cpu --lr 0.05 --warmup-epochs 0'.split()
+TINY = (
+    f'--model {MODEL} --resolutions 32 16 --batch-size 4 --workers 0 --device cpu --lr 0.05 --warmup-epochs 0'
+).split()
 
 
 @pytest.fixture(scope='module')
@@ -75,7 +77,8 @@ def test_output_folder(trained):
 
 def test_best_checkpoint_follows_the_metric(images, tmp_path):
     train_rs.main([
-        str(images), *TINY, '--epochs', '3', '--eval-metric', 'loss_16', '--output', str(tmp_path), '--experiment', 'r'])
+        str(images), *TINY, '--epochs', '3', '--eval-metric', 'loss_16', '--output', str(tmp_path),
+        '--experiment', 'r'])
     losses = [float(row['eval_loss_16']) for row in csv.DictReader((tmp_path / 'r' / 'summary.csv').open())]
     best = torch.load(tmp_path / 'r' / 'model_best.pth.tar', weights_only=False)
     assert best['epoch'] == losses.index(min(losses))
@@ -145,8 +148,8 @@ def test_start_from_a_plain_checkpoint(images, tmp_path):
     plain = timm.create_model('resnet10t', num_classes=2).eval()
     torch.save(plain.state_dict(), tmp_path / 'plain.pth')
     train_rs.main([
-        str(images), *TINY, '--lr', '0', '--epochs', '1', '--initial-checkpoint', str(tmp_path / 'plain.pth'), '--output',
-        str(tmp_path), '--experiment', 'r'])
+        str(images), *TINY, '--lr', '0', '--epochs', '1', '--initial-checkpoint', str(tmp_path / 'plain.pth'),
+        '--output', str(tmp_path), '--experiment', 'r'])
     model = timm.create_model(
         MODEL, resolutions=(32, 16), num_classes=2, checkpoint_path=str(tmp_path / 'r' / 'last.pth.tar'))
     for name, parameter in model.at(16).named_parameters():
@@ -170,8 +173,8 @@ def test_flags_together(images, tmp_path, flags):
 
 
 def test_resume_refuses_another_network(images, trained, tmp_path, capfd):
-    argv = [images, *TINY, '--epochs', '3', '--output', tmp_path, '--resume', trained / 'last.pth.tar']
-    assert 'was trained with --resolutions [32, 16]' in fails(train_rs.main, [*argv, '--resolutions', '32', '24'], capfd)
+    argv = [images, *TINY, '--output', tmp_path, '--resume', trained / 'last.pth.tar', '--resolutions', '32', '24']
+    assert 'was trained with --resolutions [32, 16]' in fails(train_rs.main, argv, capfd)
 
 
 @pytest.mark.parametrize('flags,message', [
