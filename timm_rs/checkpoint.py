@@ -1,17 +1,89 @@
-"""State-dict adapters between plain timm networks and switchable ones
+"""Checkpoint files, and state-dict adapters between plain timm networks, switchable ones and the authors' code
 
 A switchable network names the resolution behind the layer that it belongs to (`bn1.weight` becomes `bn1.224.weight`,
 `bn1.192.weight`, ...) and adds its ensemble weights as `alpha`. Everything else keeps timm's key.
+
+The authors' code wraps shared layers in a `module` and numbers the BN layers, the largest size first: `conv1.weight`
+is `conv1.module.weight`, `bn1.224.weight` is `bn1.bn_0.weight`.
 """
+import os
 import re
 import warnings
-from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, Mapping, Optional, Sequence, Tuple
 
+import safetensors.torch
 import torch
+from timm.models import clean_state_dict
+from timm.models._helpers import _torch_load
 
-__all__ = ['adapt_state_dict', 'extract_resolution', 'nearest_resolution', 'state_dict_resolutions']
+__all__ = [
+    'adapt_reference',
+    'adapt_state_dict',
+    'explain_mismatch',
+    'extract_resolution',
+    'is_reference',
+    'nearest_resolution',
+    'pick_state_dict',
+    'read_checkpoint',
+    'state_dict_resolutions',
+]
 
 _RUNNING_MEAN = re.compile(r'(?:^|\.)(\d+)\.running_mean$')
+_REFERENCE_KEY = re.compile(r'(?P<layer>.+)\.(?:module|bn_(?P<index>\d+))\.(?P<rest>\w+)')
+_MOBILENETV2_DEPTHS = (1, 2, 3, 4, 3, 3, 1)  # blocks per stage
+_MOBILENETV2_LAYERS = {
+    4: ('conv_dw', 'bn1', 'conv_pw', 'bn2'),
+    6: ('conv_pw', 'bn1', 'conv_dw', 'bn2', 'conv_pwl', 'bn3'),
+}
+
+
+def read_checkpoint(path: str) -> Any:
+    """Return what a checkpoint file holds; safetensors and pickles of tensors and plain values are read.
+
+    Args:
+        path: Name of the file, which ends in .safetensors if it is one.
+
+    Raises:
+        ValueError: There is no such file, it is damaged or no checkpoint, or reading it would run code that it holds.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f'{path}: there is no such file.')
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of the pickle protocol of foreign files
+            return safetensors.torch.load_file(path) if path.endswith('.safetensors') else _torch_load(path)
+    except OSError:
+        raise
+    except Exception as e:  # what a foreign file makes the readers raise is not documented
+        told = ' '.join(f'{e} {e.__cause__ or ""}'.split())
+        code = re.search(r'[Uu]nsupported (?:global: )?GLOBAL (\S+)', told)
+        if code:
+            raise ValueError(
+                f'{path} is refused: reading it would run code ({code.group(1)}). Only tensors and plain values are '
+                'read; save its state dict alone.') from e
+        raise ValueError(f'{path} is damaged or no checkpoint, expected safetensors or a file of torch.save.') from e
+
+
+def pick_state_dict(checkpoint: Any, use_ema: bool = False) -> Dict[str, torch.Tensor]:
+    """Return the weights that a checkpoint holds, alone or among the state of a training run, under clean keys.
+
+    Args:
+        checkpoint: Content of a checkpoint file.
+        use_ema: Take the moving average.
+
+    Raises:
+        ValueError: There are no weights, or no moving average of them.
+    """
+    names = ('state_dict_ema', 'model_ema') if use_ema else ('state_dict', 'model')
+    state_dict = None
+    if isinstance(checkpoint, Mapping):
+        held = [checkpoint[name] for name in names if isinstance(checkpoint.get(name), Mapping)]
+        if use_ema and not held:
+            raise ValueError('There is no moving average of the weights in it, leave --use-ema out.')
+        state_dict = clean_state_dict(held[0] if held else checkpoint)
+    if not state_dict or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
+        raise ValueError('There are no weights in it, expected a state dict or a training checkpoint.')
+    return state_dict
 
 
 def nearest_resolution(height: int, width: int, resolutions: Sequence[int]) -> int:
@@ -67,6 +139,72 @@ def extract_resolution(state_dict: Mapping[str, Any], resolution: int) -> Dict[s
     return plain
 
 
+def is_reference(state_dict: Mapping[str, Any]) -> bool:
+    """Return whether the keys are those of the authors' code.
+
+    Example:
+        >>> is_reference({'conv1.module.weight': 0, 'bn1.bn_0.weight': 0})
+        True
+    """
+    return any(match['index'] for _, match in _match_reference(state_dict))
+
+
+def adapt_reference(state_dict: Mapping[str, torch.Tensor], resolutions: Tuple[int, ...]) -> Dict[str, torch.Tensor]:
+    """Return the state dict of the authors' code with the keys of a switchable network.
+
+    All of their networks are known: ResNet and ResNeXt name their layers as timm does, MobileNetV2 is renamed. Keys
+    that do not belong stay as they are.
+
+    Args:
+        state_dict: Weights, without the `module.` that DataParallel puts before each key.
+        resolutions: The sizes that they were trained at, largest first.
+
+    Raises:
+        ValueError: The state dict is of another number of sizes.
+    """
+    matches = list(_match_reference(state_dict))
+    indices = {int(match['index']) for _, match in matches if match['index']}
+    if indices != set(range(len(resolutions))):
+        raise ValueError(
+            f'It holds {len(indices)} sizes and --resolutions are {len(resolutions)} '
+            f"({' '.join(map(str, resolutions))}): give the {len(indices)} that it was trained at.")
+    names = _mobilenetv2_names(match['layer'] for _, match in matches)
+    adapted = {k: v for k, v in state_dict.items() if k not in {key for key, _ in matches}}
+    adapted['alpha'] = state_dict.get('alpha', torch.zeros(len(resolutions))).flatten()
+    for key, match in matches:
+        parts = [names.get(match['layer'], match['layer']), match['rest']]
+        if match['index']:
+            parts.insert(1, str(resolutions[int(match['index'])]))
+        adapted['.'.join(parts)] = state_dict[key]
+    return adapted
+
+
+def explain_mismatch(state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> Optional[str]:
+    """Return in words the first keys by which a state dict does not fit a network, None if it does.
+
+    Args:
+        state_dict: Weights to load.
+        expected: The network's own state dict.
+
+    Example:
+        >>> explain_mismatch({'a': torch.zeros(2), 'b': torch.zeros(2)}, {'a': torch.zeros(3), 'c': torch.zeros(3)})
+        'c is missing; b is unexpected; a is (2,), expected (3,)'
+    """
+    both = [k for k in expected if k in state_dict]
+    differ = [k for k in both if state_dict[k].shape != expected[k].shape]
+    found = [
+        ([k for k in expected if k not in state_dict], 'missing'),
+        ([k for k in state_dict if k not in expected], 'unexpected'),
+    ]
+    told = [
+        f"{', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''} "
+        f"{'are' if len(keys) > 1 else 'is'} {what}"
+        for keys, what in found if keys
+    ]
+    told += [f'{k} is {tuple(state_dict[k].shape)}, expected {tuple(expected[k].shape)}' for k in differ[:3]]
+    return '; '.join(told) or None
+
+
 def adapt_state_dict(
         state_dict: Mapping[str, Any],
         private_names: Iterable[str],
@@ -83,7 +221,14 @@ def adapt_state_dict(
         private_names: Names of the network's PrivateBN modules.
         resolutions: The network's resolutions, largest first.
         alpha: The network's own ensemble weights [S], kept where the state dict has none.
+
+    Raises:
+        ValueError: The state dict is one of the authors' code, whose images are normalized in another way.
     """
+    if is_reference(state_dict):
+        raise ValueError(
+            "These are weights of the authors' code, which need images of mean 0 and std 1: "
+            'convert them first, timm-rs convert FILE --model MODEL --output DIR.')
     found = state_dict_resolutions(state_dict)
     if found == resolutions:
         return state_dict
@@ -129,3 +274,24 @@ def _split_private(key: str, private_names: set) -> Tuple[Optional[str], str]:
 
 def _join(name: str, rest: str) -> str:
     return f'{name}.{rest}' if name else rest
+
+
+def _match_reference(state_dict: Mapping[str, Any]) -> Iterator[Tuple[str, 're.Match']]:
+    for key in state_dict:
+        match = _REFERENCE_KEY.fullmatch(key)
+        if match:
+            yield key, match
+
+
+def _mobilenetv2_names(layers: Iterable[str]) -> Dict[str, str]:
+    """Return timm's names of the layers of torchvision's first MobileNetV2, none for another network."""
+    layers = set(layers)
+    if not {'features.0.0', 'features.0.1', 'conv.0', 'conv.1'} <= layers:
+        return {}
+    names = {'features.0.0': 'conv_stem', 'features.0.1': 'bn1', 'conv.0': 'conv_head', 'conv.1': 'bn2'}
+    places = [(stage, i) for stage, depth in enumerate(_MOBILENETV2_DEPTHS) for i in range(depth)]
+    for block, (stage, i) in enumerate(places, start=1):
+        prefix = f'features.{block}.conv.'
+        inner = sorted((n for n in layers if n.startswith(prefix)), key=lambda n: int(n[len(prefix):]))
+        names.update(zip(inner, (f'blocks.{stage}.{i}.{n}' for n in _MOBILENETV2_LAYERS.get(len(inner), ()))))
+    return names

@@ -1,0 +1,228 @@
+"""From a checkpoint of any kind to a model, and from a model to a folder that timm.create_model loads"""
+import argparse
+import copy
+import os
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Dict, Iterator, Mapping, Optional, Sequence
+
+import timm
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError
+from timm.models import is_model, save_for_hf
+
+from .checkpoint import (
+    adapt_reference,
+    adapt_state_dict,
+    explain_mismatch,
+    is_reference,
+    pick_state_dict,
+    read_checkpoint,
+    state_dict_resolutions,
+)
+from .private_bn import PrivateBN, check_resolutions
+from .rs_models import PREFIX, RESOLUTIONS, explain_unknown_model
+from .switchable import SwitchableMixin, make_switchable
+
+__all__ = ['LoadedModel', 'check_output', 'describe_for_timm', 'load_model', 'ready_to_save', 'save_model']
+
+# The authors' code feeds images in [0, 1] and validates on the central crop of images resized to size / 0.875.
+_REFERENCE_DATA = dict(mean=(0., 0., 0.), std=(1., 1., 1.), interpolation='bilinear', crop_pct=0.875)
+# What timm tells of its own weights of an architecture, which are not those that are loaded here.
+_ORIGIN = ('tag', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')
+
+
+@dataclass
+class LoadedModel:
+    """A model and what its checkpoint tells of the training.
+
+    Attributes:
+        model: Switchable network in eval mode; its pretrained_cfg holds the preprocessing that it was trained with.
+        args: Flags of the training run, empty if unknown.
+        epoch: Epoch of the checkpoint, None if unknown.
+    """
+    model: nn.Module
+    args: Dict[str, Any] = field(default_factory=dict)
+    epoch: Optional[int] = None
+
+
+def load_model(
+        source: str,
+        name: Optional[str] = None,
+        resolutions: Optional[Sequence[int]] = None,
+        num_classes: Optional[int] = None,
+        use_ema: bool = False,
+) -> LoadedModel:
+    """Build a switchable network from a checkpoint, which tells itself what is left open here, as far as it can.
+
+    Args:
+        source: A file of train_rs.py, of timm (weights or training checkpoint, plain or switchable) or of the authors'
+            code; a folder with config.json, or a name for timm.create_model such as hf-hub:user/name.
+        name: Name of an rs_* model, or the plain architecture of a plain checkpoint.
+        resolutions: Input sizes in pixels. Of a switchable checkpoint the shared ones are taken and others start from
+            the nearest; the authors' checkpoints need as many as they hold.
+        num_classes: Number of classes.
+        use_ema: Take the moving average of the weights.
+
+    Raises:
+        ValueError: The checkpoint cannot be read or does not fit the model.
+    """
+    if os.path.isdir(source) or (':' in source and not os.path.exists(source)):
+        if name or num_classes or use_ema:
+            raise ValueError(f'{source} tells its model itself, leave out all but the resolutions.')
+        return LoadedModel(_create_from_config(source, resolutions))
+
+    checkpoint = read_checkpoint(source)
+    try:
+        state_dict = pick_state_dict(checkpoint, use_ema)
+    except ValueError as e:
+        raise ValueError(f'{source}: {e}') from e
+    args = checkpoint.get('args')
+    args = vars(args) if isinstance(args, argparse.Namespace) else {}
+    name = _model_name(source, name or args.get('model'))
+    if resolutions is None:
+        resolutions = state_dict_resolutions(state_dict) or args.get('resolutions') or RESOLUTIONS
+    resolutions = check_resolutions(resolutions)
+    data = {k: args[k] for k in ('mean', 'std', 'interpolation', 'crop_pct') if args.get(k)}
+    if is_reference(state_dict):
+        try:
+            state_dict = adapt_reference(state_dict, resolutions)
+        except ValueError as e:
+            raise ValueError(f'{source}: {e}') from e
+        data = _REFERENCE_DATA
+
+    model = timm.create_model(name, resolutions=resolutions, **_model_args(name, args, state_dict, num_classes)).eval()
+    private = [n for n, m in model.named_modules() if isinstance(m, PrivateBN)]
+    state_dict = adapt_state_dict(state_dict, private, resolutions, model.alpha)
+    mismatch = explain_mismatch(state_dict, model.state_dict())
+    if mismatch:
+        raise ValueError(f'{source} does not fit {name}: {mismatch}.')
+    model.load_state_dict(state_dict)
+    for key in _ORIGIN:
+        model.pretrained_cfg.pop(key, None)
+    model.pretrained_cfg.update(data)
+    return LoadedModel(model, args, checkpoint.get('epoch') if args else None)
+
+
+def save_model(model: nn.Module, folder: str, label_names: Optional[Sequence[str]] = None) -> None:
+    """Write a switchable or a plain network as safetensors and config.json, complete or not at all.
+
+    `timm.create_model('local-dir:<folder>', pretrained=True)` loads it; a plain one needs nothing but timm.
+
+    Args:
+        model: A network of timm.
+        folder: Folder to make; it must not exist, or be empty.
+        label_names: Names of the classes, in their order.
+
+    Raises:
+        ValueError: The folder exists, or the network is not one that timm can build again.
+    """
+    check_output(folder)
+    partial = f'{os.path.normpath(folder)}.part-{os.getpid()}'
+    os.makedirs(partial)
+    try:
+        with ready_to_save(model) as ready:
+            save_for_hf(ready, partial, safe_serialization=True, **describe_for_timm(model, label_names))
+        os.replace(partial, folder)
+    except SafetensorError as e:
+        raise OSError(f'Cannot write {folder}: {e}') from e
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_output(folder: str) -> None:
+    """Raise ValueError if a folder exists and holds anything: nothing is ever overwritten."""
+    if os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
+        raise ValueError(f'{folder} exists and is not overwritten, give another output.')
+
+
+def describe_for_timm(model: nn.Module, label_names: Optional[Sequence[str]] = None) -> Dict[str, Any]:
+    """Return the arguments by which timm.models.save_for_hf and push_to_hf_hub write a config.json that restores it.
+
+    Args:
+        model: A network of timm, switchable or plain.
+        label_names: Names of the classes, in their order.
+
+    Raises:
+        ValueError: It is no network of timm, or there is another number of names.
+    """
+    architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
+    config, args = {}, {}
+    if isinstance(model, SwitchableMixin):
+        if architecture and not architecture.startswith(PREFIX):  # of make_switchable
+            architecture = PREFIX + architecture
+        args = dict(resolutions=list(model.resolutions))
+    if not architecture or not is_model(architecture):
+        raise ValueError(f'{type(model).__name__} is no model that timm.create_model could build again.')
+    config['pretrained_cfg'] = dict(architecture=architecture)
+    if label_names is not None:
+        if len(label_names) != model.num_classes:
+            raise ValueError(f'There are {len(label_names)} label names, the model has {model.num_classes} classes.')
+        config['label_names'] = list(label_names)
+    return dict(model_config=config, model_args=args)
+
+
+@contextmanager
+def ready_to_save(model: nn.Module) -> Iterator[nn.Module]:
+    """Give a network as timm can save it: the largest resolution active, whose size goes into config.json, and its
+    memory contiguous, as safetensors asks for."""
+    resolution = getattr(model, 'resolution', None)
+    try:
+        if resolution is not None:
+            model.switch_to(model.resolutions[0])
+        if all(t.is_contiguous() for t in model.state_dict().values()):
+            yield model
+        else:
+            yield copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    finally:
+        if resolution is not None:
+            model.switch_to(resolution)
+
+
+def _create_from_config(source: str, resolutions: Optional[Sequence[int]]) -> nn.Module:
+    name = f'local-dir:{source}' if os.path.isdir(source) else source
+    try:
+        model = timm.create_model(name, pretrained=True)
+        if not isinstance(model, SwitchableMixin):
+            model = make_switchable(model, resolutions or RESOLUTIONS)
+            for key in ('test_input_size', 'test_pool_size', 'test_crop_pct'):
+                model.pretrained_cfg.pop(key, None)
+        elif resolutions is not None and check_resolutions(resolutions) != model.resolutions:
+            model = timm.create_model(name, pretrained=True, resolutions=check_resolutions(resolutions))
+    except Exception as e:  # also of the file readers and of the client of the Hub
+        raise ValueError(f"Cannot load {source}: {' '.join(str(e).split())[:300] or type(e).__name__}") from e
+    return model.eval()
+
+
+def _model_name(source: str, name: Optional[str]) -> str:
+    if not name:
+        raise ValueError(f'{source} does not tell its model, give --model.')
+    if ':' in name:  # a run that started from the Hub or a folder
+        return name
+    architecture = name.split('.')[0]
+    if not architecture.startswith(PREFIX) and is_model(PREFIX + architecture):
+        return PREFIX + name
+    if not architecture.startswith(PREFIX) or not is_model(architecture):
+        raise ValueError(explain_unknown_model(name))
+    return name
+
+
+def _model_args(
+        name: str,
+        args: Mapping[str, Any],
+        state_dict: Mapping[str, torch.Tensor],
+        num_classes: Optional[int],
+) -> Dict[str, Any]:
+    """Return arguments of the model: those of the training run, else classes and channels as the weights show them."""
+    kwargs = {k: v for k, v in (args.get('model_kwargs') or {}).items() if k != 'resolutions'}
+    kwargs.update(global_pool=args.get('gp'), bn_eps=args.get('bn_eps'), in_chans=args.get('in_chans'))
+    kwargs['num_classes'] = num_classes or args.get('num_classes')
+    cfg = None if ':' in name else timm.get_pretrained_cfg(name)
+    for key, layer, axis in (('num_classes', 'classifier', 0), ('in_chans', 'first_conv', 1)):
+        layer = getattr(cfg, layer, None)
+        weight = state_dict.get(f'{layer}.weight') if isinstance(layer, str) else None
+        if weight is not None and weight.ndim > axis:
+            kwargs[key] = kwargs[key] or weight.shape[axis]
+    return {k: v for k, v in kwargs.items() if v is not None}
