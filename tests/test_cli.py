@@ -1,0 +1,302 @@
+import argparse
+import json
+import os
+import pickle
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import assert_equal, images, randomize_bn
+
+from timm_rs.checkpoint import pick_state_dict, read_checkpoint
+from timm_rs.cli import main
+from timm_rs.convert import load_model, save_model
+
+RESOLUTIONS = (64, 48, 32)
+NAME = 'resnet10t'
+TINY = dict(channels=[8, 16, 24, 32], stem_width=8)
+
+
+def rs_model(resolutions=RESOLUTIONS, **kwargs):
+    kwargs = dict(TINY, num_classes=10, resolutions=resolutions, **kwargs)
+    return randomize_bn(timm.create_model(f'rs_{NAME}', **kwargs)).eval()
+
+
+def training_checkpoint(model, name, **args):
+    """Return what timm's saver writes, with a moving average of zeros."""
+    ema = {k: torch.zeros_like(v) for k, v in model.state_dict().items()}
+    args = argparse.Namespace(model=name, num_classes=10, **args)
+    return dict(epoch=3, arch=name, state_dict=model.state_dict(), state_dict_ema=ema, args=args, metric=50.)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """Return a switchable network and its checkpoint as train_rs.py writes it."""
+    model = rs_model()
+    path = tmp_path_factory.mktemp('run') / 'model_best.pth.tar'
+    args = dict(resolutions=list(RESOLUTIONS), mean=[0.5] * 3, std=[0.25] * 3, interpolation='', crop_pct=1.0,
+                in_chans=3, gp=None, bn_eps=None, model_kwargs=TINY, lr=0.3, data_dir='/data/of/me/flowers')
+    torch.save(training_checkpoint(model, f'rs_{NAME}', **args), path)
+    return model, str(path)
+
+
+def run(*argv, code=None, capsys=None):
+    """Run the command; with a status code, return its one line on stderr."""
+    argv = [str(a) for a in argv]
+    if code is None:
+        return main(argv)
+    with pytest.raises(SystemExit) as e:
+        main(argv)
+    assert e.value.code == code
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def create(folder, **kwargs):
+    return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
+
+
+def test_convert_a_training_run(trained, tmp_path):
+    model, path = trained
+    run('convert', path, '--output', tmp_path / 'out')
+    converted = create(tmp_path / 'out')
+    assert type(converted) is type(model) and converted.resolutions == RESOLUTIONS
+    assert_equal(dict(converted.state_dict()), dict(model.state_dict()))
+    for x in images(*RESOLUTIONS):
+        assert_equal(converted(x), model(x))
+    data = timm.data.resolve_model_data_config(converted)
+    assert (list(data['mean']), list(data['std']), data['crop_pct']) == ([0.5] * 3, [0.25] * 3, 1.0)
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert config['architecture'] == f'rs_{NAME}' and config['model_args']['resolutions'] == list(RESOLUTIONS)
+    assert config['pretrained_cfg']['input_size'] == [3, 64, 64]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / 'out').stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_convert_the_moving_average(trained, tmp_path):
+    run('convert', trained[1], '--output', tmp_path / 'out', '--use-ema')
+    assert not any(v.any() for v in create(tmp_path / 'out').state_dict().values())
+
+
+def test_extract_one_resolution(trained, tmp_path, capsys):
+    model, path = trained
+    run('convert', path, '--output', tmp_path / 'plain', '--extract', 48)
+    assert f'{NAME} at 48' in capsys.readouterr().out
+    plain = create(tmp_path / 'plain')
+    assert type(plain) is timm.models.ResNet and plain.pretrained_cfg['architecture'] == NAME
+    assert timm.data.resolve_model_data_config(plain)['input_size'] == (3, 48, 48)
+    x = images(48)
+    assert_equal(plain(x), model(x))
+    assert 'resolutions' not in (tmp_path / 'plain' / 'config.json').read_text()
+
+
+def test_folder_converts_again_and_to_other_resolutions(trained, tmp_path):
+    model, path = trained
+    run('convert', path, '--output', tmp_path / 'one')
+    run('convert', tmp_path / 'one', '--output', tmp_path / 'plain', '--extract', 32)
+    x = images(32)
+    assert_equal(create(tmp_path / 'plain')(x), model(x))
+    with pytest.warns(UserWarning, match='40 from 32'):
+        run('convert', tmp_path / 'one', '--output', tmp_path / 'other', '--resolutions', 64, 40)
+    other = create(tmp_path / 'other')
+    assert other.resolutions == (64, 40)
+    assert_equal(dict(other.at(40).state_dict()), dict(model.at(32).state_dict()))
+
+
+@pytest.mark.parametrize('suffix', ['.safetensors', '.pth', '.pth.tar'])
+def test_convert_plain_timm_checkpoints(suffix, tmp_path):
+    plain = randomize_bn(timm.create_model(NAME, num_classes=7, in_chans=1)).eval()
+    path = tmp_path / f'plain{suffix}'
+    if suffix == '.safetensors':
+        safetensors.torch.save_file(plain.state_dict(), path)
+    elif suffix == '.pth':
+        torch.save(plain.state_dict(), path)
+    else:  # of timm's train.py under DistributedDataParallel, which names its model
+        checkpoint = training_checkpoint(plain, NAME)
+        checkpoint['args'].num_classes = 7
+        checkpoint['state_dict'] = {f'module.{k}': v for k, v in plain.state_dict().items()}
+        torch.save(checkpoint, path)
+    model = [] if suffix == '.pth.tar' else ['--model', NAME if suffix == '.pth' else f'rs_{NAME}']
+    run('convert', path, '--output', tmp_path / 'out', '--resolutions', *RESOLUTIONS, *model)
+    converted = create(tmp_path / 'out')
+    assert converted.num_classes == 7
+    for x in images(*RESOLUTIONS, channels=1):
+        assert_equal(converted(x), plain(x))
+
+
+def test_label_names(trained, tmp_path, capsys):
+    labels = tmp_path / 'labels.txt'
+    labels.write_text('\n'.join('abcdefghij'))
+    run('convert', trained[1], '--output', tmp_path / 'out', '--label-names', labels)
+    assert list(create(tmp_path / 'out').pretrained_cfg['label_names']) == list('abcdefghij')
+    labels.write_text('cat\ndog\n')
+    line = run('convert', trained[1], '--output', tmp_path / 'two', '--label-names', labels, code=1, capsys=capsys)
+    assert line.endswith('There are 2 label names, the model has 10 classes.')
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ('touch /nonexistent/code_has_run',)
+
+
+BAD_FILES = {
+    'missing.pth': (None, 'there is no such file'),
+    'empty.pth': (b'', 'is damaged or no checkpoint'),
+    'text.pth.tar': (b'hello world', 'is damaged or no checkpoint'),
+    'image.pth': (b'\xff\xd8\xff\xe0' + bytes(range(256)), 'is damaged or no checkpoint'),
+    'text.safetensors': (b'hello world', 'is damaged or no checkpoint'),
+    'pickle.pth': (pickle.dumps(dict(state_dict=Code()), protocol=2), 'is refused: reading it would run code'),
+    'pickle4.pth': (pickle.dumps(dict(state_dict=Code()), protocol=4), 'is damaged or no checkpoint'),
+}
+
+
+@pytest.mark.parametrize('name', BAD_FILES)
+def test_files_that_are_no_checkpoints(name, tmp_path, capsys):
+    content, message = BAD_FILES[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    line = run('convert', tmp_path / name, '--model', f'rs_{NAME}', '--output', tmp_path / 'out', code=1, capsys=capsys)
+    assert name in line and message in line
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('save, message', [
+    (lambda path: torch.save(dict(state_dict=Code()), path), 'is refused: reading it would run code'),
+    (lambda path: torch.save(torch.nn.Linear(1, 1), path), 'is refused: reading it would run code'),
+    (lambda path: torch.save([torch.zeros(1)], path), 'There are no weights in it'),
+    (lambda path: torch.save(dict(epoch=3, lr=0.1), path), 'There are no weights in it'),
+    (lambda path: torch.save(dict(state_dict={}), path), 'There are no weights in it'),
+    (lambda path: torch.save(dict(bert=torch.zeros(1)), path), 'conv1.0.weight'),
+])
+def test_files_of_torch_that_are_no_weights_of_it(save, message, tmp_path, capsys):
+    save(tmp_path / 'a.pth')
+    line = run('convert', tmp_path / 'a.pth', '--model', f'rs_{NAME}', '--output', tmp_path / 'out', code=1,
+               capsys=capsys)
+    assert 'a.pth' in line and message in line
+    assert [p.name for p in tmp_path.iterdir()] == ['a.pth']
+
+
+@pytest.mark.parametrize('suffix', ['.pth.tar', '.safetensors'])
+def test_truncated_checkpoint(suffix, trained, tmp_path, capsys):
+    path = tmp_path / f'cut{suffix}'
+    if suffix == '.safetensors':
+        safetensors.torch.save_file(trained[0].state_dict(), path)
+    else:
+        path.write_bytes(open(trained[1], 'rb').read())
+    os.truncate(path, path.stat().st_size // 2)
+    line = run('convert', path, '--model', f'rs_{NAME}', '--output', tmp_path / 'out', code=1, capsys=capsys)
+    assert f'cut{suffix} is damaged or no checkpoint' in line
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--model', 'rs_resnet18'], 'does not fit rs_resnet18: conv1.weight'),
+    (['--model', 'rs_resnet_18'], "Unknown model 'rs_resnet_18', did you mean rs_resnet"),
+    (['--extract', '40'], 'Unknown resolution 40, this network has 64, 48, 32.'),
+    (['--num-classes', '5'], 'fc.weight is (10, 32), expected (5, 32)'),
+    (['--resolutions', '64', '64'], 'names 64 twice'),
+    (['--label-names', 'nowhere.txt'], "No such file or directory: 'nowhere.txt'"),
+])
+def test_arguments_that_do_not_fit(flags, message, trained, tmp_path, capsys):
+    assert message in run('convert', trained[1], '--output', tmp_path / 'out', *flags, code=1, capsys=capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_is_never_overwritten(trained, tmp_path, capsys):
+    (tmp_path / 'file').write_text('mine')
+    (tmp_path / 'folder').mkdir()
+    run('convert', trained[1], '--output', tmp_path / 'folder')  # which is empty
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / 'folder').iterdir()}
+    for name in ('file', 'folder'):
+        line = run('convert', trained[1], '--output', tmp_path / name, code=1, capsys=capsys)
+        assert f'{name} exists and is not overwritten' in line
+    assert (tmp_path / 'file').read_text() == 'mine'
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / 'folder').iterdir()} == before
+
+
+def test_output_that_cannot_be_written(trained, tmp_path, capsys):
+    (tmp_path / 'file').write_text('mine')
+    line = run('convert', trained[1], '--output', tmp_path / 'file' / 'out', code=1, capsys=capsys)
+    assert 'Not a directory' in line
+
+
+def test_nothing_is_left_of_a_write_that_fails(trained, tmp_path, monkeypatch, capsys):
+    def fail(tensors, path):
+        path.write_bytes(b'half')
+        raise safetensors.SafetensorError('No space left on device')
+
+    monkeypatch.setattr(safetensors.torch, 'save_file', fail)
+    line = run('convert', trained[1], '--output', tmp_path / 'out', code=1, capsys=capsys)
+    assert line.endswith('out: No space left on device')
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('config, message', [
+    (None, 'Config file not found'),
+    ('{"architecture": ', 'Cannot load'),
+    ('{"architecture": "resnet10t", "num_classes": 10, "pretrained_cfg": {}}', 'No suitable checkpoints found'),
+])
+def test_folders_that_are_no_models(config, message, tmp_path, capsys):
+    (tmp_path / 'model').mkdir()
+    if config:
+        (tmp_path / 'model' / 'config.json').write_text(config)
+    line = run('convert', tmp_path / 'model', '--output', tmp_path / 'out', code=1, capsys=capsys)
+    assert 'model' in line and message in line
+
+
+def test_plain_folder_becomes_switchable(trained, tmp_path):
+    run('convert', trained[1], '--output', tmp_path / 'plain', '--extract', 32)
+    run('convert', tmp_path / 'plain', '--resolutions', 32, 24, '--output', tmp_path / 'out')
+    plain, model = create(tmp_path / 'plain'), create(tmp_path / 'out')
+    assert model.resolutions == (32, 24)
+    for x in images(32, 24):
+        assert_equal(model(x), plain(x))
+
+
+@pytest.mark.parametrize('argv', [
+    [], ['fly'], ['convert'], ['convert', 'a.pth'], ['push', 'a.pth'], ['convert', '--extract', 'a'],
+])
+def test_usage_errors(argv, capsys):
+    assert run(*argv, code=2, capsys=capsys).startswith('timm-rs')
+
+
+def test_help_and_version(capsys):
+    for argv in (['--help'], ['convert', '--help'], ['push', '--help'], ['--version']):
+        with pytest.raises(SystemExit) as e:
+            main(argv)
+        assert e.value.code == 0
+    assert 'USER/NAME' in capsys.readouterr().out
+
+
+def test_save_model_leaves_the_network_as_it_is(tmp_path):
+    model = rs_model().to(memory_format=torch.channels_last)
+    model.switch_to(32)
+    save_model(model, str(tmp_path / 'out'))
+    assert model.resolution == 32 and not model.conv1[0].weight.is_contiguous()
+    saved = create(tmp_path / 'out')
+    assert timm.data.resolve_model_data_config(saved)['input_size'] == (3, 64, 64)
+    assert_equal(dict(saved.state_dict()), dict(model.state_dict()))
+
+
+def test_save_model_of_make_switchable(tmp_path):
+    import timm_rs
+
+    model = randomize_bn(timm_rs.make_switchable(timm.create_model(NAME, num_classes=3), RESOLUTIONS))
+    save_model(model, str(tmp_path / 'out'))
+    assert_equal(dict(create(tmp_path / 'out').state_dict()), dict(model.state_dict()))
+    own = timm_rs.make_switchable(torch.nn.Sequential(torch.nn.BatchNorm2d(3)), RESOLUTIONS)
+    with pytest.raises(ValueError, match='no model that timm.create_model could build'):
+        save_model(own, str(tmp_path / 'own'))
+    assert not (tmp_path / 'own').exists()
+
+
+def test_load_model_tells_of_the_run(trained):
+    loaded = load_model(trained[1])
+    assert loaded.epoch == 3 and loaded.args['lr'] == 0.3 and not loaded.model.training
+
+
+def test_read_and_pick(tmp_path):
+    torch.save(dict(model=dict(a=torch.ones(1)), model_ema=dict(a=torch.zeros(1))), tmp_path / 'a.pth')
+    checkpoint = read_checkpoint(str(tmp_path / 'a.pth'))
+    assert pick_state_dict(checkpoint)['a'] == 1 and pick_state_dict(checkpoint, use_ema=True)['a'] == 0
