@@ -2,6 +2,7 @@
 
 Importing it registers the `rs_*` models with timm.
 """
+from .calibrate import add_resolution
 from .private_bn import PrivateBN, UnknownResolutionError
 from .rs_models import explain_unknown_model
 from .switchable import SwitchableMixin, make_switchable
@@ -13,6 +14,7 @@ __all__ = [
     'PrivateBN',
     'SwitchableMixin',
     'UnknownResolutionError',
+    'add_resolution',
     '__version__',
     'explain_unknown_model',
     'make_switchable',

@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 from dataclasses import dataclass
-from typing import Callable, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence
 
 from .errors import OneLineParser, one_line_errors
 from .version import __version__
@@ -60,8 +60,12 @@ def _convert(args: argparse.Namespace) -> None:
     if args.extract is not None:
         model, what = model.at(args.extract), args.extract
     save_model(model, args.output, labels)
-    print(f"{args.output}: {model.pretrained_cfg['architecture']} at {what}, loaded by "
-          f"timm.create_model('local-dir:{args.output}', pretrained=True)")
+    _print_saved(args.output, model, what)
+
+
+def _print_saved(output: str, model: Any, resolutions: Any) -> None:
+    print(f"{output}: {model.pretrained_cfg['architecture']} at {resolutions}, loaded by "
+          f"timm.create_model('local-dir:{output}', pretrained=True)")
 
 
 def _add_push(parser: argparse.ArgumentParser) -> None:
@@ -124,8 +128,74 @@ def _read_labels(path: Optional[str]) -> Optional[Sequence[str]]:
         return f.read().splitlines()
 
 
+def _add_calibrate(parser: argparse.ArgumentParser) -> None:
+    from .calibrate import METHODS
+
+    _add_source(parser)
+    add = parser.add_argument
+    add('--resolution', type=int, required=True, metavar='N', help='new input size in pixels')
+    add('--data-dir', metavar='DIR', help='images to calibrate on, in class folders; labels are not used')
+    add('--dataset', default='', metavar='NAME', help='kind of data set: "", "digits", or <type>/<name> as in timm')
+    add('--split', default='train', metavar='NAME', help='split to calibrate on')
+    add('--method', default=METHODS[2], choices=METHODS, help='default: %(default)s')
+    add('--images', type=int, default=5000, metavar='N', help='images to use at most (default: 5000)')
+    add('--epochs', type=int, default=2, metavar='N', help='passes over the images (default: 2)')
+    add('--lr', type=float, default=1e-3, metavar='LR', help='learning rate (default: 0.001)')
+    add('--batch-size', type=int, default=64, metavar='N', help='images per batch (default: 64)')
+    add('--workers', type=int, default=4, metavar='N', help='loader processes (default: 4)')
+    add('--device', default='cuda', help='device to run on; the CPU serves where there is no GPU')
+    add('--output', required=True, metavar='DIR', help='folder to make')
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    import timm
+    import torch
+
+    from .calibrate import add_resolution
+    from .convert import check_output, load_model, save_model
+    from .data import create_dataset
+
+    check_output(args.output)
+    labels = _read_labels(args.label_names)
+    device = torch.device(args.device if torch.cuda.is_available() or args.device != 'cuda' else 'cpu')
+    model = load_model(args.checkpoint, args.model, args.resolutions, args.num_classes, args.use_ema).model.to(device)
+    loader = None
+    if args.method != 'copy':
+        config = timm.data.resolve_model_data_config(model)
+        size = max(args.resolution, model.resolutions[0])
+        dataset = create_dataset(args.dataset, args.data_dir, args.split)
+        channels = config.pop('input_size')[0]
+        dataset.transform = timm.data.create_transform((channels, size, size), is_training=False, **config)
+        chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:args.images]
+        loader = torch.utils.data.DataLoader(
+            torch.utils.data.Subset(dataset, chosen.tolist()), batch_size=args.batch_size, num_workers=args.workers)
+    add_resolution(model, args.resolution, loader, args.method, epochs=args.epochs, lr=args.lr)
+    save_model(model.cpu(), args.output, labels)
+    _print_saved(args.output, model, ' '.join(map(str, model.resolutions)))
+
+
+def _add_plot(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add('runs', nargs='+', metavar='OUTPUT_DIR', help='output folders of train_rs.py')
+    add('--output', default='.', metavar='DIR', help='folder of the figures (default: the current one)')
+    add('--format', default='png', choices=('png', 'pdf', 'svg'), help='of the figures (default: png)')
+
+
+def _plot(args: argparse.Namespace) -> None:
+    from .plot import plot_accuracy_against_madds, plot_curves, read_run
+
+    runs = [read_run(folder) for folder in args.runs]
+    os.makedirs(args.output, exist_ok=True)
+    for name, plot in (('curves', plot_curves), ('accuracy_vs_madds', plot_accuracy_against_madds)):
+        path = os.path.join(args.output, f'{name}.{args.format}')
+        plot(runs, path)
+        print(path)
+
+
 COMMANDS = (
+    Command('calibrate', 'add a resolution that was not trained', _add_calibrate, _calibrate),
     Command('convert', 'make a model folder of a checkpoint, or of one resolution of it', _add_convert, _convert),
+    Command('plot', 'draw figures of training runs', _add_plot, _plot),
     Command('push', 'push a checkpoint to the Hugging Face Hub', _add_push, _push),
 )
 

@@ -1,0 +1,111 @@
+"""A resolution that was not trained"""
+import copy
+
+import pytest
+import torch
+from conftest import assert_equal, images, randomize_bn, rs_model
+
+from timm_rs import PrivateBN, add_resolution, make_switchable
+from timm_rs.calibrate import METHODS
+
+
+class TwoLayers(torch.nn.Module):
+    """A convolution that copies its input, then BN: statistics can be computed by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 3, 1, bias=False)
+        self.conv.weight.data.copy_(torch.eye(3)[:, :, None, None])
+        self.bn = torch.nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)).mean((2, 3))
+
+
+def loader(size, n=96, batch=32):
+    return [images(size, n=batch) for _ in range(n // batch)]
+
+
+def test_statistics_are_those_of_all_images_at_once():
+    model = make_switchable(TwoLayers().eval(), (64, 32))
+    batches = [images(64, n=40), images(64, n=30) * 3 + 1]  # the mean of their variances is not the variance
+    add_resolution(model, 48, batches, method='statistics')
+    small = torch.nn.functional.interpolate(torch.cat(batches), size=(48, 48), mode='bilinear', antialias=True)
+    flat = small.double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(model.bn[48].running_mean.double(), flat.mean(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.bn[48].running_var.double(), flat.var(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_other_resolutions_stay(method):
+    model = rs_model(resolutions=(64, 32))
+    before = copy.deepcopy(model)
+    add_resolution(model, 48, loader(64), method=method, epochs=1)
+    assert model.resolutions == (64, 48, 32) and model.resolution == 64 and not model.training
+    assert [k for k in model.state_dict() if k.startswith('bn1.')] == [
+        f'bn1.{r}.{k}' for r in (64, 48, 32)
+        for k in ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')]
+    old, new = before.state_dict(), model.state_dict()
+    for name in old:
+        if name != 'alpha' and not (method == 'tune_bn_head' and name.startswith('fc.')):
+            assert_equal(new[name], old[name])
+    x = images(48)
+    assert_equal(model(x), model.at(48)(x))
+    assert len(model.alpha) == 3
+    reloaded = rs_model(resolutions=(64, 48, 32))
+    reloaded.load_state_dict(new)
+    assert_equal(reloaded(x), model(x))
+
+
+def test_new_layers_lie_between_their_neighbours_by_area():
+    model = rs_model(resolutions=(64, 32))
+    add_resolution(model, 48, method='copy')
+    share = (48 ** 2 - 32 ** 2) / (64 ** 2 - 32 ** 2)
+    for module in model.modules():
+        if isinstance(module, PrivateBN):
+            expected = (1 - share) * module[32].weight + share * module[64].weight
+            torch.testing.assert_close(module[48].weight, expected)
+
+
+def test_outside_of_the_range_the_nearest_serves():
+    model = rs_model(resolutions=(64, 32))
+    add_resolution(model, 24, method='copy')
+    assert_equal(model.bn1[24].state_dict(), model.bn1[32].state_dict())
+    add_resolution(model, 80, method='copy')
+    assert model.resolutions == (80, 64, 32, 24)
+    assert_equal(model.bn1[80].state_dict(), model.bn1[64].state_dict())
+
+
+def test_tuning_brings_the_new_size_nearer_to_its_teacher():
+    model = rs_model(resolutions=(64,))
+    batches = loader(64, n=128, batch=64)
+    large = torch.cat(batches)
+    small = torch.nn.functional.interpolate(large, size=(40, 40), mode='bilinear', antialias=True)
+
+    def divergence(network):
+        log_p = [z.log_softmax(-1) for z in (network.at(40)(small), network.at(64)(large))]
+        return torch.nn.functional.kl_div(*log_p, reduction='batchmean', log_target=True).item()
+
+    with torch.no_grad():
+        measured = divergence(add_resolution(copy.deepcopy(model), 40, batches, method='statistics'))
+    tuned = add_resolution(copy.deepcopy(model), 40, batches, method='tune_bn', epochs=10, lr=3e-3)
+    with torch.no_grad():
+        assert divergence(tuned) < 0.9 * measured
+
+
+@pytest.mark.parametrize('resolution,batches,kwargs,message', [
+    (64, None, {}, 'expected a new size'),
+    (0, None, {}, 'expected a new size'),
+    (48, None, {}, 'needs a loader'),
+    (48, [torch.rand(8, 3, 64, 64)], {}, 'gives 8 images, expected at least 64'),
+    (48, [torch.rand(64, 3, 48, 48)], {}, 'images of 48x48, expected 64x64'),
+    (48, None, dict(method='magic'), "Unknown method 'magic'"),
+])
+def test_bad_input_leaves_the_network_alone(resolution, batches, kwargs, message):
+    model = randomize_bn(rs_model(resolutions=(64, 32)))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        add_resolution(model, resolution, batches, **kwargs)
+    assert_equal(dict(model.state_dict()), dict(before))
+    with pytest.raises(ValueError, match='expected a switchable one'):
+        add_resolution(model.at(64), 48, batches)

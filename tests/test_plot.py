@@ -1,0 +1,43 @@
+"""Figures of runs"""
+import matplotlib.image
+import pytest
+import yaml
+from test_scripts import fails
+
+from timm_rs.cli import main
+from timm_rs.plot import read_run
+from timm_rs.train.summary import append_summary
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    args = dict(model='rs_resnet10t', resolutions=[32, 16], num_classes=2, in_chans=3, model_kwargs={})
+    (folder / 'args.yaml').write_text(yaml.safe_dump(args))
+    for epoch, (large, small) in enumerate([(20., 10.), (60., 40.), (50., 45.)]):
+        append_summary(folder / 'summary.csv', dict(
+            epoch=epoch, eval_top1_32=large, eval_top1_16=small, eval_top1_ens=large + 1,
+            eval_top1_mean=(large + small) / 2, lr=.1))
+    append_summary(folder / 'summary.csv', dict(epoch=3, lr=.1))  # not validated
+    return folder
+
+
+def test_history(run):
+    history = read_run(str(run))
+    assert history.resolutions == [32, 16] and len(history.rows) == 3
+    assert history.best['epoch'] == 1
+    assert list(history.madds()) == [32, 16] and history.madds()[32] > 2 * history.madds()[16]
+
+
+def test_figures(run, tmp_path, capsys):
+    main(['plot', str(run), str(run), '--output', str(tmp_path / 'figures')])
+    for path in capsys.readouterr().out.split():
+        pixels = matplotlib.image.imread(path)
+        assert pixels.shape[0] > 300 and pixels.std() > 0.01
+
+
+def test_bad_folders(run, tmp_path, capfd):
+    assert 'summary.csv is missing' in fails(main, ['plot', tmp_path], capfd)
+    (run / 'summary.csv').write_text('epoch,lr\n0,0.1\n')
+    assert 'holds no validated epoch yet' in fails(main, ['plot', run], capfd)

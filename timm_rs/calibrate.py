@@ -1,0 +1,239 @@
+"""A resolution that was not trained
+
+`add_resolution` gives a switchable network one more resolution from unlabelled images: the new BN layers start from
+their trained neighbours, their statistics are measured at the new size, and the network at its largest size can teach
+the new one.
+"""
+import copy
+import logging
+from contextlib import contextmanager
+from typing import Any, Dict, Iterable, Iterator, List, Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .checkpoint import nearest_resolution
+from .private_bn import PrivateBN
+from .switchable import SwitchableMixin
+
+__all__ = ['METHODS', 'add_resolution', 'measure_statistics', 'tune']
+
+_logger = logging.getLogger(__name__)
+
+METHODS = ('copy', 'statistics', 'tune_bn', 'tune_bn_head')
+
+
+def add_resolution(
+        model: nn.Module,
+        resolution: int,
+        loader: Optional[Iterable] = None,
+        method: str = 'tune_bn',
+        epochs: int = 2,
+        lr: float = 1e-3,
+        min_images: int = 64,
+) -> nn.Module:
+    """Give a switchable network a resolution that it was not trained at, in place.
+
+    The new BN layers start from those of the two neighbouring resolutions, interpolated by area, or from the nearest
+    one outside of the trained range. Methods then go on as far as asked:
+
+    - 'copy': not at all, no images are needed;
+    - 'statistics': running mean and variance are measured over all images of the loader (as in fvcore's precise BN);
+    - 'tune_bn': the network at its largest resolution teaches the new one without labels, KL divergence of the
+      logits, and the new BN layers alone learn;
+    - 'tune_bn_head': a classifier learns too. It is shared, so the other resolutions change: only for a network that
+      serves the new resolution alone.
+
+    Args:
+        model: A switchable network.
+        resolution: Input size in pixels.
+        loader: Batches of normalized images [N, C, H, W], or tuples that begin with these, at the largest of all
+            resolutions, the new one included; they are downscaled here with antialiasing.
+        method: One of these.
+        epochs: Passes over the loader that tuning takes.
+        lr: Learning rate of tuning, AdamW with a cosine schedule.
+        min_images: Fewer images than this are refused.
+
+    Returns:
+        The same network, with the new resolution among its resolutions.
+
+    Raises:
+        ValueError: The network is plain or has this resolution, the method is unknown, or images are too few or too
+            small. The network is as it was then.
+
+    Example:
+        >>> import timm, timm_rs
+        >>> model = timm.create_model('rs_resnet18', resolutions=(64, 32))
+        >>> loader = [torch.rand(32, 3, 64, 64), torch.rand(32, 3, 64, 64)]
+        >>> timm_rs.add_resolution(model, 48, loader, method='statistics').resolutions
+        (64, 48, 32)
+    """
+    if not isinstance(model, SwitchableMixin):
+        raise ValueError(f'{type(model).__name__} is a plain network, expected a switchable one (make_switchable).')
+    if method not in METHODS:
+        raise ValueError(f'Unknown method {method!r}, expected one of {", ".join(METHODS)}.')
+    if not isinstance(resolution, int) or resolution <= 0 or resolution in model.resolutions:
+        raise ValueError(f'Cannot add resolution {resolution!r} to {model.resolutions}, expected a new size in pixels.')
+    if method != 'copy':
+        _check_images(loader, max(resolution, model.resolutions[0]), min_images)
+
+    before, training = model.resolution, model.training
+    _insert(model, resolution)
+    if method != 'copy':
+        measure_statistics(model, resolution, loader)
+    if method.startswith('tune'):
+        tune(model, resolution, loader, head=method == 'tune_bn_head', epochs=epochs, lr=lr)
+        measure_statistics(model, resolution, loader)
+    model.train(training)
+    model.switch_to(before)
+    return model
+
+
+@torch.no_grad()
+def measure_statistics(model: nn.Module, resolution: int, loader: Iterable) -> None:
+    """Set the running mean and variance of one resolution to those of all activations over the loader.
+
+    Each layer sees activations that were normalized by the statistics of their batch, as in training; mean and
+    unbiased variance are then taken over all batches at once and not averaged over these.
+
+    Args:
+        model: A switchable network.
+        resolution: Input size in pixels.
+        loader: See add_resolution.
+    """
+    sums: Dict[nn.Module, List[torch.Tensor]] = {}
+
+    def add(module: nn.Module, inputs: Any) -> None:
+        x = inputs[0].double()
+        dims = [d for d in range(x.ndim) if d != 1]
+        moments = [x.sum(dims), x.square().sum(dims), torch.tensor(x.numel() / x.shape[1], device=x.device)]
+        sums[module] = [a + b for a, b in zip(sums.get(module, [0., 0., 0.]), moments)]
+
+    layers = [m[resolution] for m in model.modules() if isinstance(m, PrivateBN)]
+    hooks = [layer.register_forward_pre_hook(add) for layer in layers]
+    with _batch_statistics(model, layers):
+        for _, images in _pyramids(model, resolution, loader):
+            model(images)
+    for hook in hooks:
+        hook.remove()
+    for layer, (total, squares, count) in sums.items():
+        mean = total / count
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_((squares / count - mean.square()).clamp(min=0) * count / (count - 1).clamp(min=1))
+
+
+def tune(
+        model: nn.Module,
+        resolution: int,
+        loader: Iterable,
+        head: bool = False,
+        epochs: int = 2,
+        lr: float = 1e-3,
+) -> None:
+    """Teach one resolution by the network at its largest one, without labels.
+
+    Args:
+        model: A switchable network.
+        resolution: Input size in pixels.
+        loader: See add_resolution.
+        head: Let the shared classifier learn too.
+        epochs: Passes over the loader.
+        lr: Learning rate of AdamW, with a cosine schedule.
+    """
+    layers = [m[resolution] for m in model.modules() if isinstance(m, PrivateBN)]
+    parameters = [p for layer in layers for p in layer.parameters()]
+    teacher = max(r for r in model.resolutions if r != resolution)
+    teaching = model.at(teacher)
+    if head:
+        teaching = copy.deepcopy(teaching)  # the lesson stays what it was
+        parameters += model.get_classifier().parameters()
+    teaching.eval()
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.)
+    steps = epochs * sum(1 for _ in loader)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    with _batch_statistics(model, layers):
+        for _ in range(epochs):
+            for large, images in _pyramids(model, resolution, loader, teacher):
+                with torch.no_grad():
+                    target = F.log_softmax(teaching(large).float(), dim=-1)
+                log_p = F.log_softmax(model(images).float(), dim=-1)
+                loss = F.kl_div(log_p, target, reduction='batchmean', log_target=True)
+                gradients = torch.autograd.grad(loss, parameters)
+                for parameter, gradient in zip(parameters, gradients):
+                    parameter.grad = gradient
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+        _logger.info(f'Tuned {resolution} px for {steps} steps, last KL divergence {loss.item():.4f}.')
+
+
+def _check_images(loader: Optional[Iterable], size: int, min_images: int) -> None:
+    if loader is None:
+        raise ValueError('Calibration needs a loader of images, except for method copy.')
+    count = 0
+    for batch in loader:
+        images = batch[0] if isinstance(batch, (list, tuple)) else batch
+        if tuple(images.shape[-2:]) != (size, size):
+            got = f'{images.shape[-2]}x{images.shape[-1]}'
+            raise ValueError(f'The loader gives images of {got}, expected {size}x{size}.')
+        count += len(images)
+        if count >= min_images:
+            return
+    raise ValueError(f'The loader gives {count} images, expected at least {min_images}.')
+
+
+def _insert(model: nn.Module, resolution: int) -> None:
+    """Put in BN layers that lie between those of the neighbouring resolutions."""
+    known = model.resolutions
+    nearest = nearest_resolution(resolution, resolution, known)
+    above = min((r for r in known if r > resolution), default=nearest)
+    below = max((r for r in known if r < resolution), default=nearest)
+    share = (resolution ** 2 - below ** 2) / (above ** 2 - below ** 2) if above != below else 0.
+    resolutions = tuple(sorted((*known, resolution), reverse=True))
+    for module in model.modules():
+        if isinstance(module, PrivateBN):
+            layer = copy.deepcopy(module[nearest])
+            low, high = module[below].state_dict(), module[above].state_dict()
+            layer.load_state_dict({
+                k: torch.lerp(v, high[k], share) if v.is_floating_point() else v for k, v in low.items()
+            })
+            module._modules.update({str(resolution): layer})
+            module._modules = type(module._modules)((str(r), module._modules[str(r)]) for r in resolutions)
+    index = known.index(nearest)
+    values = dict(zip(known, model.alpha.data))
+    model.alpha = nn.Parameter(torch.stack([values.get(r, model.alpha.data[index]) for r in resolutions]))
+    model._switch.resolutions = resolutions
+    if hasattr(model, '_model_args'):
+        model._model_args['resolutions'] = resolutions
+
+
+@contextmanager
+def _batch_statistics(model: nn.Module, layers: List[nn.Module]) -> Iterator[None]:
+    """Put some BN layers in training mode with running statistics untouched, and all else in evaluation mode."""
+    model.eval()
+    for layer in layers:
+        layer.training = True
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+            layer.track_running_stats = True
+
+
+def _pyramids(model: nn.Module, resolution: int, loader: Iterable, teacher: Optional[int] = None) -> Iterator:
+    """Yield the images at the teacher's size, if any, and at the new one, on the network's device."""
+    reference = model.alpha
+    for batch in loader:
+        images = batch[0] if isinstance(batch, (list, tuple)) else batch
+        images = images.to(device=reference.device, dtype=reference.dtype)
+        model.switch_to(resolution)
+        yield (_resize(images, teacher) if teacher else None), _resize(images, resolution)
+
+
+def _resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, size=(size, size), mode='bilinear', antialias=True)

@@ -1,0 +1,116 @@
+"""Figures of training runs: accuracy per resolution over epochs, and accuracy against multiply-adds"""
+import csv
+import os
+from dataclasses import dataclass
+from typing import Dict, List, Sequence
+
+import timm
+import yaml
+
+from .evaluate import ENSEMBLE, count_madds
+
+__all__ = ['RunHistory', 'plot_accuracy_against_madds', 'plot_curves', 'read_run']
+
+
+@dataclass
+class RunHistory:
+    """What a run has left in its output folder.
+
+    Attributes:
+        name: Name of the folder.
+        resolutions: Input sizes in pixels, largest first.
+        rows: Validated epochs of summary.csv.
+        args: Flags of the run.
+    """
+    name: str
+    resolutions: List[int]
+    rows: List[Dict[str, float]]
+    args: dict
+
+    @property
+    def best(self) -> Dict[str, float]:
+        """The validated epoch of the highest mean accuracy over resolutions."""
+        return max(self.rows, key=lambda row: row['eval_top1_mean'])
+
+    def madds(self) -> Dict[int, int]:
+        """Return the multiply-adds of one image at each resolution."""
+        model = timm.create_model(
+            self.args['model'], resolutions=self.resolutions, in_chans=self.args.get('in_chans'),
+            **(self.args.get('model_kwargs') or {}))
+        return {r: count_madds(model, r, self.args.get('in_chans') or 3) for r in self.resolutions}
+
+
+def read_run(folder: str) -> RunHistory:
+    """Read the output folder of a run.
+
+    Raises:
+        ValueError: It holds no summary of a run, or none with a validated epoch.
+    """
+    paths = [os.path.join(folder, name) for name in ('summary.csv', 'args.yaml')]
+    for path in paths:
+        if not os.path.isfile(path):
+            raise ValueError(f'{folder} is no output folder of train_rs.py, {os.path.basename(path)} is missing.')
+    with open(paths[0], newline='') as f:
+        rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+    rows = [row for row in rows if 'eval_top1_mean' in row]
+    if not rows:
+        raise ValueError(f'{paths[0]} holds no validated epoch yet.')
+    with open(paths[1]) as f:
+        args = yaml.safe_load(f)
+    names = (key.rpartition('_')[2] for key in rows[0] if key.startswith('eval_top1_'))
+    resolutions = sorted((int(name) for name in names if name.isdigit()), reverse=True)
+    return RunHistory(os.path.basename(os.path.normpath(folder)), resolutions, rows, args)
+
+
+def plot_curves(runs: Sequence[RunHistory], path: str) -> None:
+    """Draw top-1 accuracy over epochs, a panel per run and a line per resolution and for the ensemble.
+
+    Args:
+        runs: The runs.
+        path: File to write; its ending chooses the format.
+    """
+    figure, axes = _figure(len(runs))
+    for axis, run in zip(axes, runs):
+        epochs = [row['epoch'] + 1 for row in run.rows]
+        for key in [*run.resolutions, ENSEMBLE]:
+            is_ensemble = key == ENSEMBLE
+            label = 'ensemble' if is_ensemble else f'{key} px'
+            style = dict(color='black', linestyle='--') if is_ensemble else {}
+            values = [row[f'eval_top1_{key}'] for row in run.rows]
+            axis.plot(epochs, values, label=label, marker='.' if len(epochs) < 30 else '', **style)
+        axis.set(xlabel='epoch', title=run.name)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(loc='lower right')
+    axes[0].set_ylabel('top-1 accuracy (%)')
+    figure.savefig(path, dpi=150)
+
+
+def plot_accuracy_against_madds(runs: Sequence[RunHistory], path: str) -> None:
+    """Draw top-1 accuracy of each run's best epoch against the multiply-adds of each resolution.
+
+    Args:
+        runs: The runs.
+        path: File to write; its ending chooses the format.
+    """
+    figure, (axis,) = _figure(1)
+    for run in runs:
+        cost = run.madds()
+        accuracy = [run.best[f'eval_top1_{r}'] for r in run.resolutions]
+        axis.plot([cost[r] / 1e6 for r in run.resolutions], accuracy, marker='o', label=run.name)
+        for r, value in zip(run.resolutions, accuracy):
+            axis.annotate(f'{r} px', (cost[r] / 1e6, value), textcoords='offset points', xytext=(4, -11), fontsize=8)
+    axis.set(xlabel='multiply-adds (millions)', ylabel='top-1 accuracy (%)')
+    axis.legend(loc='lower right')
+    figure.savefig(path, dpi=150)
+
+
+def _figure(panels: int):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise ImportError("Figures need matplotlib: pip install 'timm_rs[plot]'.") from e
+    figure = Figure(figsize=(1.5 + 4.5 * panels, 4), layout='constrained')
+    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    return figure, axes
