@@ -202,14 +202,6 @@ def test_list_of_oblong_images():
         rs_model()([torch.randn(1, 3, 32, 128), *images(48, 32)])
 
 
-def test_failed_list_keeps_the_active_resolution():
-    model = rs_model()
-    model.switch_to(48)
-    with pytest.raises(RuntimeError):
-        model(images(*RESOLUTIONS, channels=2))
-    assert model.resolution == 48
-
-
 @pytest.mark.parametrize('resolution', [40, '64', None, (64,)])
 def test_unknown_resolution(resolution):
     model = rs_model()
@@ -581,6 +573,21 @@ def test_grad_checkpointing_can_be_switched_off():
     model.switch_to(64)
     loss.backward()
     assert model.resolution == 64  # no backward hook was left
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_efficientnet'])
+def test_resolution_checkpointing_gives_the_same_step(name):
+    model, pyramid = rs_model(name, drop_path_rate=0.5).train(), images(*RESOLUTIONS)
+    other, passes = copy.deepcopy(model), []
+    other.set_resolution_checkpointing()
+    other.bn1.register_forward_hook(lambda module, args, output: passes.append(other.resolution))
+    for net in (model, other):
+        torch.manual_seed(1)
+        sum(z.square().mean() * (i + 1) for i, z in enumerate(net(pyramid))).backward()
+    assert passes[:3] == sorted(passes[3:], reverse=True) == [64, 48, 32]
+    assert_equal(gradients(other), gradients(model))
+    assert_equal(dict(other.named_buffers()), dict(model.named_buffers()))
+    assert all(m.track_running_stats for m in other.modules() if isinstance(m, _BatchNorm))
 
 
 def test_data_config_follows_the_active_resolution():

@@ -7,6 +7,7 @@ import torch.nn as nn
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
+from ..switchable import SwitchableMixin
 from .loss import EnsembleDistillationLoss
 from .pyramid import ResolutionPyramid
 from .saver import Progress
@@ -30,6 +31,9 @@ class MultiResolutionTask(ClassificationTask):
         dtype: Dtype for task tensors.
         verbose: Log what is trained.
 
+    Raises:
+        ValueError: The model is a plain one, or the criterion is not the one for resolutions.
+
     Example:
         >>> import timm, timm_rs
         >>> model = timm.create_model('rs_resnet18', resolutions=(64, 32), num_classes=10)
@@ -46,7 +50,11 @@ class MultiResolutionTask(ClassificationTask):
             dtype: Optional[torch.dtype] = None,
             verbose: bool = True,
     ):
+        if not isinstance(model, SwitchableMixin):
+            raise ValueError(f'{type(model).__name__} is a plain network, expected a switchable one (make_switchable).')
         criterion = criterion if criterion is not None else EnsembleDistillationLoss()
+        if not isinstance(criterion, EnsembleDistillationLoss):
+            raise ValueError(f'Got the criterion {type(criterion).__name__}, expected EnsembleDistillationLoss around it.')
         super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose)
         self.pyramid = pyramid if pyramid is not None else ResolutionPyramid(model.resolutions)
         self.progress = Progress()
