@@ -11,6 +11,8 @@ from conftest import RESOLUTIONS, images, randomize_bn
 from timm_rs.checkpoint import adapt_reference, is_reference
 from timm_rs.cli import main
 from timm_rs.convert import load_model
+from timm_rs.train.arguments import parse_args
+from timm_rs.train.builders import build_model
 
 
 class Shared(nn.Module):
@@ -239,7 +241,9 @@ def test_what_does_not_fit_is_one_line(flags, message, checkpoint, tmp_path, cap
     assert not list(tmp_path.iterdir())
 
 
-def test_loading_without_conversion_says_so():
-    model = timm.create_model('rs_resnet18', resolutions=RESOLUTIONS, num_classes=10)
+@pytest.mark.parametrize('flag', ['--initial-checkpoint', '--pretrained-path'])
+def test_loading_without_conversion_says_so(flag, checkpoint):
+    args = parse_args(['--model', 'rs_resnet18', '--resolutions', '64', '48', '32', '--num-classes', '10',
+                       flag, checkpoint])
     with pytest.raises(ValueError, match='mean 0 and std 1: convert them first, timm-rs convert'):
-        model.load_state_dict(REFERENCES['resnet18']().state_dict())
+        build_model(args, torch.device('cpu'))

@@ -99,10 +99,17 @@ def nearest_resolution(height: int, width: int, resolutions: Sequence[int]) -> i
 def state_dict_resolutions(state_dict: Mapping[str, Any]) -> Optional[Tuple[int, ...]]:
     """Return the resolutions that a switchable network's state dict holds, largest first, None if it is a plain one.
 
+    Raises:
+        ValueError: It is one of the authors' code, which needs images of another normalization and is converted first.
+
     Example:
         >>> state_dict_resolutions({'alpha': 0, 'bn1.160.running_mean': 0, 'bn1.224.running_mean': 0})
         (224, 160)
     """
+    if is_reference(state_dict):
+        raise ValueError(
+            "These are weights of the authors' code, which need images of mean 0 and std 1: "
+            'convert them first, timm-rs convert FILE --model MODEL --output DIR.')
     if 'alpha' not in state_dict:
         return None
     matches = [_RUNNING_MEAN.search(k) for k in state_dict if k.endswith('running_mean')]
@@ -221,14 +228,7 @@ def adapt_state_dict(
         private_names: Names of the network's PrivateBN modules.
         resolutions: The network's resolutions, largest first.
         alpha: The network's own ensemble weights [S], kept where the state dict has none.
-
-    Raises:
-        ValueError: The state dict is one of the authors' code, whose images are normalized in another way.
     """
-    if is_reference(state_dict):
-        raise ValueError(
-            "These are weights of the authors' code, which need images of mean 0 and std 1: "
-            'convert them first, timm-rs convert FILE --model MODEL --output DIR.')
     found = state_dict_resolutions(state_dict)
     if found == resolutions:
         return state_dict

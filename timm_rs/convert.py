@@ -82,16 +82,17 @@ def load_model(
     args = checkpoint.get('args')
     args = vars(args) if isinstance(args, argparse.Namespace) else {}
     name = _model_name(source, name or args.get('model'))
-    if resolutions is None:
-        resolutions = state_dict_resolutions(state_dict) or args.get('resolutions') or RESOLUTIONS
-    resolutions = check_resolutions(resolutions)
-    data = {k: args[k] for k in ('mean', 'std', 'interpolation', 'crop_pct') if args.get(k)}
     if is_reference(state_dict):
+        data = _REFERENCE_DATA
+        resolutions = check_resolutions(resolutions or RESOLUTIONS)
         try:
             state_dict = adapt_reference(state_dict, resolutions)
         except ValueError as e:
             raise ValueError(f'{source}: {e}') from e
-        data = _REFERENCE_DATA
+    else:
+        data = {k: args[k] for k in ('mean', 'std', 'interpolation', 'crop_pct') if args.get(k)}
+        held = state_dict_resolutions(state_dict) or args.get('resolutions') or RESOLUTIONS
+        resolutions = check_resolutions(resolutions or held)
 
     model = timm.create_model(name, resolutions=resolutions, **_model_args(name, args, state_dict, num_classes)).eval()
     private = [n for n, m in model.named_modules() if isinstance(m, PrivateBN)]

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
 
@@ -335,7 +336,7 @@ def _explain(error: BaseException) -> Optional[str]:
     if isinstance(error, (AttributeError, KeyError, TypeError, ValueError)):
         return None
     told = [' '.join(str(e).split()).rstrip('.') or type(e).__name__ for e in chain]
-    return ': '.join(dict.fromkeys(told)) + '.'
+    return textwrap.shorten(': '.join(dict.fromkeys(told)), 300, placeholder=' ...') + '.'
 
 
 def _giga(madds: int) -> str:

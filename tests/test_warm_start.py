@@ -1,0 +1,169 @@
+"""Plain and switchable weights from files, in every format and adapted in every way that timm knows"""
+import argparse
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import assert_equal, images, randomize_bn
+
+from timm_rs.train.arguments import parse_args
+from timm_rs.train.builders import build_model
+
+RESOLUTIONS = (64, 48, 32)
+TINY = dict(channels=(8, 16, 24, 32))
+MODELS = {'resnet18': TINY, 'mobilenetv2_100': {}}
+FORMATS = ('weights.safetensors', 'weights.pth', 'training.pth.tar', 'ema.pth.tar', 'ddp.pth.tar')
+
+
+def create(name, path=None, **kwargs):
+    """Create a model as timm does, with the weights of a file for pretrained ones."""
+    if path is not None:
+        kwargs.update(pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
+    if name.startswith('rs_'):
+        kwargs.setdefault('resolutions', RESOLUTIONS)
+    return timm.create_model(name, **MODELS[name.replace('rs_', '')], **kwargs).eval()
+
+
+def write(model, path):
+    """Write weights in the format that the name of the file tells."""
+    state_dict = {k: v.clone() for k, v in model.state_dict().items()}
+    if path.suffix == '.safetensors':
+        safetensors.torch.save_file(state_dict, path)
+    elif path.suffix == '.pth':
+        torch.save(state_dict, path)
+    else:  # of a training run, which timm prefers the moving average of
+        key = 'state_dict_ema' if path.name.startswith('ema') else 'state_dict'
+        if path.name.startswith('ddp'):
+            state_dict = {f'module.{k}': v for k, v in state_dict.items()}
+        other = {k: torch.zeros_like(v) for k, v in state_dict.items()}
+        checkpoint = dict(state_dict=other, epoch=3, args=argparse.Namespace(model='resnet18'), optimizer={})
+        torch.save(dict(checkpoint, **{key: state_dict}), path)
+
+
+@pytest.fixture(scope='module', params=MODELS)
+def plain(request, tmp_path_factory):
+    """Return a plain network of 1000 classes and the folder of its files."""
+    folder = tmp_path_factory.mktemp('plain')
+    model = randomize_bn(create(request.param))
+    for name in FORMATS if request.param == 'resnet18' else FORMATS[:1]:
+        write(model, folder / name)
+    return request.param, model, folder
+
+
+@pytest.fixture(scope='module')
+def switchable(tmp_path_factory):
+    """Return a switchable ResNet18 of 1000 classes and the folder of its files."""
+    folder = tmp_path_factory.mktemp('switchable')
+    model = randomize_bn(create('rs_resnet18'))
+    model.alpha.data = torch.tensor([1., 2., 3.])
+    for name in FORMATS:
+        write(model, folder / name)
+    return model, folder
+
+
+def assert_same_at_every_size(model, expected, channels=3):
+    """Compare the logits with those of a plain network."""
+    for x in images(*RESOLUTIONS, channels=channels):
+        assert_equal(model(x), expected(x))
+
+
+def test_plain_file(plain):
+    name, model, folder = plain
+    for path in folder.iterdir():  # in every format that there is of this network
+        assert_same_at_every_size(create(f'rs_{name}', path), model)
+        assert_same_at_every_size(create(f'rs_{name}', checkpoint_path=str(path)), model)
+
+
+def test_plain_file_with_other_classes(plain):
+    name, model, folder = plain
+    adapted = create(f'rs_{name}', folder / FORMATS[0], num_classes=5)
+    assert adapted.num_classes == 5 and adapted(images(48)).shape == (2, 5)
+    assert create(f'rs_{name}', folder / FORMATS[0], num_classes=0)(images(48)).shape[1] == model.num_features
+    for x in images(*RESOLUTIONS):
+        adapted.switch_to(x.shape[-1])
+        assert_equal(adapted.forward_features(x), model.forward_features(x))
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+def test_plain_file_with_other_channels(channels, plain):
+    name, _, folder = plain
+    path = folder / FORMATS[0]
+    adapted = create(f'rs_{name}', path, in_chans=channels)
+    assert_same_at_every_size(adapted, create(name, path, in_chans=channels), channels)
+
+
+def test_plain_file_for_features(plain):
+    name, _, folder = plain
+    path = folder / FORMATS[0]
+    kwargs = dict(features_only=True, out_indices=(1, 3), in_chans=1)
+    adapted, expected = create(f'rs_{name}', path, **kwargs), create(name, path, **kwargs)
+    assert adapted.feature_info.channels() == expected.feature_info.channels()
+    assert_same_at_every_size(adapted, expected, channels=1)
+
+
+@pytest.mark.parametrize('file', FORMATS)
+def test_switchable_file(file, switchable):
+    model, folder = switchable
+    for loaded in (create('rs_resnet18', folder / file), create('rs_resnet18', checkpoint_path=str(folder / file))):
+        assert_equal(dict(loaded.state_dict()), dict(model.state_dict()))
+
+
+def test_switchable_file_with_other_classes_channels_and_resolutions(switchable):
+    model, folder = switchable
+    with pytest.warns(UserWarning, match='40 from 32'):  # 1600 is 704 below 48^2 and 576 above 32^2
+        adapted = create('rs_resnet18', folder / FORMATS[0], num_classes=5, in_chans=1, resolutions=(64, 40))
+    assert adapted.alpha.tolist() == [1., 3.] and adapted(images(64, channels=1)).shape == (2, 5)
+    for resolution, source in ((64, 64), (40, 32)):
+        own, theirs = adapted.at(resolution).state_dict(), model.at(source).state_dict()
+        assert all(torch.equal(own[k], theirs[k]) for k in own if k not in ('conv1.weight', 'fc.weight', 'fc.bias'))
+    assert_equal(adapted.conv1.weight.data, model.conv1.weight.data.sum(1, keepdim=True))  # as timm does
+
+
+def test_switchable_file_for_features(switchable):
+    model, folder = switchable
+    adapted = create('rs_resnet18', folder / FORMATS[0], features_only=True)
+    for x in images(*RESOLUTIONS):
+        model.switch_to(x.shape[-1])
+        assert_equal(adapted(x)[-1], model.forward_features(x))
+
+
+@pytest.mark.parametrize('flag, num_classes', [('--pretrained-path', 5), ('--initial-checkpoint', 1000)])
+@pytest.mark.parametrize('kind', ['plain', 'switchable'])
+def test_flags_of_the_training_script(flag, num_classes, kind, switchable, tmp_path):
+    model, folder = switchable
+    if kind == 'plain':
+        model = randomize_bn(create('resnet18'))
+        write(model, tmp_path / 'training.pth.tar')
+        folder = tmp_path
+    args = parse_args([
+        '--model', 'rs_resnet18', '--resolutions', *map(str, RESOLUTIONS), '--num-classes', str(num_classes),
+        flag, str(folder / 'training.pth.tar'), '--model-kwargs', f"channels={TINY['channels']}",
+    ])
+    args.distributed = False
+    built = build_model(args, torch.device('cpu')).eval()
+    assert built.num_classes == num_classes
+    for x in images(*RESOLUTIONS):
+        for network in (built, model):
+            if hasattr(network, 'switch_to'):
+                network.switch_to(x.shape[-1])
+        assert_equal(built.forward_features(x), model.forward_features(x))
+    if flag == '--initial-checkpoint':
+        assert_equal(built.fc.weight.data, model.fc.weight.data)
+
+
+def test_segmentation_models_pytorch():
+    smp = pytest.importorskip('segmentation_models_pytorch')
+    unet = smp.Unet('tu-rs_resnet18', encoder_weights=None, classes=2)
+    encoder = unet.encoder.model
+    assert encoder.resolutions == (224, 192, 160, 128, 96)
+    optimizer = torch.optim.SGD(unet.parameters(), lr=0.1)
+    for size in (96, 128):
+        before = {k: v.clone() for k, v in unet.state_dict().items()}
+        masks = unet(torch.randn(2, 3, size, size))
+        assert masks.shape == (2, 2, size, size) and encoder.resolution == size
+        torch.nn.functional.cross_entropy(masks, torch.ones(2, size, size, dtype=torch.long)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        changed = {k.rsplit('.', 2)[-2] for k, v in unet.state_dict().items() if not torch.equal(v, before[k])}
+        assert str(size) in changed and not changed & set(map(str, set(encoder.resolutions) - {size}))
