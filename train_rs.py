@@ -27,6 +27,7 @@ from timm.models import resume_checkpoint, safe_model_name
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from timm_rs.errors import TrainingFault, one_line_errors
+from timm_rs.hub import TrainingPush
 from timm_rs.train import MultiResolutionTask
 from timm_rs.train.arguments import parse_args
 from timm_rs.train.builders import (
@@ -47,7 +48,7 @@ _logger = logging.getLogger('train')
 
 @dataclass
 class Run:
-    """What a run is made of; the saver and the writer are on rank 0 only."""
+    """What a run is made of; the saver, the writer and the push are on rank 0 only."""
     model: torch.nn.Module
     task: MultiResolutionTask
     loaders: Loaders
@@ -59,6 +60,7 @@ class Run:
     stop_epoch: int
     saver: Optional[AtomicCheckpointSaver]
     writer: Any
+    push: Optional[TrainingPush]
 
 
 def main(argv=None):
@@ -87,6 +89,8 @@ def main(argv=None):
         raise SystemExit(1) from e
     if args.distributed:
         torch.distributed.destroy_process_group()
+    if run.push is not None and not run.push.finish():
+        raise SystemExit(1)
 
 
 def set_up(args, args_text):
@@ -136,7 +140,7 @@ def set_up(args, args_text):
         else:
             lr_scheduler.step(progress.epoch)
 
-    saver = writer = None
+    saver = writer = push = None
     if utils.is_primary(args):
         os.makedirs(output_dir, exist_ok=True)
         saver = AtomicCheckpointSaver(
@@ -148,12 +152,13 @@ def set_up(args, args_text):
         with open(os.path.join(output_dir, 'args.yaml'), 'w') as f:
             f.write(args_text)
         writer = open_writer(args, output_dir)
+        push = TrainingPush(args, output_dir, loaders.eval.dataset) if args.push_to_hub else None
         _logger.info(
             f'Training {args.model} at {" ".join(map(str, args.resolutions))}, distillation {args.distill}, for '
             f'{args.stop_epoch or num_epochs} epochs of {updates_per_epoch} updates. Output: {output_dir}')
     return Run(
         model, task, loaders, optimizer, lr_scheduler, loss_scaler, amp_autocast, output_dir,
-        min(args.stop_epoch or num_epochs, num_epochs), saver, writer)
+        min(args.stop_epoch or num_epochs, num_epochs), saver, writer, push)
 
 
 def fit(run, args, preemption):
@@ -196,6 +201,9 @@ def fit(run, args, preemption):
                 run.saver.save_recovery(epoch, batch_idx=len(run.loaders.train) - 1)
             if milestone:
                 run.saver.save_milestone(epoch + 1)
+        if run.push is not None and args.push_interval and (epoch + 1) % args.push_interval == 0:
+            if epoch + 1 < run.stop_epoch:  # behind the last epoch comes the last push
+                run.push.start()
     if run.saver is not None and run.saver.best_metric is not None:
         _logger.info(f'*** Best {args.eval_metric}: {run.saver.best_metric:.2f} (epoch {run.saver.best_epoch})')
 

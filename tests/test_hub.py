@@ -393,7 +393,7 @@ def test_training_push(run_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(timm_rs_hub.subprocess, 'Popen', popen)
     args = argparse.Namespace(
         push_to_hub=REPO, hub_private=True, model_ema=True, model_ema_force_cpu=False, num_classes=2)
-    push = TrainingPush(args, str(tmp_path), dict(dog=1, cat=0))
+    push = TrainingPush(args, str(tmp_path), types.SimpleNamespace(class_to_idx=dict(dog=1, cat=0)))
     assert (tmp_path / 'label_names.txt').read_text() == 'cat\ndog\n'
     push.start()
     assert not started  # nothing to push yet

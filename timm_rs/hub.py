@@ -38,9 +38,9 @@ _PAPER = """\
 # Flags of a run that tell of the machine and not of the training.
 _MACHINE = (
     'checkpoint_hist', 'config', 'data', 'data_dir', 'dataset_download', 'device', 'device_modules', 'distributed',
-    'experiment', 'hub_private', 'initial_checkpoint', 'local_rank', 'log_interval', 'no_prefetcher', 'output',
-    'pin_mem', 'pretrained_path', 'push_interval', 'push_to_hub', 'rank', 'recovery_interval', 'resume', 'save_epochs',
-    'save_images', 'workers', 'wandb_resume_id',
+    'class_map', 'experiment', 'hub_private', 'initial_checkpoint', 'local_rank', 'log_interval', 'log_tensorboard',
+    'log_wandb', 'max_unreadable', 'no_prefetcher', 'output', 'pin_mem', 'pretrained_path', 'push_interval',
+    'push_to_hub', 'recovery_interval', 'resume', 'save_epochs', 'save_images', 'workers',
 )
 Metrics = Mapping[Union[int, str], Mapping[str, float]]
 
@@ -256,10 +256,12 @@ class TrainingPush:
     Args:
         args: Flags of the run.
         output_dir: Folder of its checkpoints.
-        class_to_idx: Class names and their indices, if the data set tells them.
+        dataset: Its data set, which may tell the names of its classes.
     """
 
-    def __init__(self, args: argparse.Namespace, output_dir: str, class_to_idx: Optional[Mapping[str, int]] = None):
+    def __init__(self, args: argparse.Namespace, output_dir: str, dataset: Any = None):
+        from huggingface_hub import get_token
+
         self.output_dir = output_dir
         self.flags = [args.push_to_hub]
         if args.hub_private:
@@ -267,6 +269,9 @@ class TrainingPush:
         if args.model_ema and not args.model_ema_force_cpu:  # which the metrics are of
             self.flags.append('--use-ema')
         self.process: Optional[subprocess.Popen] = None
+        if not get_token():
+            _logger.warning('There is no token for --push-to-hub: log in with `hf auth login` before training ends.')
+        class_to_idx = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
         if class_to_idx and len(class_to_idx) == args.num_classes:
             with open(os.path.join(output_dir, LABEL_FILE), 'w') as f:
                 f.writelines(f'{name}\n' for name in sorted(class_to_idx, key=class_to_idx.get))

@@ -5,6 +5,7 @@ import os
 from typing import Any, Dict, List, Optional, Sequence
 
 import yaml
+from huggingface_hub.utils import validate_repo_id
 from timm.utils import ParseKwargs
 
 from ..errors import OneLineParser
@@ -245,6 +246,12 @@ def create_parser() -> argparse.ArgumentParser:
     add('--wandb-tags', nargs='+', default=[], help='wandb tags')
     add('--wandb-resume-id', default='', help='wandb run to go on with')
 
+    add = parser.add_argument_group('Hugging Face Hub').add_argument
+    add('--push-to-hub', default='', metavar='USER/NAME',
+        help='push the best checkpoint in the end, with the token of HF_TOKEN or of `hf auth login`')
+    add('--push-interval', type=int, default=0, metavar='N', help='push the best one so far every N epochs too')
+    add('--hub-private', action='store_true', help='make the repository a private one')
+
     for dest in _REFUSED:
         parser.add_argument('--' + dest.replace('_', '-'), dest=dest, nargs='*', action=_Refuse, help=argparse.SUPPRESS)
     parser.add_argument('--task', default='classification', help=argparse.SUPPRESS)
@@ -346,6 +353,13 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error('--resume auto needs --experiment, the name of the run to go on with.')
     if args.memory == 'lean' and args.torchcompile:
         parser.error('--memory lean recomputes outside the compiled graph, so it does not go with --torchcompile.')
+    if args.push_to_hub:
+        try:
+            validate_repo_id(args.push_to_hub)
+        except ValueError as e:
+            parser.error(f'--push-to-hub: {e}')
+    elif args.push_interval or args.hub_private:
+        parser.error('--push-interval and --hub-private need --push-to-hub, the repository to push to.')
     if args.drop_connect is not None:
         args.drop_path = args.drop_connect if args.drop_path is None else args.drop_path
     if args.bce_loss:
@@ -356,8 +370,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 _LEAST = dict(
     epochs=1, batch_size=1, validation_batch_size=1, grad_accum_steps=1, num_classes=1, in_chans=1, workers=0,
-    log_interval=1, max_unreadable=0, val_interval=1, recovery_interval=0, checkpoint_hist=1, stop_epoch=1,
-    start_epoch=0,
+    log_interval=1, max_unreadable=0, val_interval=1, recovery_interval=0, checkpoint_hist=1, push_interval=0,
+    stop_epoch=1, start_epoch=0,
 )
 
 
