@@ -22,11 +22,12 @@ import timm
 import torch
 from timm import utils
 from timm.data.model_config import resolve_input_data_config
-from timm.models import is_model, load_checkpoint
+from timm.models import is_model
 from tqdm import tqdm
 
 from timm_rs import SwitchableMixin, explain_unknown_model
-from timm_rs.checkpoint import nearest_resolution
+from timm_rs.checkpoint import nearest_resolution, read_checkpoint
+from timm_rs.convert import load_weights
 from timm_rs.data import PyramidNormalizer, count_classes, create_dataset, create_eval_loader
 from timm_rs.errors import OneLineParser, one_line_errors
 from timm_rs.evaluate import ENSEMBLE, count_madds, count_parameters, evaluate
@@ -160,7 +161,7 @@ def take_over_training_args(args):
         raise ValueError(f'--checkpoint {args.checkpoint}: there is no such file.')
     saved = None
     if not args.checkpoint.endswith('.safetensors'):
-        checkpoint = utils.load_checkpoint_metadata(args.checkpoint)
+        checkpoint = read_checkpoint(args.checkpoint)
         saved = checkpoint.get('args') if isinstance(checkpoint, dict) else None
     if saved is None:
         if not args.model:
@@ -187,7 +188,7 @@ def build_model(args, device):
         args.model, pretrained=args.pretrained, num_classes=args.num_classes, in_chans=args.in_chans,
         global_pool=args.gp, **kwargs)
     if args.checkpoint:
-        load_checkpoint(model, args.checkpoint, use_ema=args.use_ema)
+        load_weights(model, args.checkpoint, use_ema=None if args.use_ema else False)
     model.to(device=device, dtype=getattr(torch, args.model_dtype) if args.model_dtype else None)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)

@@ -128,6 +128,16 @@ def test_switchable_file_for_features(switchable):
         assert_equal(adapted(x)[-1], model.forward_features(x))
 
 
+def build(flag, path, num_classes):
+    """Build a ResNet18 as the training script does."""
+    args = parse_args([
+        '--model', 'rs_resnet18', '--resolutions', *map(str, RESOLUTIONS), '--num-classes', str(num_classes),
+        flag, str(path), '--model-kwargs', f"channels={TINY['channels']}",
+    ])
+    args.distributed = False
+    return build_model(args, torch.device('cpu')).eval()
+
+
 @pytest.mark.parametrize('flag, num_classes', [('--pretrained-path', 5), ('--initial-checkpoint', 1000)])
 @pytest.mark.parametrize('kind', ['plain', 'switchable'])
 def test_flags_of_the_training_script(flag, num_classes, kind, switchable, tmp_path):
@@ -136,12 +146,7 @@ def test_flags_of_the_training_script(flag, num_classes, kind, switchable, tmp_p
         model = randomize_bn(create('resnet18'))
         write(model, tmp_path / 'training.pth.tar')
         folder = tmp_path
-    args = parse_args([
-        '--model', 'rs_resnet18', '--resolutions', *map(str, RESOLUTIONS), '--num-classes', str(num_classes),
-        flag, str(folder / 'training.pth.tar'), '--model-kwargs', f"channels={TINY['channels']}",
-    ])
-    args.distributed = False
-    built = build_model(args, torch.device('cpu')).eval()
+    built = build(flag, folder / 'training.pth.tar', num_classes)
     assert built.num_classes == num_classes
     for x in images(*RESOLUTIONS):
         for network in (built, model):
@@ -150,6 +155,22 @@ def test_flags_of_the_training_script(flag, num_classes, kind, switchable, tmp_p
         assert_equal(built.forward_features(x), model.forward_features(x))
     if flag == '--initial-checkpoint':
         assert_equal(built.fc.weight.data, model.fc.weight.data)
+
+
+@pytest.mark.parametrize('content, initial, pretrained', [
+    (dict(bert=torch.zeros(2, 2)), 'does not fit rs_resnet18: conv1.weight, ', 'Nothing of the checkpoint fits'),
+    ([torch.zeros(2, 2)], 'There are no weights in it', 'There are no weights in it'),
+    (b'hello', 'is damaged or no checkpoint', 'is damaged or no checkpoint'),
+])
+def test_foreign_files(content, initial, pretrained, tmp_path):
+    path = tmp_path / 'foreign.pth'
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    for flag, message in (('--initial-checkpoint', initial), ('--pretrained-path', pretrained)):
+        with pytest.raises(ValueError, match=message):
+            build(flag, path, 5)
 
 
 def test_segmentation_models_pytorch():

@@ -9,6 +9,7 @@ is `conv1.module.weight`, `bn1.224.weight` is `bn1.bn_0.weight`.
 import os
 import re
 import warnings
+import zipfile
 from typing import Any, Dict, Iterable, Iterator, Mapping, Optional, Sequence, Tuple
 
 import safetensors.torch
@@ -21,10 +22,12 @@ __all__ = [
     'adapt_state_dict',
     'explain_mismatch',
     'extract_resolution',
+    'has_taken',
     'is_reference',
     'nearest_resolution',
     'pick_state_dict',
     'read_checkpoint',
+    'read_weights',
     'state_dict_resolutions',
 ]
 
@@ -51,7 +54,9 @@ def read_checkpoint(path: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of the pickle protocol of foreign files
-            return safetensors.torch.load_file(path) if path.endswith('.safetensors') else _torch_load(path)
+            if path.endswith('.safetensors'):
+                return safetensors.torch.load_file(path)
+            return _torch_load(path, mmap=zipfile.is_zipfile(path))
     except OSError:
         raise
     except Exception as e:  # what a foreign file makes the readers raise is not documented
@@ -64,17 +69,18 @@ def read_checkpoint(path: str) -> Any:
         raise ValueError(f'{path} is damaged or no checkpoint, expected safetensors or a file of torch.save.') from e
 
 
-def pick_state_dict(checkpoint: Any, use_ema: bool = False) -> Dict[str, torch.Tensor]:
+def pick_state_dict(checkpoint: Any, use_ema: Optional[bool] = None) -> Dict[str, torch.Tensor]:
     """Return the weights that a checkpoint holds, alone or among the state of a training run, under clean keys.
 
     Args:
         checkpoint: Content of a checkpoint file.
-        use_ema: Take the moving average.
+        use_ema: Take the moving average, or never; None takes it if there is one, as timm does.
 
     Raises:
         ValueError: There are no weights, or no moving average of them.
     """
-    names = ('state_dict_ema', 'model_ema') if use_ema else ('state_dict', 'model')
+    names = () if use_ema is False else ('state_dict_ema', 'model_ema')
+    names += () if use_ema else ('state_dict', 'model')
     state_dict = None
     if isinstance(checkpoint, Mapping):
         held = [checkpoint[name] for name in names if isinstance(checkpoint.get(name), Mapping)]
@@ -84,6 +90,15 @@ def pick_state_dict(checkpoint: Any, use_ema: bool = False) -> Dict[str, torch.T
     if not state_dict or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
         raise ValueError('There are no weights in it, expected a state dict or a training checkpoint.')
     return state_dict
+
+
+def read_weights(path: str, use_ema: Optional[bool] = None) -> Dict[str, torch.Tensor]:
+    """Return the weights that a checkpoint file holds, see read_checkpoint and pick_state_dict."""
+    checkpoint = read_checkpoint(path)
+    try:
+        return pick_state_dict(checkpoint, use_ema)
+    except ValueError as e:
+        raise ValueError(f'{path}: {e}') from e
 
 
 def nearest_resolution(height: int, width: int, resolutions: Sequence[int]) -> int:
@@ -200,7 +215,7 @@ def explain_mismatch(state_dict: Mapping[str, torch.Tensor], expected: Mapping[s
     both = [k for k in expected if k in state_dict]
     differ = [k for k in both if state_dict[k].shape != expected[k].shape]
     found = [
-        ([k for k in expected if k not in state_dict], 'missing'),
+        ([k for k in expected if k not in state_dict and not k.endswith('num_batches_tracked')], 'missing'),
         ([k for k in state_dict if k not in expected], 'unexpected'),
     ]
     told = [
@@ -210,6 +225,23 @@ def explain_mismatch(state_dict: Mapping[str, torch.Tensor], expected: Mapping[s
     ]
     told += [f'{k} is {tuple(state_dict[k].shape)}, expected {tuple(expected[k].shape)}' for k in differ[:3]]
     return '; '.join(told) or None
+
+
+def has_taken(state_dict: Mapping[str, torch.Tensor], loaded: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether a network holds any weights of a state dict, whatever their names.
+
+    timm adapts keys as well as weights, and loads what fits where a network has another classifier: it can be nothing.
+
+    Args:
+        state_dict: Weights that were to be loaded.
+        loaded: The network's state dict.
+
+    Example:
+        >>> has_taken({'a': torch.ones(1, 2)}, {'b': torch.zeros(1, 2), 'c': torch.ones(1, 2)})
+        True
+    """
+    matrices = [w for w in state_dict.values() if w.ndim > 1]  # scales and biases are often alike
+    return any(torch.equal(w.to(v), v) for v in loaded.values() for w in matrices if w.shape == v.shape)
 
 
 def adapt_state_dict(

@@ -20,13 +20,22 @@ from .checkpoint import (
     is_reference,
     pick_state_dict,
     read_checkpoint,
+    read_weights,
     state_dict_resolutions,
 )
 from .private_bn import PrivateBN, check_resolutions
 from .rs_models import PREFIX, RESOLUTIONS, explain_unknown_model
 from .switchable import SwitchableMixin, make_switchable
 
-__all__ = ['LoadedModel', 'check_output', 'describe_for_timm', 'load_model', 'ready_to_save', 'save_model']
+__all__ = [
+    'LoadedModel',
+    'check_output',
+    'describe_for_timm',
+    'load_model',
+    'load_weights',
+    'ready_to_save',
+    'save_model',
+]
 
 # The authors' code feeds images in [0, 1] and validates on the central crop of images resized to size / 0.875.
 _REFERENCE_DATA = dict(mean=(0., 0., 0.), std=(1., 1., 1.), interpolation='bilinear', crop_pct=0.875)
@@ -95,16 +104,25 @@ def load_model(
         resolutions = check_resolutions(resolutions or held)
 
     model = timm.create_model(name, resolutions=resolutions, **_model_args(name, args, state_dict, num_classes)).eval()
-    private = [n for n, m in model.named_modules() if isinstance(m, PrivateBN)]
-    state_dict = adapt_state_dict(state_dict, private, resolutions, model.alpha)
-    mismatch = explain_mismatch(state_dict, model.state_dict())
-    if mismatch:
-        raise ValueError(f'{source} does not fit {name}: {mismatch}.')
-    model.load_state_dict(state_dict)
+    _load(model, state_dict, source)
     for key in _ORIGIN:
         model.pretrained_cfg.pop(key, None)
     model.pretrained_cfg.update(data)
     return LoadedModel(model, args, checkpoint.get('epoch') if args else None)
+
+
+def load_weights(model: nn.Module, path: str, use_ema: Optional[bool] = None) -> None:
+    """Load all weights of a checkpoint file into a model, plain or switchable ones as the model takes them.
+
+    Args:
+        model: A network of timm.
+        path: Name of the file.
+        use_ema: Take the moving average, or never; None takes it if there is one, as timm does.
+
+    Raises:
+        ValueError: The file cannot be read or does not fit the model; the message names the first keys that do not.
+    """
+    _load(model, read_weights(path, use_ema), path)
 
 
 def save_model(model: nn.Module, folder: str, label_names: Optional[Sequence[str]] = None) -> None:
@@ -180,6 +198,17 @@ def ready_to_save(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         if resolution is not None:
             model.switch_to(resolution)
+
+
+def _load(model: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str) -> None:
+    if isinstance(model, SwitchableMixin):
+        private = [n for n, m in model.named_modules() if isinstance(m, PrivateBN)]
+        state_dict = adapt_state_dict(state_dict, private, model.resolutions, model.alpha)
+    mismatch = explain_mismatch(state_dict, model.state_dict())
+    if mismatch:
+        name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
+        raise ValueError(f'{source} does not fit {name}: {mismatch}.')
+    model.load_state_dict(state_dict)
 
 
 def _create_from_config(source: str, resolutions: Optional[Sequence[int]]) -> nn.Module:

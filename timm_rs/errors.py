@@ -2,6 +2,7 @@
 import argparse
 import logging
 import sys
+import textwrap
 from contextlib import contextmanager
 from typing import Iterator
 
@@ -27,7 +28,7 @@ def one_line_errors(program: str) -> Iterator[None]:
         yield
     except (AssertionError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
         _logger.debug('Traceback of the error below', exc_info=True)
-        message = ' '.join(str(e).split()) or type(e).__name__
+        message = textwrap.shorten(str(e), 1000, placeholder=' ...') or type(e).__name__
         print(f'{program}: error: {message}', file=sys.stderr)
         raise SystemExit(1) from None
 

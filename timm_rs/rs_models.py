@@ -16,7 +16,6 @@ from timm.models import (
     is_model,
     list_models,
     load_pretrained,
-    load_state_dict,
     load_state_dict_from_hf,
     model_entrypoint,
     register_model,
@@ -25,7 +24,7 @@ from timm.models import (
 from timm.models._hub import load_state_dict_from_path
 from timm.models._pretrained import PretrainedCfg
 
-from .checkpoint import extract_resolution, state_dict_resolutions
+from .checkpoint import extract_resolution, has_taken, read_weights, state_dict_resolutions
 from .private_bn import PrivateBN
 from .switchable import make_switchable
 
@@ -87,6 +86,9 @@ def _create_rs(
         model = _build_from_switchable(build, weights, resolutions, cfg)
     else:
         model = make_switchable(build(pretrained=pretrained, pretrained_cfg=cfg), resolutions)
+    if weights and not has_taken(weights, model.state_dict()):
+        keys = ', '.join(list(weights)[:3])
+        raise ValueError(f'Nothing of the checkpoint fits {PREFIX}{base}, its keys are {keys}, ...')
     model.pretrained_cfg.update(sources, architecture=PREFIX + base)
     model._model_args = dict(resolutions=model.resolutions)  # timm stores no defaults, config.json has to
     return model
@@ -97,7 +99,7 @@ def _foreign_weights(cfg: PretrainedCfg, cache_dir: Optional[str]) -> Optional[M
     if cfg.source == 'local-dir':
         return load_state_dict_from_path(cfg.file)
     if cfg.state_dict or (cfg.file and not cfg.custom_load):
-        return cfg.state_dict or load_state_dict(cfg.file)
+        return cfg.state_dict or read_weights(cfg.file)
     if cfg.hf_hub_id and not cfg.hf_hub_id.startswith('timm/') and not cfg.custom_load:
         filename = {'filename': cfg.hf_hub_filename} if cfg.hf_hub_filename else {}
         return load_state_dict_from_hf(cfg.hf_hub_id, cache_dir=cache_dir, **filename)

@@ -18,6 +18,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils import init_distributed_device
 from torch.utils.data import Dataset, IterableDataset
 
+from ..convert import load_weights
 from ..data import PyramidNormalizer, count_classes, create_dataset, create_eval_loader
 from ..evaluate import ENSEMBLE, count_madds
 from ..private_bn import check_resolutions
@@ -109,9 +110,10 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
         global_pool=args.gp,
         bn_momentum=args.bn_momentum,
         bn_eps=args.bn_eps,
-        checkpoint_path=args.initial_checkpoint,
         **kwargs,
     )
+    if args.initial_checkpoint:
+        load_weights(model, args.initial_checkpoint)
     args.resolutions = list(check_resolutions(model.resolutions))
     args.num_classes = model.num_classes
     if args.eval_metric in _METRICS:
