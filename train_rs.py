@@ -66,10 +66,12 @@ class Run:
 def main(argv=None):
     args = parse_args(argv)
     args_text = yaml.safe_dump(vars(args), default_flow_style=False)
+    if utils.distributed.world_info_from_env()[1] > 0:
+        logging.getLogger().setLevel(logging.WARNING)  # the first process tells what they have in common
     with one_line_errors('train_rs.py'):
         run = set_up(args, args_text)
 
-    preemption = Preemption()
+    preemption = Preemption(args.distributed)
     try:
         fit(run, args, preemption)
     except Preempted:
@@ -80,6 +82,7 @@ def main(argv=None):
                 f'SIGTERM: saved after batch {progress.batch} of epoch {progress.epoch}, '
                 f'go on with --resume auto --output {os.path.dirname(run.output_dir)} '
                 f'--experiment {os.path.basename(run.output_dir)}.')
+        preemption.barrier()  # a launcher ends the others when one has gone
         raise SystemExit(128 + 15) from None
     except RuntimeError as e:
         fault = e if isinstance(e, TrainingFault) else run.loaders.errors.fault()
@@ -101,11 +104,12 @@ def set_up(args, args_text):
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-    output_dir, resume = find_output(args)
+    found = [find_output(args) if utils.is_primary(args) else None]
     if args.distributed:
-        torch.distributed.barrier()  # nobody writes before all have looked
+        torch.distributed.broadcast_object_list(found)  # its clock gives the name, its disk the checkpoint
+    output_dir, resume = found[0]
 
-    utils.random_seed(args.seed, args.rank)
+    utils.random_seed(args.seed)  # the same weights everywhere, also in the moving average
     datasets = build_datasets(args)
     model = build_model(args, device)
     loaders = build_loaders(args, model, device, *datasets)
@@ -127,7 +131,7 @@ def set_up(args, args_text):
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
     if args.distributed:
         device_ids = [device] if device.type == 'cuda' else None
-        task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb)
+        task.prepare_distributed(device_ids=device_ids, **(dict(broadcast_buffers=False) if args.no_ddp_bb else {}))
 
     decreasing = args.eval_metric.startswith('loss')
     updates_per_epoch = (len(loaders.train) + args.grad_accum_steps - 1) // args.grad_accum_steps
@@ -136,7 +140,7 @@ def set_up(args, args_text):
     progress = task.progress
     if lr_scheduler is not None and (progress.epoch or progress.batch):
         if args.sched_on_updates:
-            lr_scheduler.step_update(progress.epoch * updates_per_epoch + progress.batch // args.grad_accum_steps)
+            lr_scheduler.step_update(progress.epoch * updates_per_epoch - (-progress.batch // args.grad_accum_steps))
         else:
             lr_scheduler.step(progress.epoch)
 
@@ -171,8 +175,6 @@ def fit(run, args, preemption):
             run.loss_scaler, run.amp_autocast, run.saver, run.output_dir)
         images = (run.task.progress.num_images - first_image) * args.world_size
         rate = images / (time.perf_counter() - start)
-        if args.distributed and args.dist_bn:
-            utils.distribute_bn(run.model, args.world_size, args.dist_bn == 'reduce')
 
         milestone = epoch + 1 in (args.save_epochs or ())
         eval_metrics = {}
@@ -180,8 +182,6 @@ def fit(run, args, preemption):
             eval_metrics = validate(run.task.get_eval_model(), run.loaders, args, preemption, run.amp_autocast)
             if run.task.has_ema() and not args.model_ema_force_cpu:
                 ema = run.task.get_eval_model(ema=True)
-                if args.distributed and args.dist_bn:
-                    utils.distribute_bn(ema, args.world_size, args.dist_bn == 'reduce')
                 eval_metrics = validate(ema, run.loaders, args, preemption, run.amp_autocast, name='Test (EMA)')
         metric = eval_metrics.get(args.eval_metric)
         if run.lr_scheduler is not None:
@@ -245,7 +245,24 @@ def resume_run(path, args, model, task, optimizer, loss_scaler):
     if task.has_ema() and 'state_dict_ema' in checkpoint:
         task.load_checkpoint_state(checkpoint['state_dict_ema'], ema=True)
     task.load_task_state(checkpoint['task_state'])
+    if (saved.world_size, saved.batch_size) != (args.world_size, args.batch_size):
+        task.progress = share_progress(task.progress, saved, args)
     return checkpoint
+
+
+def share_progress(progress, saved, args):
+    """Return how far an epoch is with another number of images per step: about as many of them are done."""
+    batch = progress.batch * saved.world_size * saved.batch_size // (args.world_size * args.batch_size)
+    if not batch:
+        return Progress(progress.epoch)
+    _logger.warning(
+        f'--resume with {args.world_size} x {args.batch_size} images per step instead of {saved.world_size} x '
+        f'{saved.batch_size}: epoch {progress.epoch} goes on at batch {batch} instead of {progress.batch}, some of its '
+        'images come twice or not at all.')
+    num_images = batch * args.batch_size
+    sums = torch.tensor(progress.sums, dtype=torch.float64).view(saved.world_size, -1).mean(0)
+    sums *= num_images / progress.num_images
+    return Progress(progress.epoch, batch, sums.repeat(args.world_size).tolist(), num_images)
 
 
 def open_writer(args, output_dir):

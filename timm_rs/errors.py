@@ -6,6 +6,8 @@ import textwrap
 from contextlib import contextmanager
 from typing import Iterator
 
+from timm.utils.distributed import world_info_from_env
+
 __all__ = ['OneLineParser', 'TrainingFault', 'one_line_errors']
 
 _logger = logging.getLogger(__name__)
@@ -29,7 +31,8 @@ def one_line_errors(program: str) -> Iterator[None]:
     except (AssertionError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
         _logger.debug('Traceback of the error below', exc_info=True)
         message = textwrap.shorten(str(e), 1000, placeholder=' ...') or type(e).__name__
-        print(f'{program}: error: {message}', file=sys.stderr)
+        if _tells() or isinstance(e, (ImportError, OSError, RuntimeError)):  # which can befall one process alone
+            print(f'{program}: error: {message}', file=sys.stderr)
         raise SystemExit(1) from None
 
 
@@ -37,4 +40,9 @@ class OneLineParser(argparse.ArgumentParser):
     """Reports an error in one line, without the long usage."""
 
     def error(self, message: str):
-        self.exit(2, f'{self.prog}: error: {message}\n')
+        self.exit(2, f'{self.prog}: error: {message}\n' if _tells() else None)
+
+
+def _tells() -> bool:
+    """Return whether this is the process of its machine that tells what is wrong with the arguments of all."""
+    return world_info_from_env()[0] == 0

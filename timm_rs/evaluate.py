@@ -8,6 +8,7 @@ import torch.nn as nn
 from timm.task.evaluator import ClassificationEvaluator
 from timm.utils import unwrap_model
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoint import nearest_resolution
@@ -92,6 +93,8 @@ def evaluate(
     keys: List[Union[int, str]] = list(resolutions)
     weights = None
     network = unwrap_model(model)
+    if isinstance(model, DistributedDataParallel):
+        model = model.module  # the wrapper would wait for the others at each batch, of which they may have fewer
     if isinstance(network, SwitchableMixin) and network.resolutions == resolutions:
         weights = network.alpha.float().softmax(0)
         keys.append(ENSEMBLE)

@@ -12,7 +12,7 @@ from typing import Any, Iterator, List, Optional, Tuple
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, RandomSampler, Sampler
+from torch.utils.data import Dataset, DistributedSampler, RandomSampler, Sampler
 
 from ..errors import TrainingFault
 
@@ -68,7 +68,9 @@ class EpochSampler(Sampler):
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Tuple[int, int]]:
-        if isinstance(self.sampler, RandomSampler):
+        if isinstance(self.sampler, DistributedSampler):
+            self.sampler.seed = self.seed
+        elif isinstance(self.sampler, RandomSampler):
             self.sampler.generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
         indices = islice(iter(self.sampler), self.first_batch * self.batch_size, None)
         return ((self.epoch, index) for index in indices)

@@ -6,9 +6,10 @@ import signal
 import time
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Union
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torchvision
 from timm import utils
@@ -38,19 +39,50 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """Notes a SIGTERM, for the loop to end at the next safe point."""
+    """Notes a SIGTERM, for all processes to end at the same safe point, whichever of them it reached and when.
 
-    def __init__(self):
+    Args:
+        distributed: There are several processes; all of them make this object, and later the same calls.
+    """
+
+    def __init__(self, distributed: bool = False):
         self.requested = False
+        self._group = dist.new_group(backend='gloo') if distributed else None  # on the CPU: no GPU is waited for
+        self._flag = self._work = None
         signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, *_: Any) -> None:
         self.requested = True
 
-    def check(self) -> None:
-        """Raise Preempted if a SIGTERM has come."""
-        if self.requested:
-            raise Preempted
+    def poll(self) -> bool:
+        """Return whether to end, the same on all processes; these do not wait for each other but for the last poll."""
+        if self._group is None:
+            return self.requested
+        end = self._work is not None and self._result()
+        self._ask()
+        return end
+
+    def agree(self) -> bool:
+        """Return whether to end, the same on all processes, once all of them are here."""
+        if self._group is None:
+            return self.requested
+        if self._work is not None:
+            self._work.wait()
+        self._ask()
+        return self._result()
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self._group is not None:
+            dist.barrier(self._group)
+
+    def _ask(self) -> None:
+        self._flag = torch.tensor(int(self.requested))
+        self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, self._group, async_op=True)
+
+    def _result(self) -> bool:
+        self._work.wait()
+        return bool(self._flag)
 
 
 class _Faults:
@@ -114,8 +146,8 @@ def train_one_epoch(
     last_accum_steps = num_batches % accum_steps or accum_steps
     updates_per_epoch = (num_batches + accum_steps - 1) // accum_steps
     last_idx = num_batches - 1
-    num_updates = epoch * updates_per_epoch + progress.batch // accum_steps
-    sums = torch.tensor(progress.sums or [0.] * len(TERMS), device=device, dtype=torch.float64)
+    num_updates = epoch * updates_per_epoch - (-progress.batch // accum_steps)  # the last one may be of fewer batches
+    sums = _own_sums(progress.sums, args, device)
     faults = _Faults(args.resolutions, device)
     clip_parameters = partial(task.get_clip_parameters, exclude_head='agc' in args.clip_mode)
     window_start = fetch_start = time.perf_counter()
@@ -124,6 +156,8 @@ def train_one_epoch(
     seed_all(args.seed, args.rank, epoch)
     if loaders.order is not None:
         loaders.order.set_epoch(epoch, progress.batch)
+    elif hasattr(loaders.train.dataset, 'set_epoch'):
+        loaders.train.dataset.set_epoch(epoch)
     elif hasattr(loaders.train.sampler, 'set_epoch'):
         loaders.train.sampler.set_epoch(epoch)
     batches = tqdm(
@@ -198,25 +232,59 @@ def train_one_epoch(
                         path = os.path.join(output_dir, f'train-batch-{batch_idx}.jpg')
                         torchvision.utils.save_image(images, path, padding=0, normalize=True)
                 window_start, window_images, data_time = now, 0, 0.
+            if batch_idx == last_idx and args.distributed:
+                _share_statistics(task, args)
             recover = args.recovery_interval and (update_idx + 1) % args.recovery_interval == 0
-            if recover or preemption.requested:
+            end = preemption.poll()
+            if recover or end:
                 faults.check()
-                progress.sums = sums.tolist()
+                progress.sums = _all_sums(sums, args)
                 if recover and saver is not None:
                     saver.save_recovery(epoch, batch_idx=batch_idx)
-                preemption.check()
+                if end:
+                    raise Preempted
         fetch_start = time.perf_counter()
 
     faults.check()
-    progress.sums = sums.tolist()
+    if progress.batch < num_batches:  # the other processes would wait for ever
+        raise TrainingFault(f'The training data ended after batch {progress.batch} of {num_batches}.')
+    progress.sums = _all_sums(sums, args)
     count = torch.tensor(progress.num_images, device=device, dtype=torch.float64)
     if args.distributed:
-        torch.distributed.all_reduce(sums)
-        torch.distributed.all_reduce(count)
+        dist.all_reduce(sums)
+        dist.all_reduce(count)
     unreadable = loaders.errors.summary()
     if unreadable:
         _logger.warning(unreadable)
     return dict(zip(TERMS, (sums / count).tolist()))
+
+
+def _own_sums(sums: List[float], args: argparse.Namespace, device: torch.device) -> torch.Tensor:
+    """Return the sums of this process out of those of all."""
+    if not sums:
+        return torch.zeros(len(TERMS), device=device, dtype=torch.float64)
+    return torch.tensor(sums, device=device, dtype=torch.float64).view(args.world_size, len(TERMS))[args.rank].clone()
+
+
+def _all_sums(sums: torch.Tensor, args: argparse.Namespace) -> List[float]:
+    """Return the sums of all processes one after the other, so that each can go on with its own."""
+    if not args.distributed:
+        return sums.tolist()
+    gathered = [torch.empty_like(sums) for _ in range(args.world_size)]
+    dist.all_gather(gathered, sums)
+    return torch.cat(gathered).tolist()
+
+
+def _share_statistics(task: MultiResolutionTask, args: argparse.Namespace) -> None:
+    """Make the running statistics of BN equal on all processes.
+
+    Here and not after the epoch, because they must be in a checkpoint that is saved at its last batch. Those of the
+    moving average are the first process's: a checkpoint holds no others, and resuming has to come to the same.
+    """
+    if args.dist_bn or not args.no_ddp_bb:
+        utils.distribute_bn(task.get_trainable_module(), args.world_size, args.dist_bn == 'reduce')
+    if task.has_ema() and not args.model_ema_force_cpu:
+        utils.distribute_bn(task.get_trainable_module(ema=True), args.world_size)
 
 
 def _explain_out_of_memory(task: MultiResolutionTask, args: argparse.Namespace, error: Exception) -> str:
@@ -240,29 +308,32 @@ def validate(
     Returns:
         As flatten_metrics does.
     """
-    bar = tqdm(total=len(loaders.eval), desc=name, leave=False, disable=None if args.rank == 0 else True)
-
-    def on_batch(*_: Any) -> None:
-        bar.update()
-        preemption.check()
-
+    batches = tqdm(loaders.eval, desc=name, leave=False, disable=None if args.rank == 0 else True)
     metrics = evaluate(
         model,
-        loaders.eval,
+        _until_preempted(batches, preemption),
         args.resolutions,
         loaders.normalize,
         amp_autocast=amp_autocast,
         max_samples=loaders.eval_samples,
         distributed=args.distributed,
-        on_batch=on_batch,
     )
-    bar.close()
+    if preemption.agree():
+        raise Preempted
     loaders.errors.check()
     flat = flatten_metrics(metrics)
     if utils.is_primary(args):
         top1 = '  '.join(f"{key}: {row['top1']:.2f}" for key, row in metrics.items())
         _logger.info(f"{name}: Acc@1  {top1}  mean: {flat['top1_mean']:.2f}  Loss mean: {flat['loss_mean']:.3f}")
     return flat
+
+
+def _until_preempted(batches: Iterable, preemption: Preemption) -> Iterator:
+    """Give batches until a SIGTERM comes; the process still takes part in summing up, which the others wait for."""
+    for batch in batches:
+        yield batch
+        if preemption.requested:
+            return
 
 
 def flatten_metrics(metrics: Dict[Union[int, str], Dict[str, float]]) -> Dict[str, float]:
