@@ -1,5 +1,7 @@
 """Data sets by name, and evaluation loaders that decode an image once for all resolutions"""
 import os
+from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -10,10 +12,18 @@ from timm.data.loader import fast_collate
 
 from .private_bn import check_resolutions
 
+_PACKAGES = dict(wds='webdataset', hfds='datasets', hfids='datasets', tfds='tensorflow_datasets')
 _TRAIN = ('train', 'training')  # names that timm takes for the same split
 _EVAL = ('val', 'valid', 'validation', 'eval', 'evaluation')
 
-__all__ = ['DigitsDataset', 'PyramidNormalizer', 'count_classes', 'create_dataset', 'create_eval_loader']
+__all__ = [
+    'DigitsDataset',
+    'PyramidNormalizer',
+    'count_classes',
+    'create_dataset',
+    'create_eval_loader',
+    'share_shards',
+]
 
 
 class DigitsDataset(torch.utils.data.Dataset):
@@ -62,9 +72,15 @@ def create_dataset(name: str, root: Optional[str], split: str, **kwargs: Any) ->
 
     Raises:
         ValueError: The folder is missing or holds no images.
+        ImportError: The package that reads the data set is not installed.
     """
     if name == 'digits':
         return DigitsDataset(split)
+    kind, _, _ = name.lower().partition('/')
+    if kind in _PACKAGES and find_spec(_PACKAGES[kind]) is None:
+        raise ImportError(f'--dataset {name} needs the package {_PACKAGES[kind]}: pip install {_PACKAGES[kind]}.')
+    if kind == 'wds' and not root:
+        raise ValueError(f'No data: --dataset {name} needs the folder of the shards as DIR or --data-dir.')
     if not name or name.startswith(('folder', 'torch/image_folder')):
         if not root:
             raise ValueError('No data: give the folder of the data set as DIR or --data-dir, or --dataset digits.')
@@ -85,6 +101,41 @@ def _check_split(root: str, split: str) -> None:
     others = folders & set.union(*names)
     if split and others and not folders & (same | {split}):
         raise ValueError(f"{root} has no split {split!r}, it holds {', '.join(sorted(others))}.")
+
+
+def share_shards(
+        dataset: torch.utils.data.IterableDataset,
+        is_training: bool,
+        rank: int,
+        world_size: int,
+        num_workers: int,
+) -> None:
+    """Let a process read its part of WebDataset shards: to train as many images as any other, to evaluate each once.
+
+    timm's reader deals shards out to train, which needs one for every worker. To evaluate with several processes it
+    would cut each to the same number of images, so that some are not seen and others twice; here each process reads
+    all of its own shards, and the numbers differ.
+
+    Args:
+        dataset: Data set whose reader is timm's for shards.
+        is_training: It is read to train.
+        rank: Number of the process.
+        world_size: Number of processes.
+        num_workers: Loader processes of each.
+
+    Raises:
+        ValueError: There are fewer shards than readers.
+    """
+    reader = dataset.reader
+    shards = reader.split_info.filenames
+    if is_training:
+        if len(shards) < world_size * max(num_workers, 1):
+            raise ValueError(
+                f'{len(shards)} training shards for {world_size} processes with {num_workers} --workers each, '
+                f'expected at least {world_size * max(num_workers, 1)} shards.')
+    elif world_size > 1:
+        reader.split_info = replace(reader.split_info, filenames=tuple(shards[rank::world_size]))
+        reader.dist_rank, reader.dist_num_replicas = 0, 1
 
 
 def count_classes(dataset: torch.utils.data.Dataset) -> Optional[int]:

@@ -15,11 +15,11 @@ from timm.layers import convert_sync_batchnorm, set_fast_norm
 from timm.loss import create_classification_loss
 from timm.models import is_model
 from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.utils import init_distributed_device
+from timm.utils.distributed import init_distributed_device, world_info_from_env
 from torch.utils.data import Dataset, IterableDataset
 
 from ..convert import load_weights
-from ..data import PyramidNormalizer, count_classes, create_dataset, create_eval_loader
+from ..data import PyramidNormalizer, count_classes, create_dataset, create_eval_loader, share_shards
 from ..evaluate import ENSEMBLE, count_madds
 from ..private_bn import check_resolutions
 from ..rs_models import PREFIX, RESOLUTIONS, explain_unknown_model
@@ -70,11 +70,12 @@ class Loaders:
 def select_device(args: argparse.Namespace) -> torch.device:
     """Set up the device and the process group; a machine without GPU serves with its CPU."""
     if args.device.startswith('cuda') and not torch.cuda.is_available():
-        _logger.warning(f'No GPU for --device {args.device}, running on the CPU.')
+        if world_info_from_env()[1] == 0:
+            _logger.warning(f'No GPU for --device {args.device}, running on the CPU.')
         args.device = 'cpu'
-    device = init_distributed_device(args)
-    if args.sync_bn and device.type == 'cpu':
+    if args.sync_bn and args.device.startswith('cpu'):
         raise ValueError('--sync-bn needs GPUs, synchronized BatchNorm does not run on a CPU.')
+    device = init_distributed_device(args)
     if args.aug_repeats and not args.distributed:
         raise ValueError('--aug-repeats needs distributed training, see distributed_train.sh.')
     return device
@@ -163,6 +164,9 @@ def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:
         args.dataset, args.data_dir, args.val_split, is_training=False,
         batch_size=args.validation_batch_size or args.batch_size, num_samples=args.val_num_samples, **common,
     )
+    if args.dataset.lower().startswith('wds/'):
+        for dataset, is_training in ((train_set, True), (eval_set, False)):
+            share_shards(dataset, is_training, args.rank, args.world_size, args.workers)
     roots = [getattr(getattr(d, 'reader', None), 'root', None) for d in (train_set, eval_set)]
     if not args.dataset and roots[0] == roots[1]:
         raise ValueError(
@@ -179,9 +183,10 @@ def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:
             raise ValueError(
                 f'Split {split!r} of {args.data_dir or args.dataset} has {num_classes} classes, '
                 f'expected {args.num_classes} as the model.')
-    if not isinstance(train_set, IterableDataset) and len(train_set) < args.batch_size:
+    if not isinstance(train_set, IterableDataset) and -(-len(train_set) // args.world_size) < args.batch_size:
+        share = f' of {args.world_size} processes' if args.distributed else ''
         raise ValueError(
-            f'--batch-size {args.batch_size} is more than the {len(train_set)} training images, expected less.')
+            f'--batch-size {args.batch_size}{share} is more than the {len(train_set)} training images, expected less.')
     return train_set, eval_set
 
 
@@ -247,6 +252,7 @@ def build_loaders(
         device=device,
         use_prefetcher=prefetcher,
         use_multi_epochs_loader=args.use_multi_epochs_loader,
+        persistent_workers=not isinstance(train_set, IterableDataset),  # new ones read a stream as a resumed run does
         worker_seeding=args.worker_seeding,
     )
     order = None
@@ -258,7 +264,7 @@ def build_loaders(
         args.distributed, args.pin_mem,
     )
     eval_samples = None
-    if args.distributed and hasattr(eval_set, '__len__'):
+    if args.distributed and not isinstance(eval_set, IterableDataset):  # a stream gives each its own, unpadded
         eval_samples = len(range(args.rank, len(eval_set), args.world_size))
     normalize = PyramidNormalizer(data_config['mean'], data_config['std'], device, dtype, args.channels_last)
     return Loaders(train_loader, eval_loader, normalize, mixup, erase, order, errors, eval_samples)
