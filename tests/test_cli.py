@@ -126,6 +126,20 @@ def test_convert_plain_timm_checkpoints(suffix, tmp_path):
         assert_equal(converted(x), plain(x))
 
 
+def test_weights_of_another_preprocessing_and_variant(tmp_path):
+    plain = randomize_bn(timm.create_model(NAME, num_classes=10, **TINY)).eval()
+    safetensors.torch.save_file(plain.state_dict(), tmp_path / 'plain.safetensors')
+    run('convert', tmp_path / 'plain.safetensors', '--model', f'rs_{NAME}', '--output', tmp_path / 'out',
+        '--resolutions', *RESOLUTIONS, '--model-kwargs', *(f'{k}={v}' for k, v in TINY.items()),
+        '--mean', 0.5, 0.5, 0.5, '--std', 0.25, 0.25, 0.25, '--interpolation', 'bilinear', '--crop-pct', 0.9)
+    model = create(tmp_path / 'out')
+    x = images(48)
+    assert_equal(model(x), plain(x))
+    data = timm.data.resolve_model_data_config(model)
+    assert (*data['mean'], *data['std']) == (0.5, 0.5, 0.5, 0.25, 0.25, 0.25)
+    assert (data['interpolation'], data['crop_pct']) == ('bilinear', 0.9)
+
+
 def test_label_names(trained, tmp_path, capsys):
     labels = tmp_path / 'labels.txt'
     labels.write_text('\n'.join('abcdefghij'))

@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Callable, Optional, Sequence
 
+from timm.utils import ParseKwargs
+
 from .errors import OneLineParser, one_line_errors
 from .version import __version__
 
@@ -42,6 +44,27 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     add('--num-classes', type=int, metavar='N', help='number of classes (default: what the checkpoint tells)')
     add('--use-ema', action='store_true', help='take the moving average of the weights')
     add('--label-names', metavar='FILE', help='names of the classes in their order, one a line')
+    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='further model arguments as key=value')
+    add('--mean', type=float, nargs='+', metavar='MEAN', help='pixel mean that the weights were trained with')
+    add('--std', type=float, nargs='+', metavar='STD', help='pixel standard deviation that they were trained with')
+    add('--interpolation', metavar='NAME', help='interpolation of the images')
+    add('--crop-pct', type=float, metavar='PCT', help='share of the image that is cropped')
+
+
+def _load(args: argparse.Namespace) -> Any:
+    """Load the checkpoint that the arguments of _add_source tell."""
+    from .convert import load_model
+
+    data = {k: getattr(args, k) for k in ('mean', 'std', 'interpolation', 'crop_pct')}
+    return load_model(
+        args.checkpoint,
+        args.model,
+        args.resolutions,
+        args.num_classes,
+        args.use_ema,
+        model_kwargs=args.model_kwargs,
+        data_config={k: v for k, v in data.items() if v},
+    )
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -51,11 +74,11 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from .convert import check_output, load_model, save_model
+    from .convert import check_output, save_model
 
     check_output(args.output)
     labels = _read_labels(args.label_names)
-    model = load_model(args.checkpoint, args.model, args.resolutions, args.num_classes, args.use_ema).model
+    model = _load(args).model
     what = ' '.join(map(str, model.resolutions))
     if args.extract is not None:
         model, what = model.at(args.extract), args.extract
@@ -85,14 +108,13 @@ def _add_push(parser: argparse.ArgumentParser) -> None:
 def _push(args: argparse.Namespace) -> None:
     from huggingface_hub.utils import disable_progress_bars
 
-    from .convert import load_model
     from .hub import LABEL_FILE, HubError, push_to_hub, read_metrics
 
     beside = os.path.dirname(args.checkpoint)
     labels = args.label_names
     if labels is None and os.path.isfile(os.path.join(beside, LABEL_FILE)):
         labels = os.path.join(beside, LABEL_FILE)
-    loaded = load_model(args.checkpoint, args.model, args.resolutions, args.num_classes, args.use_ema)
+    loaded = _load(args)
     results = args.results
     if results is None and loaded.epoch is not None and os.path.isfile(os.path.join(beside, 'summary.csv')):
         results = os.path.join(beside, 'summary.csv')
@@ -152,13 +174,13 @@ def _calibrate(args: argparse.Namespace) -> None:
     import torch
 
     from .calibrate import add_resolution
-    from .convert import check_output, load_model, save_model
+    from .convert import check_output, save_model
     from .data import create_dataset
 
     check_output(args.output)
     labels = _read_labels(args.label_names)
     device = torch.device(args.device if torch.cuda.is_available() or args.device != 'cuda' else 'cpu')
-    model = load_model(args.checkpoint, args.model, args.resolutions, args.num_classes, args.use_ema).model.to(device)
+    model = _load(args).model.to(device)
     loader = None
     if args.method != 'copy':
         config = timm.data.resolve_model_data_config(model)

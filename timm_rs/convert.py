@@ -63,6 +63,8 @@ def load_model(
         resolutions: Optional[Sequence[int]] = None,
         num_classes: Optional[int] = None,
         use_ema: bool = False,
+        model_kwargs: Optional[Mapping[str, Any]] = None,
+        data_config: Optional[Mapping[str, Any]] = None,
 ) -> LoadedModel:
     """Build a switchable network from a checkpoint, which tells itself what is left open here, as far as it can.
 
@@ -74,14 +76,20 @@ def load_model(
             the nearest; the authors' checkpoints need as many as they hold.
         num_classes: Number of classes.
         use_ema: Take the moving average of the weights.
+        model_kwargs: Further arguments of timm.create_model.
+        data_config: Preprocessing that the weights were trained with, where it is not the model's: mean, std,
+            interpolation, crop_pct.
 
     Raises:
         ValueError: The checkpoint cannot be read or does not fit the model.
     """
+    data_config = data_config or {}
     if os.path.isdir(source) or (':' in source and not os.path.exists(source)):
-        if name or num_classes or use_ema:
-            raise ValueError(f'{source} tells its model itself, leave out all but the resolutions.')
-        return LoadedModel(_create_from_config(source, resolutions))
+        if name or num_classes or use_ema or model_kwargs:
+            raise ValueError(f'{source} tells its model itself, leave out all that describes it but the resolutions.')
+        model = _create_from_config(source, resolutions)
+        model.pretrained_cfg.update(data_config)
+        return LoadedModel(model)
 
     checkpoint = read_checkpoint(source)
     try:
@@ -103,11 +111,12 @@ def load_model(
         held = state_dict_resolutions(state_dict) or args.get('resolutions') or RESOLUTIONS
         resolutions = check_resolutions(resolutions or held)
 
-    model = timm.create_model(name, resolutions=resolutions, **_model_args(name, args, state_dict, num_classes)).eval()
+    kwargs = dict(_model_args(name, args, state_dict, num_classes), **model_kwargs or {})
+    model = timm.create_model(name, resolutions=resolutions, **kwargs).eval()
     _load(model, state_dict, source)
     for key in _ORIGIN:
         model.pretrained_cfg.pop(key, None)
-    model.pretrained_cfg.update(data)
+    model.pretrained_cfg.update(data, **data_config)
     return LoadedModel(model, args, checkpoint.get('epoch') if args else None)
 
 
