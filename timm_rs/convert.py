@@ -146,6 +146,13 @@ def save_model(model: nn.Module, folder: str, label_names: Optional[Sequence[str
 
     Raises:
         ValueError: The folder exists, or the network is not one that timm can build again.
+
+    Example:
+        >>> import tempfile, timm_rs
+        >>> folder = os.path.join(tempfile.mkdtemp(), 'model')
+        >>> save_model(timm.create_model('rs_resnet10t', resolutions=(64, 32)), folder)
+        >>> timm.create_model(f'local-dir:{folder}', pretrained=True).resolutions
+        (64, 32)
     """
     check_output(folder)
     partial = f'{os.path.normpath(folder)}.part-{os.getpid()}'
