@@ -189,7 +189,7 @@ def describe_for_timm(model: nn.Module, label_names: Optional[Sequence[str]] = N
         if architecture and not architecture.startswith(PREFIX):  # of make_switchable
             architecture = PREFIX + architecture
         args = dict(resolutions=list(model.resolutions))
-    if not architecture or not is_model(architecture):
+    if architecture not in timm.list_models(architecture):  # it leaves those out that are registered to say why not
         raise ValueError(f'{type(model).__name__} is no model that timm.create_model could build again.')
     config['pretrained_cfg'] = dict(architecture=architecture)
     if label_names is not None:
@@ -203,7 +203,7 @@ def describe_for_timm(model: nn.Module, label_names: Optional[Sequence[str]] = N
 def ready_to_save(model: nn.Module) -> Iterator[nn.Module]:
     """Give a network as timm can save it: the largest resolution active, whose size goes into config.json, and its
     memory contiguous, as safetensors asks for."""
-    resolution = getattr(model, 'resolution', None)
+    resolution = model.resolution if isinstance(model, SwitchableMixin) else None
     try:
         if resolution is not None:
             model.switch_to(model.resolutions[0])

@@ -163,8 +163,8 @@ def model_card(
     folder = os.path.basename(os.path.normpath(recipe.get('data_dir') or 'unknown'))
     dataset = dataset or recipe.get('dataset') or folder
     in_chans = get_model_input_config(model)['input_size'][0]
-    madds: Dict[Any, int] = {r: count_madds(model, r, in_chans) for r in model.resolutions}
-    madds[ENSEMBLE] = sum(madds.values())
+    madds: Dict[Any, Optional[int]] = {r: _count_madds(model, r, in_chans) for r in model.resolutions}
+    madds[ENSEMBLE] = sum(madds.values()) if None not in madds.values() else None
     rows = [key for key in madds if key != ENSEMBLE or key in metrics]
 
     results = [
@@ -344,5 +344,14 @@ def _explain(error: BaseException) -> Optional[str]:
     return textwrap.shorten(': '.join(dict.fromkeys(told)), 300, placeholder=' ...') + '.'
 
 
-def _giga(madds: int) -> str:
+def _count_madds(model: nn.Module, resolution: int, in_chans: int) -> Optional[int]:
+    try:
+        return count_madds(model, resolution, in_chans)
+    except ValueError:  # no reason to keep the weights back
+        return None
+
+
+def _giga(madds: Optional[int]) -> str:
+    if madds is None:
+        return ''
     return f'{madds / 1e9:.2f} G' if madds >= 1e9 else f'{madds / 1e6:.1f} M'
