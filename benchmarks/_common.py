@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing in turns, medians and ratios with their uncertainty, and the JSON that records a run"""
+"""What the benchmarks share: timing in turns, medians and ratios with their spread, a table, and the JSON of a run"""
 import argparse
 import gc
 import json
@@ -9,109 +9,107 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence
 
 import timm
 import torch
 
 import timm_rs
 
-__all__ = ['create_parser', 'measure', 'median_with_interval', 'print_table', 'ratio', 'summarize', 'write_results']
+__all__ = ['add_timing_arguments', 'create_parser', 'measure', 'median', 'print_table', 'ratio', 'write_results']
+
+Contenders = Dict[str, Callable[[], Any]]
+Seconds = Dict[str, List[float]]
+
+_CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
 
 
-def create_parser(doc: str, rounds: int) -> argparse.ArgumentParser:
-    """Return a parser with the flags that every benchmark has.
-
-    Args:
-        doc: Docstring of the script; its first line describes the program.
-        rounds: Default number of rounds.
-    """
-    name = Path(sys.argv[0]).stem
+def create_parser(doc: str) -> argparse.ArgumentParser:
+    """Return a parser described by the first line of a script's docstring, with the flag that every benchmark has."""
     parser = argparse.ArgumentParser(description=doc.split('\n', 1)[0])
-    parser.add_argument('--rounds', default=rounds, type=int, metavar='N',
-                        help='rounds, each of which times every contender once (default: %(default)s)')
-    parser.add_argument('--output', default=f'results/{name}.json', type=Path, metavar='FILE',
+    parser.add_argument('--output', default=f'results/{Path(sys.argv[0]).stem}.json', type=Path, metavar='FILE',
                         help='JSON file to write (default: %(default)s)')
     return parser
 
 
-def measure(contenders: Dict[str, Callable[[], Any]], rounds: int, warmup: int = 3) -> Dict[str, List[float]]:
+def add_timing_arguments(parser: argparse.ArgumentParser, builds: int, rounds: int) -> None:
+    """Add the flags that `measure` reads, with the defaults of a benchmark."""
+    add = parser.add_argument
+    add('--builds', default=builds, type=int, metavar='N', help='times to build all networks (default: %(default)s)')
+    add('--rounds', default=rounds, type=int, metavar='N', help='rounds with each build (default: %(default)s)')
+    add('--threads', default=1, type=int, metavar='N', help='threads of torch (default: %(default)s)')
+    add('--clock', default='wall', choices=_CLOCKS,
+        help='time on the wall, or CPU time of this process: with one thread the same, but that programs which share '
+             'the cores do not count (default: %(default)s)')
+
+
+def measure(build: Callable[[], Contenders], args: argparse.Namespace, warmup: int = 3) -> List[Seconds]:
     """Time functions in turns, A B A B ..., so that what slows the machine down for a while slows all of them.
 
+    Where a network lies in memory can make it some percent faster or slower than its twin for as long as it lives.
+    Hence all are built several times.
+
     Args:
-        contenders: Functions without arguments by name.
-        rounds: How many times each is timed.
-        warmup: Rounds before these that are not counted.
+        build: Makes the functions to time, without arguments, by name.
+        args: The flags of add_timing_arguments.
+        warmup: Rounds with each build that are not counted.
 
     Returns:
-        Seconds of every round, in order, by name.
+        For each build, seconds of every round, in order, by name.
     """
-    seconds = {name: [] for name in contenders}
-    gc.collect()
-    gc.disable()
-    try:
-        for index in range(warmup + rounds):
+    torch.set_num_threads(args.threads)
+    clock = _CLOCKS[args.clock]
+    runs = []
+    for _ in range(args.builds):
+        contenders = build()
+        seconds = {name: [] for name in contenders}
+        gc.collect()
+        gc.disable()
+        for index in range(warmup + args.rounds):
             for name, call in contenders.items():
-                start = time.perf_counter()
+                start = clock()
                 call()
-                elapsed = time.perf_counter() - start
+                elapsed = clock() - start
                 if index >= warmup:
                     seconds[name].append(elapsed)
-    finally:
         gc.enable()
-    return seconds
+        runs.append(seconds)
+    return runs
 
 
-def median_with_interval(values: Sequence[float]) -> Tuple[float, float, float]:
-    """Return the median and a 95% interval for it, from order statistics: no distribution is assumed.
-
-    Example:
-        >>> median_with_interval([5, 1, 2, 4, 3, 7, 6, 8, 9])
-        (5, 2, 8)
-    """
-    values = sorted(values)
-    n = len(values)
-    low = max(round(n / 2 - 0.98 * n ** 0.5) - 1, 0)
-    return statistics.median(values), values[low], values[n - 1 - low]
+def median(runs: Sequence[Seconds], name: str, unit: float = 1e-3) -> float:
+    """Return the median time of a contender over all rounds, in milliseconds or another unit given in seconds."""
+    return round(statistics.median(s for run in runs for s in run[name]) / unit, 3)
 
 
-def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Dict[str, Any]:
-    """Return the median over rounds of the ratio within a round, and its 95% interval.
+def ratio(runs: Sequence[Seconds], numerator: str, denominator: str) -> Dict[str, Any]:
+    """Return the median over builds of the median ratio within a round, and its range over builds.
 
     Both sides of a round ran one after the other, so a slow spell of the machine cancels out.
+
+    Example:
+        >>> ratio([dict(a=[1., 4., 5.], b=[1., 2., 2.]), dict(a=[3.], b=[1.])], 'a', 'b')
+        {'ratio': 2.5, 'range': [2.0, 3.0]}
     """
-    median, low, high = median_with_interval([a / b for a, b in zip(numerator, denominator)])
-    return dict(ratio=round(median, 4), interval=[round(low, 4), round(high, 4)])
-
-
-def summarize(seconds: Dict[str, List[float]], unit: float = 1e-3) -> Dict[str, float]:
-    """Return the median time of every contender, in milliseconds unless another unit is given in seconds."""
-    return {name: round(statistics.median(values) / unit, 3) for name, values in seconds.items()}
+    ratios = [statistics.median(a / b for a, b in zip(run[numerator], run[denominator])) for run in runs]
+    return dict(
+        ratio=round(statistics.median(ratios), 4),
+        range=[round(min(ratios), 4), round(max(ratios), 4)],
+    )
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Dict[str, Any]]) -> None:
-    """Print rows as aligned columns; what a row lacks stays empty, an interval becomes '1.00 - 1.01'."""
-    cells = [list(columns)] + [[_cell(row.get(column, '')) for column in columns] for row in rows]
+    """Print rows as aligned columns; what a row lacks stays empty, a range becomes '1.000 - 1.010'."""
+    cells = [list(columns)] + [[_format(row.get(column, '')) for column in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    for line in cells:
-        print('  '.join(f'{cell:<{width}}' if i == 0 else f'{cell:>{width}}'
-                        for i, (cell, width) in enumerate(zip(line, widths))).rstrip())
+    for first, *others in cells:
+        aligned = [first.ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        print('  '.join(aligned).rstrip())
 
 
-def write_results(
-        path: Path,
-        args: argparse.Namespace,
-        rows: Sequence[Dict[str, Any]],
-        threads: Optional[int] = None,
-) -> None:
-    """Write the rows with the command and the environment that they come from.
-
-    Args:
-        path: File to write.
-        args: The parsed flags.
-        rows: Measurements.
-        threads: Threads of torch, where they matter.
-    """
+def write_results(args: argparse.Namespace, rows: Sequence[Dict[str, Any]]) -> None:
+    """Write the rows to --output, with the command and the environment that they come from."""
+    settings = {k: v for k, v in vars(args).items() if k != 'output'}
     results = dict(
         command=shlex.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]]),
         environment=dict(
@@ -123,19 +121,19 @@ def write_results(
             cpu=_cpu_model(),
             cpu_count=os.cpu_count(),
             load_average=[round(load, 2) for load in os.getloadavg()],
-            threads=threads,
+            threads=torch.get_num_threads(),
         ),
-        settings={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != 'output'},
+        settings=settings,
         rows=list(rows),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + '\n')
-    print(f'\nWritten to {path}')
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(results, indent=2) + '\n')
+    print(f'\nWritten to {args.output}')
 
 
-def _cell(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, list):
-        return ' - '.join(map(_cell, value))
+        return ' - '.join(map(_format, value))
     return f'{value:.3f}' if isinstance(value, float) else str(value)
 
 

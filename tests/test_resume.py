@@ -17,7 +17,7 @@ from timm_rs.train.saver import find_latest
 CONTEXT = multiprocessing.get_context('fork')  # the children need not import torch anew
 EPOCHS = 3
 FLAGS = (
-    '--model rs_resnet10t --resolutions 32 16 --num-classes 2 --batch-size 4 --workers 2 --device cpu --lr 0.05 '
+    '--model rs_test_resnet --resolutions 32 16 --num-classes 2 --batch-size 4 --workers 2 --device cpu --lr 0.05 '
     '--warmup-epochs 0 --sched-on-updates --recovery-interval 1 --checkpoint-hist 2 --log-interval 1000 '
     '--mixup 0.2 --reprob 0.5 --drop-path 0.2 --drop 0.1 --model-ema --model-ema-decay 0.9 --aa rand-m5'
 ).split()
@@ -60,16 +60,19 @@ def _kill_at_replace(n):
     os.replace = replace_or_die
 
 
-def run(images, output, seconds=None, kill_at_replace=None, signum=signal.SIGKILL, flags=()):
-    """Train in a process of its own and return its exit code; end it after some seconds."""
+def run(images, output, seconds=None, kill_at_replace=None, sigterm_at=None, flags=()):
+    """Train in a process of its own and return its exit code; end it after some seconds, or once a file is there."""
     argv = [str(images), *FLAGS, '--epochs', str(EPOCHS), '--output', str(output), '--experiment', 'run', *flags]
     process = CONTEXT.Process(target=_child, args=([*argv, '--resume', 'auto'], kill_at_replace))
     process.start()
+    while sigterm_at is not None and not sigterm_at.exists() and process.is_alive():
+        time.sleep(0.01)
+    if sigterm_at is not None:
+        os.kill(process.pid, signal.SIGTERM)
     process.join(seconds if seconds is not None else 120)
     if process.is_alive():
-        target = process.pid if signum == signal.SIGTERM else -process.pid
-        (os.kill if target > 0 else lambda pid, s: os.killpg(-pid, s))(target, signum)
-        process.join(60)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
     return process.exitcode
 
 
@@ -130,7 +133,7 @@ def test_kill_within_a_save(images, tmp_path, uninterrupted, n):
 
 def test_sigterm_saves_and_tells(images, tmp_path, uninterrupted, capfd):
     flags = ('--recovery-interval', '0')
-    code = run(images, tmp_path, seconds=uninterrupted[1] / 2, signum=signal.SIGTERM, flags=flags)
+    code = run(images, tmp_path, sigterm_at=tmp_path / 'run' / 'checkpoint-0.pth.tar', flags=flags)
     assert code == 128 + signal.SIGTERM
     assert '--resume auto' in capfd.readouterr().err
     assert find_latest(str(tmp_path / 'run'))

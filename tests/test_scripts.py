@@ -18,7 +18,7 @@ import validate_rs
 from timm_rs.train.arguments import parse_args
 
 ROOT = Path(__file__).parent.parent
-MODEL = 'rs_resnet10t'
+MODEL = 'rs_test_resnet'
 TINY = (
     f'--model {MODEL} --resolutions 32 16 --batch-size 4 --workers 0 --device cpu --lr 0.05 --warmup-epochs 0'
 ).split()
@@ -145,7 +145,7 @@ def test_validate_a_plain_timm_model(images, capfd):
 
 def test_start_from_a_plain_checkpoint(images, tmp_path):
     """--initial-checkpoint takes timm's keys: with a learning rate of 0 the largest size stays timm's network."""
-    plain = timm.create_model('resnet10t', num_classes=2).eval()
+    plain = timm.create_model(MODEL[3:], num_classes=2).eval()
     torch.save(plain.state_dict(), tmp_path / 'plain.pth')
     train_rs.main([
         str(images), *TINY, '--lr', '0', '--epochs', '1', '--initial-checkpoint', str(tmp_path / 'plain.pth'),
@@ -157,7 +157,8 @@ def test_start_from_a_plain_checkpoint(images, tmp_path):
 
 
 @pytest.mark.parametrize('flags', [
-    ['--amp', '--amp-dtype', 'bfloat16', '--channels-last'],
+    # At smaller sizes torch's bf16 kernel for CPUs leaves gradients of a 3x3 convolution on 1x1 maps uninitialized.
+    ['--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--resolutions', '96', '64'],
     ['--model-dtype', 'bfloat16', '--opt', 'adamw', '--clip-grad', '1'],
     ['--mixup', '0.4', '--cutmix', '1', '--bce-loss', '--model-ema'],
     ['--mixup', '0.4', '--no-prefetcher', '--reprob', '0.5', '--flip', 'independent'],
@@ -269,7 +270,7 @@ def test_bad_validation_input(images, capfd, flags, message):
 
 def test_validation_of_a_checkpoint_of_other_classes(images, trained, capfd):
     argv = [images, '--checkpoint', trained / 'last.pth.tar', '--num-classes', '5', '--device', 'cpu']
-    assert 'fc.weight is (2, 512), expected (5, 512)' in fails(validate_rs.main, argv, capfd)
+    assert 'fc.weight is (2, 96), expected (5, 96)' in fails(validate_rs.main, argv, capfd)
 
 
 def test_loss_that_is_not_finite_names_step_and_resolution(images, tmp_path, capfd):

@@ -1,13 +1,13 @@
 """A resolution that was not trained
 
 `add_resolution` gives a switchable network one more resolution from unlabelled images: the new BN layers start from
-their trained neighbours, their statistics are measured at the new size, and the network at its largest size can teach
+their trained neighbours, their statistics are fitted to the new size, and the network at its largest size can teach
 the new one.
 """
 import copy
 import logging
-from contextlib import contextmanager
-from typing import Any, Dict, Iterable, Iterator, List, Optional
+from functools import partial
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -22,6 +22,8 @@ __all__ = ['METHODS', 'add_resolution', 'measure_statistics', 'tune']
 _logger = logging.getLogger(__name__)
 
 METHODS = ('copy', 'statistics', 'tune_bn', 'tune_bn_head')
+
+Moments = Dict[int, Tuple[torch.Tensor, torch.Tensor]]  # mean and variance per channel of a layer's input, by layer
 
 
 def add_resolution(
@@ -39,10 +41,10 @@ def add_resolution(
     one outside of the trained range. Methods then go on as far as asked:
 
     - 'copy': not at all, no images are needed;
-    - 'statistics': running mean and variance are measured over all images of the loader (as in fvcore's precise BN);
-    - 'tune_bn': the network at its largest resolution teaches the new one without labels, KL divergence of the
-      logits, and the new BN layers alone learn;
-    - 'tune_bn_head': a classifier learns too. It is shared, so the other resolutions change: only for a network that
+    - 'statistics': running mean and variance become those of the images, measured anew (as in fvcore's precise BN);
+    - 'tune_bn': the network at its largest resolution teaches the new one without labels, KL divergence of the logits;
+      the affine parameters of the new BN layers alone learn;
+    - 'tune_bn_head': the classifier learns too. It is shared, so the other resolutions change: only for a network that
       serves the new resolution alone.
 
     Args:
@@ -66,7 +68,7 @@ def add_resolution(
         >>> import timm, timm_rs
         >>> model = timm.create_model('rs_resnet18', resolutions=(64, 32))
         >>> loader = [torch.rand(32, 3, 64, 64), torch.rand(32, 3, 64, 64)]
-        >>> timm_rs.add_resolution(model, 48, loader, method='statistics').resolutions
+        >>> timm_rs.add_resolution(model, 48, loader).resolutions
         (64, 48, 32)
     """
     if not isinstance(model, SwitchableMixin):
@@ -80,17 +82,16 @@ def add_resolution(
 
     before, training = model.resolution, model.training
     _insert(model, resolution)
-    if method != 'copy':
+    model.eval()
+    if method == 'statistics':
         measure_statistics(model, resolution, loader)
     if method.startswith('tune'):
         tune(model, resolution, loader, head=method == 'tune_bn_head', epochs=epochs, lr=lr)
-        measure_statistics(model, resolution, loader)
     model.train(training)
     model.switch_to(before)
     return model
 
 
-@torch.no_grad()
 def measure_statistics(model: nn.Module, resolution: int, loader: Iterable) -> None:
     """Set the running mean and variance of one resolution to those of all activations over the loader.
 
@@ -98,29 +99,14 @@ def measure_statistics(model: nn.Module, resolution: int, loader: Iterable) -> N
     unbiased variance are then taken over all batches at once and not averaged over these.
 
     Args:
-        model: A switchable network.
+        model: A switchable network in eval mode.
         resolution: Input size in pixels.
         loader: See add_resolution.
     """
-    sums: Dict[nn.Module, List[torch.Tensor]] = {}
-
-    def add(module: nn.Module, inputs: Any) -> None:
-        x = inputs[0].double()
-        dims = [d for d in range(x.ndim) if d != 1]
-        moments = [x.sum(dims), x.square().sum(dims), torch.tensor(x.numel() / x.shape[1], device=x.device)]
-        sums[module] = [a + b for a, b in zip(sums.get(module, [0., 0., 0.]), moments)]
-
-    layers = [m[resolution] for m in model.modules() if isinstance(m, PrivateBN)]
-    hooks = [layer.register_forward_pre_hook(add) for layer in layers]
-    with _batch_statistics(model, layers):
-        for _, images in _pyramids(model, resolution, loader):
-            model(images)
-    for hook in hooks:
-        hook.remove()
-    for layer, (total, squares, count) in sums.items():
-        mean = total / count
-        layer.running_mean.copy_(mean)
-        layer.running_var.copy_((squares / count - mean.square()).clamp(min=0) * count / (count - 1).clamp(min=1))
+    layers = _layers(model, resolution)
+    moments = _measure(model, resolution, loader, lambda i, mean, var: _set_statistics(layers[i], mean, var))
+    for i, (mean, var) in moments.items():
+        _set_statistics(layers[i], mean, var)
 
 
 def tune(
@@ -131,41 +117,93 @@ def tune(
         epochs: int = 2,
         lr: float = 1e-3,
 ) -> None:
-    """Teach one resolution by the network at its largest one, without labels.
+    """Teach the affine parameters of one resolution's BN by the network at its largest one, without labels.
 
     Args:
-        model: A switchable network.
+        model: A switchable network in eval mode, and so are all BN layers while they learn.
         resolution: Input size in pixels.
         loader: See add_resolution.
         head: Let the shared classifier learn too.
         epochs: Passes over the loader.
         lr: Learning rate of AdamW, with a cosine schedule.
     """
-    layers = [m[resolution] for m in model.modules() if isinstance(m, PrivateBN)]
-    parameters = [p for layer in layers for p in layer.parameters()]
-    teacher = max(r for r in model.resolutions if r != resolution)
+    parameters = [p for layer in _layers(model, resolution) for p in layer.parameters()]
+    teacher = _teacher(model, resolution)
     teaching = model.at(teacher)
     if head:
         teaching = copy.deepcopy(teaching)  # the lesson stays what it was
         parameters += model.get_classifier().parameters()
-    teaching.eval()
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.)
     steps = epochs * sum(1 for _ in loader)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    with _batch_statistics(model, layers):
-        for _ in range(epochs):
-            for large, images in _pyramids(model, resolution, loader, teacher):
-                with torch.no_grad():
-                    target = F.log_softmax(teaching(large).float(), dim=-1)
-                log_p = F.log_softmax(model(images).float(), dim=-1)
-                loss = F.kl_div(log_p, target, reduction='batchmean', log_target=True)
-                gradients = torch.autograd.grad(loss, parameters)
-                for parameter, gradient in zip(parameters, gradients):
-                    parameter.grad = gradient
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-        _logger.info(f'Tuned {resolution} px for {steps} steps, last KL divergence {loss.item():.4f}.')
+    for _ in range(epochs):
+        for images in _batches(model, loader):
+            with torch.no_grad():
+                target = F.log_softmax(teaching(_resize(images, teacher)).float(), dim=-1)
+            log_p = F.log_softmax(model(_resize(images, resolution)).float(), dim=-1)
+            loss = F.kl_div(log_p, target, reduction='batchmean', log_target=True)
+            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+                parameter.grad = gradient  # of these alone, whatever gradients the others hold
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    _logger.info(f'Tuned {resolution} px for {steps} steps, last KL divergence {loss.item():.4f}.')
+
+
+@torch.no_grad()
+def _measure(
+        model: nn.Module,
+        resolution: int,
+        loader: Iterable,
+        on_batch: Optional[Callable[[int, torch.Tensor, torch.Tensor], None]] = None,
+) -> Moments:
+    """Return mean and unbiased variance of the input of each BN over all images.
+
+    Args:
+        model: A switchable network in eval mode.
+        resolution: Input size in pixels.
+        loader: See add_resolution.
+        on_batch: Called with a layer's number and the moments of a batch before the layer normalizes it.
+    """
+    sums: Dict[int, List[torch.Tensor]] = {}
+
+    def add(module: nn.Module, inputs: Any, i: int) -> None:
+        x = inputs[0].double()
+        dims = [d for d in range(x.ndim) if d != 1]
+        count = torch.tensor(float(x.numel() // x.shape[1]), device=x.device)
+        batch = [x.sum(dims), x.square().sum(dims), count]
+        sums[i] = [a + b for a, b in zip(sums.get(i, [0., 0., 0.]), batch)]
+        if on_batch is not None:
+            on_batch(i, *_moments(*batch))
+
+    hooks = [
+        layer.register_forward_pre_hook(partial(add, i=i)) for i, layer in enumerate(_layers(model, resolution))
+    ]
+    for images in _batches(model, loader):
+        model(_resize(images, resolution))
+    for hook in hooks:
+        hook.remove()
+    return {i: _moments(*values) for i, values in sums.items()}
+
+
+def _moments(total: torch.Tensor, squares: torch.Tensor, count: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    mean = total / count
+    return mean, (squares / count - mean.square()).clamp(min=0) * count / (count - 1).clamp(min=1)
+
+
+def _set_statistics(layer: nn.Module, mean: torch.Tensor, var: torch.Tensor) -> None:
+    layer.running_mean.copy_(mean)
+    layer.running_var.copy_(var)
+
+
+def _layers(model: nn.Module, resolution: int) -> List[nn.Module]:
+    """Return the BN layers of a resolution that keep statistics."""
+    layers = [m[resolution] for m in model.modules() if isinstance(m, PrivateBN)]
+    return [layer for layer in layers if layer.track_running_stats]
+
+
+def _teacher(model: nn.Module, resolution: int) -> int:
+    return max(r for r in model.resolutions if r != resolution)
 
 
 def _check_images(loader: Optional[Iterable], size: int, min_images: int) -> None:
@@ -208,29 +246,11 @@ def _insert(model: nn.Module, resolution: int) -> None:
         model._model_args['resolutions'] = resolutions
 
 
-@contextmanager
-def _batch_statistics(model: nn.Module, layers: List[nn.Module]) -> Iterator[None]:
-    """Put some BN layers in training mode with running statistics untouched, and all else in evaluation mode."""
-    model.eval()
-    for layer in layers:
-        layer.training = True
-        layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.training = False
-            layer.track_running_stats = True
-
-
-def _pyramids(model: nn.Module, resolution: int, loader: Iterable, teacher: Optional[int] = None) -> Iterator:
-    """Yield the images at the teacher's size, if any, and at the new one, on the network's device."""
-    reference = model.alpha
+def _batches(model: nn.Module, loader: Iterable) -> Iterator[torch.Tensor]:
+    """Yield the images on the network's device."""
     for batch in loader:
         images = batch[0] if isinstance(batch, (list, tuple)) else batch
-        images = images.to(device=reference.device, dtype=reference.dtype)
-        model.switch_to(resolution)
-        yield (_resize(images, teacher) if teacher else None), _resize(images, resolution)
+        yield images.to(device=model.alpha.device, dtype=model.alpha.dtype)
 
 
 def _resize(images: torch.Tensor, size: int) -> torch.Tensor:

@@ -159,7 +159,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     add('--data-dir', metavar='DIR', help='images to calibrate on, in class folders; labels are not used')
     add('--dataset', default='', metavar='NAME', help='kind of data set: "", "digits", or <type>/<name> as in timm')
     add('--split', default='train', metavar='NAME', help='split to calibrate on')
-    add('--method', default=METHODS[2], choices=METHODS, help='default: %(default)s')
+    add('--method', default='tune_bn', choices=METHODS, help='default: %(default)s')
     add('--images', type=int, default=5000, metavar='N', help='images to use at most (default: 5000)')
     add('--epochs', type=int, default=2, metavar='N', help='passes over the images (default: 2)')
     add('--lr', type=float, default=1e-3, metavar='LR', help='learning rate (default: 0.001)')

@@ -1,4 +1,5 @@
 """Accuracy and cost at every resolution"""
+import logging
 import time
 from contextlib import nullcontext
 from typing import Any, Callable, Dict, List, Optional, Sequence, Union
@@ -45,6 +46,8 @@ def count_madds(model: nn.Module, resolution: int, in_chans: int = 3) -> int:
         model = model.at(nearest_resolution(resolution, resolution, model.resolutions))
     training = model.training
     model.eval()
+    logger = logging.getLogger('torch._subclasses.fake_tensor')  # shows a traceback of what is raised anyway
+    disabled, logger.disabled = logger.disabled, True
     try:
         reference = next(model.parameters())
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
@@ -53,6 +56,7 @@ def count_madds(model: nn.Module, resolution: int, in_chans: int = 3) -> int:
         raise ValueError(f'{type(model).__name__} cannot take images of {resolution}x{resolution}: {e}') from e
     finally:
         model.train(training)
+        logger.disabled = disabled
     return counter.get_total_flops() // 2
 
 

@@ -1,4 +1,5 @@
 """Multi-resolution ensemble distillation (Wang et al., ECCV 2020, section 3.3)"""
+from contextlib import nullcontext
 from typing import Dict, List, Optional
 
 import torch
@@ -62,7 +63,9 @@ class EnsembleDistillationLoss(nn.Module):
         """
         if len(logits) != len(alpha):
             raise ValueError(f'Got logits of {len(logits)} resolutions and {len(alpha)} ensemble weights.')
-        with torch.autocast(logits[0].device.type, enabled=False):
+        device_type = logits[0].device.type
+        autocasts = torch.amp.is_autocast_available(device_type)  # not so the meta device, where models are tried
+        with torch.autocast(device_type, enabled=False) if autocasts else nullcontext():
             logits = [z.float() for z in logits]
             classification = sum(self.criterion(z, target) for z in logits)
             ensemble = distillation = torch.zeros_like(classification)
