@@ -326,7 +326,8 @@ def train_and_signal(argv, rank, step, signum):
         nonlocal calls
         calls += 1
         if calls == step + 1 and int(os.environ['RANK']) == rank:
-            os.kill(os.getpid(), signum)
+            # its loader workers too, as torchrun and Slurm do, and from without
+            subprocess.run(['bash', '-c', f'trap "" TERM; kill -{signum:d} -{os.getpgrp()}'])
         return forward(self, *args)
 
     MultiResolutionTask.forward = forward_or_signal

@@ -2,7 +2,10 @@
 import argparse
 import logging
 import os
+import signal
+import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Callable, Dict, Optional, Tuple
 
 import timm
@@ -263,11 +266,29 @@ def build_loaders(
         eval_set, args.resolutions, args.validation_batch_size or args.batch_size, data_config, args.workers,
         args.distributed, args.pin_mem,
     )
+    for loader in (train_loader, eval_loader):
+        loader = getattr(loader, 'loader', loader)  # in the prefetcher
+        loader.worker_init_fn = partial(_init_worker, loader.worker_init_fn)
     eval_samples = None
     if args.distributed and not isinstance(eval_set, IterableDataset):  # a stream gives each its own, unpadded
         eval_samples = len(range(args.rank, len(eval_set), args.world_size))
     normalize = PyramidNormalizer(data_config['mean'], data_config['std'], device, dtype, args.channels_last)
     return Loaders(train_loader, eval_loader, normalize, mixup, erase, order, errors, eval_samples)
+
+
+def _init_worker(init: Callable[[int], None], worker_id: int) -> None:
+    """Survive the SIGTERM that a launcher or scheduler sends to all processes: training goes on to a safe point."""
+    init(worker_id)
+    if hasattr(signal, 'sigwaitinfo'):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Heed the SIGTERM of the process that trains alone."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def build_task(args: argparse.Namespace, model: nn.Module, device: torch.device) -> MultiResolutionTask:
