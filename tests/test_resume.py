@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from timm.utils import setup_default_logging
 
 import train_rs
 from timm_rs.train.saver import find_latest
@@ -38,6 +39,7 @@ def images(tmp_path_factory):
 
 def _child(argv, kill_at_replace):
     os.setsid()
+    setup_default_logging()
     torch.set_num_threads(1)
     if kill_at_replace is not None:
         _kill_at_replace(kill_at_replace)
