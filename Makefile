@@ -21,7 +21,7 @@ demo: $(INSTALLED)  ## train a small RS-Net on handwritten digits, on the CPU, i
 	$(BIN)/python examples/digits_demo.py --output output/demo
 
 test: $(INSTALLED)  ## run the tests
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile
 
 lint: $(INSTALLED_DEV)  ## check the code with ruff
 	$(BIN)/python -m ruff check

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from conftest import assert_equal, rs_model
 from PIL import Image
-from processes import Job, free_port
+from processes import Job, free_port, models, outcome, train, train_and_signal
 from timm.layers import convert_sync_batchnorm
 from timm.utils import distribute_bn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -63,44 +63,8 @@ def arguments(images, output, *flags):
     return [str(images), *TINY, '--output', str(output), '--experiment', 'run', '--resume', 'auto', *flags]
 
 
-def train(argv, folder):
-    rank, fit, save = int(os.environ['RANK']), train_rs.fit, torch.save
-    if rank:
-        forbid_writing(folder)
-
-    def fit_and_save(run, *args):
-        fit(run, *args)
-        ema = run.task.get_trainable_module(ema=True)
-        states = [run.model.state_dict(), ema.module.state_dict() if ema is not None else {}]
-        with open(os.open(f'{folder}-{rank}.pth', os.O_WRONLY | os.O_CREAT), 'wb') as f:
-            save(states, f)
-
-    train_rs.fit = fit_and_save
-    train_rs.main(argv)
 
 
-def forbid_writing(folder):
-    """End the process with status 97 when it changes a file below a folder."""
-    def hook(event, args):
-        changes = event in ('os.mkdir', 'os.rename', 'os.remove', 'os.link', 'os.truncate')
-        opens = event == 'open' and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if (changes or opens) and str(args[0]).startswith(f'{folder}{os.sep}'):
-            os._exit(97)
-
-    sys.addaudithook(hook)
-    torch.save = lambda *args, **kwargs: os._exit(97)  # opens files without Python
-
-
-def models(output):
-    return [torch.load(f'{output}-{rank}.pth') for rank in range(2)]
-
-
-def outcome(output):
-    """Return what a run has left behind."""
-    folder = Path(output) / 'run'
-    last = torch.load(folder / 'last.pth.tar', weights_only=False)
-    summary = list(csv.DictReader((folder / 'summary.csv').open()))
-    return {k: last[k] for k in ('state_dict', 'state_dict_ema', 'optimizer')}, summary
 
 
 @pytest.fixture(scope='module')
@@ -317,21 +281,6 @@ def test_a_dead_process_ends_the_others(images, tmp_path, rank):
     codes = Job(train_and_signal, arguments(images, tmp_path / 'o'), rank, 1, signal.SIGKILL).finish(60)
     assert codes[rank] == -signal.SIGKILL and codes[1 - rank] not in (0, -signal.SIGKILL)
 
-
-def train_and_signal(argv, rank, step, signum):
-    """Train, and signal one of the processes as it begins a step of the training."""
-    forward, calls = MultiResolutionTask.forward, 0
-
-    def forward_or_signal(self, *args):
-        nonlocal calls
-        calls += 1
-        if calls == step + 1 and int(os.environ['RANK']) == rank:
-            # its loader workers too, as torchrun and Slurm do, and from without
-            subprocess.run(['bash', '-c', f'trap "" TERM; kill -{signum:d} -{os.getpgrp()}'])
-        return forward(self, *args)
-
-    MultiResolutionTask.forward = forward_or_signal
-    train_rs.main(argv)
 
 
 def test_a_fault_of_one_process_ends_the_others(images, tmp_path, capfd):

@@ -1,20 +1,22 @@
 """Resolution Switchable Networks in timm's registry
 
-Each row of RS_MODELS is a timm architecture. `rs_<name>` builds it with timm's own entrypoint, keywords and pretrained
-tags, then makes its BN layers private to the resolutions. timm's weights are a start for training: every BN layer is
-copied to every resolution.
+zoo.csv lists timm's architectures, with the reason where one cannot be made switchable. For the others, RS_MODELS,
+`rs_<name>` builds the network with timm's own entrypoint, keywords and pretrained tags, then makes its BN layers
+private to the resolutions. timm's weights are a start for training: every BN layer is copied to every resolution.
 """
+import csv
 import difflib
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Union
 
 import torch.nn as nn
 from timm.models import (
+    _registry,
     generate_default_cfgs,
-    get_arch_pretrained_cfgs,
+    get_pretrained_cfg,
     is_model,
-    list_models,
     load_pretrained,
     load_state_dict_from_hf,
     model_entrypoint,
@@ -30,18 +32,6 @@ from .switchable import make_switchable
 
 PREFIX = 'rs_'
 RESOLUTIONS = (224, 192, 160, 128, 96)  # section 4.1
-RS_MODELS = (
-    'resnet10t',
-    'resnet18',
-    'resnet34',
-    'resnet50',
-    'resnet101',
-    'resnet152',
-    'resnext50_32x4d',
-    'resnext101_32x8d',
-    'mobilenetv2_100',
-)
-
 __all__ = ['PREFIX', 'RESOLUTIONS', 'RS_MODELS', 'explain_unknown_model']
 
 _SOURCES = ('state_dict', 'source', 'file', 'url', 'hf_hub_id', 'hf_hub_filename')  # of weights, in a pretrained_cfg
@@ -52,14 +42,27 @@ def explain_unknown_model(name: str) -> str:
 
     Example:
         >>> explain_unknown_model('rs_resnet55')
-        "Unknown model 'rs_resnet55', did you mean rs_resnet50, rs_resnet152, rs_resnet18?"
+        "Unknown model 'rs_resnet55', did you mean rs_resnet50, rs_resnest50d, rs_resnet152?"
+        >>> explain_unknown_model('rs_botnet26t_256')
+        ''
     """
     name = name.split('.')[0]
-    near = difflib.get_close_matches(name, list_models(f'{PREFIX}*'), n=3, cutoff=0.5)
+    base = name[len(PREFIX):] if name.startswith(PREFIX) else name
+    if base in _REFUSED:
+        return f'There is no {PREFIX}{base}: {base} {_REFUSED[base]}. The nearest that works is {_nearest(base)}.'
     if is_model(PREFIX + name):
         near = [PREFIX + name]
+    else:
+        near = difflib.get_close_matches(name, [PREFIX + b for b in RS_MODELS], n=3, cutoff=0.5)
     what = f'{name!r} is no Resolution Switchable Network' if is_model(name) else f'Unknown model {name!r}'
     return f"{what}, did you mean {', '.join(near)}?" if near else f"{what}, see timm.list_models('{PREFIX}*')."
+
+
+def _nearest(base: str) -> str:
+    """Return the rs model whose name is nearest to that of a timm architecture, of the same family if there is one."""
+    family = model_entrypoint(base).__module__
+    candidates = [b for b in RS_MODELS if model_entrypoint(b).__module__ == family] or RS_MODELS
+    return PREFIX + difflib.get_close_matches(base, candidates, n=1, cutoff=0.)[0]
 
 
 def _create_rs(
@@ -80,6 +83,9 @@ def _create_rs(
     sources = {k: cfg.get(k) for k in _SOURCES}
     if weights:  # hand on what is read already instead of its place
         cfg.update(dict.fromkeys(_SOURCES, None), state_dict=weights)
+    native = get_pretrained_cfg(base)
+    if native is not None and native.fixed_input_size:  # position embeddings are sized as in timm's network
+        kwargs.setdefault('img_size', native.input_size[-2:])
     build = partial(model_entrypoint(base), cache_dir=cache_dir, **kwargs)
 
     if weights and state_dict_resolutions(weights):
@@ -141,9 +147,11 @@ def _build_from_switchable(
 def _pretrained_cfgs(base: str) -> Dict[str, PretrainedCfg]:
     """Return timm's configurations for the rs model, with the sizes that it is trained and tested at."""
     cfgs = {}
-    for name, cfg in get_arch_pretrained_cfgs(base).items():
+    for name in _registry._model_with_tags.get(base, ()):  # the getters of timm make deep copies, half of our import
+        cfg = _registry._model_pretrained_cfgs[name]
         input_size = (cfg.input_size[0], RESOLUTIONS[0], RESOLUTIONS[0])
-        cfgs[PREFIX + name] = replace(cfg, input_size=input_size, test_input_size=None, test_crop_pct=None)
+        cfgs[PREFIX + name] = replace(
+            cfg, input_size=input_size, fixed_input_size=False, test_input_size=None, test_crop_pct=None)
     return cfgs
 
 
@@ -156,6 +164,28 @@ def _entrypoint(base: str) -> Callable[..., nn.Module]:
     return entrypoint
 
 
+def _refuse(base: str) -> Callable[..., nn.Module]:
+    def entrypoint(*_: Any, **__: Any) -> nn.Module:
+        raise ValueError(explain_unknown_model(PREFIX + base))
+
+    return entrypoint
+
+
+def _read_zoo() -> Dict[str, str]:
+    """Return the architectures of zoo.csv that the installed timm has, with the reason against each, '' for none."""
+    with open(Path(__file__).with_name('zoo.csv'), newline='', encoding='utf-8') as f:
+        rows = csv.reader(line for line in f if not line.startswith('#'))
+        next(rows)  # the names of the columns
+        return {name: reason for name, reason in rows if is_model(name)}
+
+
+_zoo = _read_zoo()
+RS_MODELS = tuple(name for name, reason in _zoo.items() if not reason)
+_REFUSED = {name: reason for name, reason in _zoo.items() if reason}
+
 default_cfgs = generate_default_cfgs({k: v for base in RS_MODELS for k, v in _pretrained_cfgs(base).items()})
 for _base in RS_MODELS:
     globals()[PREFIX + _base] = register_model(_entrypoint(_base))
+for _base in _REFUSED:  # an entrypoint that says why, left out of timm's listings like a name that timm removed
+    _registry._model_entrypoints[PREFIX + _base] = _refuse(_base)
+    _registry._deprecated_models[PREFIX + _base] = None

@@ -66,7 +66,7 @@ def make_switchable(module: nn.Module, resolutions: Sequence[int] = (224, 192, 1
     module.__class__ = _switchable_class(type(module))
     for key in ('test_input_size', 'test_crop_pct'):  # timm tests at sizes that have no BN here
         (getattr(module, 'pretrained_cfg', None) or {}).pop(key, None)
-    module._note_input_size()
+    _note_input_size(module, module.resolution)
     return module
 
 
@@ -95,7 +95,7 @@ class SwitchableMixin:
         """
         self._switch.to(resolution)  # without a look at the active one, which torch.compile would guard
         if not torch.compiler.is_compiling():  # nor at the configuration
-            self._note_input_size()
+            _note_input_size(self, self.resolution)
 
     def at(self, resolution: int) -> nn.Module:
         """Take out the plain network of one resolution.
@@ -113,6 +113,7 @@ class SwitchableMixin:
             UnknownResolutionError: This network has no such resolution.
         """
         memo = {id(t): t for t in chain(self.parameters(), self.buffers())}
+        memo.update((id(cache), {}) for m in self.modules() for cache in _graph_caches(m))
         private = [m for m in self.modules() if isinstance(m, PrivateBN)]
         memo.update({id(m): copy.deepcopy(m[resolution], memo) for m in private})
         for module in private:
@@ -121,9 +122,9 @@ class SwitchableMixin:
         plain.__class__ = self._plain_class
         del plain.alpha, plain._switch
         architecture = plain.__dict__.pop('_plain_architecture')
-        cfg = plain.__dict__.get('pretrained_cfg')
-        if cfg:
-            cfg.update(architecture=architecture, input_size=(cfg['input_size'][0], resolution, resolution))
+        if plain.__dict__.get('pretrained_cfg'):
+            plain.pretrained_cfg.update(architecture=architecture)
+        _note_input_size(plain, resolution)
         plain.__dict__.get('_model_args', {}).pop('resolutions', None)
         return plain
 
@@ -226,12 +227,6 @@ class SwitchableMixin:
                     tensor.register_hook(lambda _: self.switch_to(resolution))
         return output
 
-    def _note_input_size(self) -> None:
-        """Let timm's data configuration follow the active resolution."""
-        cfg = self.__dict__.get('pretrained_cfg')
-        if cfg and cfg.get('input_size'):
-            cfg['input_size'] = (cfg['input_size'][0], self.resolution, self.resolution)
-
     @property
     def _plain_class(self) -> type:
         return type(self).__bases__[1]
@@ -258,6 +253,22 @@ def _frozen_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for layer, (momentum, num_batches) in zip(layers, before):
             layer.momentum, layer.num_batches_tracked = momentum, num_batches
+
+
+def _graph_caches(module: nn.Module) -> List[dict]:
+    """Return where a module keeps results of a forward pass with their graph, such as LeViT its attention biases."""
+    attributes = [v for k, v in vars(module).items() if isinstance(v, dict) and k not in ('_parameters', '_buffers')]
+    return [a for a in attributes if any(isinstance(v, torch.Tensor) and not v.is_leaf for v in a.values())]
+
+
+def _note_input_size(module: nn.Module, resolution: int) -> None:
+    """Let timm's data configuration follow the resolution."""
+    cfg = module.__dict__.get('pretrained_cfg')
+    if cfg and cfg.get('input_size'):
+        cfg['input_size'] = (cfg['input_size'][0], resolution, resolution)
+    traits = module.__dict__.get('_traits')
+    if traits and traits.get('img_size'):  # position embeddings are of one size, but serve others too
+        traits.update(img_size=(resolution, resolution), fixed_input_size=False)
 
 
 def _switchable_class(plain: type) -> type:

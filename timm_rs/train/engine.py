@@ -49,14 +49,10 @@ class Preemption:
         self.requested = False
         self._group = dist.new_group(backend='gloo') if distributed else None  # on the CPU: no GPU is waited for
         self._flag = self._work = None
-        self._pid = os.getpid()
         signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, *_: Any) -> None:
         self.requested = True
-        if os.getpid() != self._pid:  # a loader worker, which inherited this and is to end at once
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
 
     def poll(self) -> bool:
         """Return whether to end, the same on all processes; these do not wait for each other but for the last poll."""
