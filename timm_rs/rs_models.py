@@ -42,9 +42,9 @@ def explain_unknown_model(name: str) -> str:
 
     Example:
         >>> explain_unknown_model('rs_resnet55')
-        "Unknown model 'rs_resnet55', did you mean rs_resnet50, rs_resnest50d, rs_resnet152?"
-        >>> explain_unknown_model('rs_botnet26t_256')
-        ''
+        "Unknown model 'rs_resnet55', did you mean rs_resnet50, rs_resnet51q, rs_resnet50t?"
+        >>> explain_unknown_model('rs_convnext_tiny')
+        'There is no rs_convnext_tiny: convnext_tiny holds no BatchNorm. The nearest that works is rs_...'
     """
     name = name.split('.')[0]
     base = name[len(PREFIX):] if name.startswith(PREFIX) else name

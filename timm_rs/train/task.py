@@ -54,7 +54,7 @@ class MultiResolutionTask(ClassificationTask):
             raise ValueError(f'{type(model).__name__} is a plain network, expected a switchable one (make_switchable).')
         criterion = criterion if criterion is not None else EnsembleDistillationLoss()
         if not isinstance(criterion, EnsembleDistillationLoss):
-            raise ValueError(f'Got the criterion {type(criterion).__name__}, expected EnsembleDistillationLoss around it.')
+            raise ValueError(f'Got criterion {type(criterion).__name__}, expected EnsembleDistillationLoss around it.')
         super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose)
         self.pyramid = pyramid if pyramid is not None else ResolutionPyramid(model.resolutions)
         self.progress = Progress()
