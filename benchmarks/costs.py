@@ -2,8 +2,8 @@
 """Parameters and multiply-adds of the paper's three networks, beside the published ones
 
 Parameters are in units of 2^20. Ours counts the multiply-adds of convolutions and matrix products. The published
-figures (Wang et al., ECCV 2020, table 1) agree with that for MobileNetV2; for the ResNets they lie 0.4 to 1.3 % above, as if
-normalization, activation and pooling were counted too. No one rule gives both.
+figures (Wang et al., ECCV 2020, table 1) agree with that for MobileNetV2; for the ResNets they lie 0.3 to 1.2 % above,
+as if normalization, activation and pooling were counted too. No one rule gives both.
 
     python benchmarks/costs.py    # writes results/costs.json
 """
