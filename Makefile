@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.timm_rs-installed
 INSTALLED_DEV := $(VENV)/.timm_rs-installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test zoo sweep lint clean
 
 help:  ## list the targets and variables
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
@@ -23,12 +23,18 @@ demo: $(INSTALLED)  ## train a small RS-Net on handwritten digits, on the CPU, i
 test: $(INSTALLED)  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile
 
+zoo: $(INSTALLED)  ## list anew which of timm's architectures become rs_* models
+	$(BIN)/python tools/make_zoo.py
+
+sweep: $(INSTALLED)  ## try every rs_* model, into results/zoo.csv; goes on where it was stopped
+	$(BIN)/python tools/sweep.py
+
 lint: $(INSTALLED_DEV)  ## check the code with ruff
 	$(BIN)/python -m ruff check
 
 clean:  ## remove build leftovers, caches and output/demo; the environment stays
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache output/demo
-	find timm_rs tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find timm_rs tests examples benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[demo,test]'
