@@ -8,9 +8,10 @@ shapes and gradients are there but no numbers.
 
     make sweep    # or: python tools/sweep.py
 
-The table is written after every model. A run that was stopped goes on where it was, unless timm or torch changed; rows
-that failed are tried again. Columns: family is timm's module, bn_count the BN layers of the plain network, params_added
-the parameters that the private BN layers and the ensemble weights add, madds_<size> the multiply-adds of one image.
+It takes about three quarters of an hour on one core. The table is written after every model: a run that was stopped
+goes on where it was, unless timm or torch changed, and tries the rows that failed again. Its columns: family is timm's
+module, bn_count the BN layers of the plain network, params_added the parameters that the private BN layers and the
+ensemble weights add, madds_<size> the multiply-adds of one image, device where it was run, note what is worth knowing.
 """
 import argparse
 import csv
@@ -66,19 +67,19 @@ def main():
     args.output.parent.mkdir(parents=True, exist_ok=True)
 
     versions = dict(timm=timm.__version__, torch=torch.__version__, python=platform.python_version())
-    rows, seconds = {}, 0.
+    rows, seconds = {}, 0.  # of the CPU
     if args.output.exists() and sidecar.exists():
         before = json.loads(sidecar.read_text())
         if before['versions'] == versions:
             with open(args.output, newline='', encoding='utf-8') as f:
                 rows = {row['name']: row for row in csv.DictReader(f) if row['name'] in map(rs_name, RS_MODELS)}
-            seconds = before['seconds']
+            seconds = before['cpu_seconds']
     todo = [base for base in RS_MODELS if fnmatch.fnmatch(rs_name(base), args.filter)]
     todo = [base for base in todo if rows.get(rs_name(base), {}).get('status') != 'ok']
     for base in tqdm(todo, disable=None):
-        start = time.perf_counter()
+        start = time.process_time()
         rows[rs_name(base)] = row = sweep(base)
-        row_seconds = time.perf_counter() - start
+        row_seconds = time.process_time() - start
         seconds += row_seconds
         print(f"{row['name']}: {row['status']} ({row['device']}, {row_seconds:.1f} s)", flush=True)
         write(args.output, rows)
@@ -92,7 +93,7 @@ def main():
             models=len(RS_MODELS),
             ok=sum(r['status'] == 'ok' for r in rows.values()),
             on_cpu=sum(r['device'] == 'cpu' for r in rows.values()),
-            seconds=round(seconds),
+            cpu_seconds=round(seconds),
         ))
     failed = [row for row in rows.values() if row['status'] != 'ok']
     print(f'{len(rows) - len(failed)} of {len(RS_MODELS)} ok')
