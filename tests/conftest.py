@@ -69,3 +69,9 @@ def images(*sizes, n=2, channels=3):
 def assert_equal(actual, expected):
     """Bit by bit, also in lists and dictionaries."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def pytest_collection_modifyitems(items):
+    """Put first what forks: a process that has run a backward pass may not fork one that runs another."""
+    forking = ('test_distributed', 'test_resume', 'test_streams')
+    items.sort(key=lambda item: item.path.stem not in forking)

@@ -159,7 +159,7 @@ def test_start_from_a_plain_checkpoint(images, tmp_path):
 @pytest.mark.parametrize('flags', [
     # At smaller sizes torch's bf16 kernel for CPUs leaves gradients of a 3x3 convolution on 1x1 maps uninitialized.
     ['--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--resolutions', '96', '64'],
-    ['--model-dtype', 'bfloat16', '--opt', 'adamw', '--clip-grad', '1'],
+    ['--model-dtype', 'bfloat16', '--opt', 'adamw', '--lr', '1e-3', '--clip-grad', '1', '--resolutions', '96', '64'],
     ['--mixup', '0.4', '--cutmix', '1', '--bce-loss', '--model-ema'],
     ['--mixup', '0.4', '--no-prefetcher', '--reprob', '0.5', '--flip', 'independent'],
     ['--aa', 'rand-m9-mstd0.5', '--grad-accum-steps', '2', '--layer-decay', '0.8', '--distill', 'ens'],
