@@ -79,7 +79,7 @@ KWARGS = {
 }
 SIZES = {
     'convmixer': (32, 16),
-    **dict.fromkeys(('inception_resnet_v2', 'inception_v3', 'inception_v4'), (96, 80)),  # they take no smaller ones
+    **dict.fromkeys(('inception_resnet_v2', 'inception_v3', 'inception_v4'), (80, 76)),  # they take none below 75
 }
 FAMILIES = [f for f, name in SMALLEST.items() if name in RS_MODELS]  # of an older timm maybe not all
 
@@ -114,6 +114,7 @@ def test_list_is_that_of_the_installed_timm():
 
 
 @pytest.mark.skipif(timm.__version__ != MADE_WITH, reason=f'the sweep was made with timm {MADE_WITH}')
+@pytest.mark.skipif(not (ROOT / 'results' / 'zoo.csv').exists(), reason='the sweep has not been published yet')
 def test_the_sweep_found_all_in_order():
     with open(ROOT / 'results' / 'zoo.csv', newline='', encoding='utf-8') as f:
         status = {row['name']: row['status'] for row in csv.DictReader(f)}
