@@ -3,6 +3,8 @@
 zoo.csv lists timm's architectures, with the reason where one cannot be made switchable. For the others, RS_MODELS,
 `rs_<name>` builds the network with timm's own entrypoint, keywords and pretrained tags, then makes its BN layers
 private to the resolutions. timm's weights are a start for training: every BN layer is copied to every resolution.
+
+timm's import may bring this module, amid the import of any other of ours. So those are imported where a model is built.
 """
 import csv
 import difflib
@@ -25,10 +27,6 @@ from timm.models import (
 )
 from timm.models._hub import load_state_dict_from_path
 from timm.models._pretrained import PretrainedCfg
-
-from .checkpoint import extract_resolution, has_taken, read_weights, state_dict_resolutions
-from .private_bn import PrivateBN
-from .switchable import make_switchable
 
 PREFIX = 'rs_'
 RESOLUTIONS = (224, 192, 160, 128, 96)  # section 4.1
@@ -75,6 +73,9 @@ def _create_rs(
         **kwargs: Any,
 ) -> nn.Module:
     """Build timm's network and make it switchable."""
+    from .checkpoint import has_taken, state_dict_resolutions
+    from .switchable import make_switchable
+
     if isinstance(pretrained_cfg, PretrainedCfg):
         pretrained_cfg = pretrained_cfg.to_dict()
     cfg = resolve_pretrained_cfg(PREFIX + base, pretrained_cfg, pretrained_cfg_overlay)
@@ -102,6 +103,8 @@ def _create_rs(
 
 def _foreign_weights(cfg: PretrainedCfg, cache_dir: Optional[str]) -> Optional[Mapping[str, Any]]:
     """Return the weights that may be a switchable network's, None for timm's own, which its entrypoint reads itself."""
+    from .checkpoint import read_weights
+
     if cfg.source == 'local-dir':
         return load_state_dict_from_path(cfg.file)
     if cfg.state_dict or (cfg.file and not cfg.custom_load):
@@ -119,6 +122,10 @@ def _build_from_switchable(
         cfg: Dict[str, Any],
 ) -> nn.Module:
     """Build a network from a switchable one's weights, which may be of other resolutions, classes or channels."""
+    from .checkpoint import extract_resolution, state_dict_resolutions
+    from .private_bn import PrivateBN
+    from .switchable import make_switchable
+
     model = make_switchable(build(pretrained=False, pretrained_cfg=cfg), resolutions)
     if not build.keywords.get('features_only', False):
         load_pretrained(

@@ -1,0 +1,36 @@
+"""What importing the package brings, in fresh processes"""
+import subprocess
+import sys
+
+import pytest
+
+COUNT = "import sys, timm; assert 'rs_resnet18' in timm.list_models('rs_*'); timm.create_model('rs_test_resnet')"
+
+
+def run(program):
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', program], check=True)
+
+
+@pytest.mark.parametrize('first', [
+    'import timm_rs',
+    'import timm, timm_rs',
+    'import timm_rs.switchable',  # which needs timm, which needs it to register
+])
+def test_models_are_registered_whoever_comes_first(first):
+    run(f"{first}; {COUNT}; assert not any('timm_rs' in type(f).__module__ for f in sys.meta_path)")
+
+
+def test_the_package_alone_needs_neither_torch_nor_timm():
+    run("import sys; sys.modules.update(torch=None, timm=None); del sys.modules['timm'];"
+        "import timm_rs; assert 'make_switchable' in dir(timm_rs); assert timm_rs.__version__;"
+        "assert not hasattr(timm_rs, 'nonsense')")
+
+
+def test_public_names_are_what_their_modules_define():
+    import timm_rs
+    from timm_rs.calibrate import add_resolution
+
+    assert timm_rs.add_resolution is add_resolution and timm_rs.calibrate.add_resolution is add_resolution
+    assert all(getattr(timm_rs, name) is not None for name in timm_rs.__all__)
+    with pytest.raises(ImportError):
+        from timm_rs import nonsense  # noqa: F401
