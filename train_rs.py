@@ -90,6 +90,8 @@ def main(argv=None):
             raise
         print(f'train_rs.py: error: {fault}', file=sys.stderr)
         raise SystemExit(1) from e
+    finally:
+        preemption.close()
     if args.distributed:
         torch.distributed.destroy_process_group()
     if run.push is not None and not run.push.finish():

@@ -78,7 +78,8 @@ def create_dataset(name: str, root: Optional[str], split: str, **kwargs: Any) ->
         return DigitsDataset(split)
     kind, _, _ = name.lower().partition('/')
     if kind in _PACKAGES and find_spec(_PACKAGES[kind]) is None:
-        raise ImportError(f'--dataset {name} needs the package {_PACKAGES[kind]}: pip install {_PACKAGES[kind]}.')
+        how = 'tensorflow tensorflow_datasets' if kind == 'tfds' else "'timm_rs[stream]'"
+        raise ImportError(f'--dataset {name} needs the package {_PACKAGES[kind]}: pip install {how}.')
     if kind == 'wds' and not root:
         raise ValueError(f'No data: --dataset {name} needs the folder of the shards as DIR or --data-dir.')
     if not name or name.startswith(('folder', 'torch/image_folder')):
@@ -133,6 +134,8 @@ def share_shards(
             raise ValueError(
                 f'{len(shards)} training shards for {world_size} processes with {num_workers} --workers each, '
                 f'expected at least {world_size * max(num_workers, 1)} shards.')
+    elif rank >= len(shards):
+        dataset.reader = []  # which the reader cannot be
     elif world_size > 1:
         reader.split_info = replace(reader.split_info, filenames=tuple(shards[rank::world_size]))
         reader.dist_rank, reader.dist_num_replicas = 0, 1

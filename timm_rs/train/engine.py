@@ -49,7 +49,7 @@ class Preemption:
         self.requested = False
         self._group = dist.new_group(backend='gloo') if distributed else None  # on the CPU: no GPU is waited for
         self._flag = self._work = None
-        signal.signal(signal.SIGTERM, self._note)
+        self._before = signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, *_: Any) -> None:
         self.requested = True
@@ -75,6 +75,10 @@ class Preemption:
         """Wait for all processes."""
         if self._group is not None:
             dist.barrier(self._group)
+
+    def close(self) -> None:
+        """Let a SIGTERM do what it did before."""
+        signal.signal(signal.SIGTERM, self._before)
 
     def _ask(self) -> None:
         self._flag = torch.tensor(int(self.requested))
