@@ -196,6 +196,42 @@ def _calibrate(args: argparse.Namespace) -> None:
     _print_saved(args.output, model, ' '.join(map(str, model.resolutions)))
 
 
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser)
+    add = parser.add_argument
+    add('-o', '--output', required=True, metavar='FILE', help='file to write')
+    add('--format', default='onnx', choices=('onnx', 'torch-export', 'torchscript'), help='default: %(default)s')
+    add('--resolution', type=int, metavar='N',
+        help='take this resolution out (default: one file for all of them, ONNX only)')
+    batch = parser.add_mutually_exclusive_group()
+    batch.add_argument('--batch-size', type=int, metavar='N', help='images of a batch, with --resolution')
+    batch.add_argument('--dynamic-batch', action='store_true', help='batches of any number of images (the default)')
+    add('--tolerance', type=float, default=1e-4, metavar='X',
+        help='largest difference of logits between network and file (default: %(default)s)')
+
+
+def _export(args: argparse.Namespace) -> None:
+    from .convert import check_output
+    from .deploy.export import export_resolution, export_switchable
+
+    if args.resolution is None and (args.format != 'onnx' or args.batch_size):
+        what = f'--format {args.format}' if args.format != 'onnx' else '--batch-size'
+        raise ValueError(f'{what} needs --resolution: one file for all resolutions is ONNX, of any batch size.')
+    check_output(args.output)
+    labels = _read_labels(args.label_names)
+    model = _load(args).model
+    if args.resolution is None:
+        errors = export_switchable(model, args.output, labels, args.tolerance)
+    else:
+        error = export_resolution(
+            model, args.resolution, args.output, args.format, args.batch_size, labels, args.tolerance)
+        errors = {args.resolution: error}
+    for resolution, error in errors.items():
+        print(f'{resolution} px: differs from the network by {error:.2g} at most')
+    print(f"{args.output}: {model.pretrained_cfg['architecture']} at {' '.join(map(str, errors))}, "
+          f'{os.path.getsize(args.output) / 1e6:.1f} MB')
+
+
 def _add_plot(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('runs', nargs='+', metavar='OUTPUT_DIR', help='output folders of train_rs.py')
@@ -217,6 +253,7 @@ def _plot(args: argparse.Namespace) -> None:
 COMMANDS = (
     Command('calibrate', 'add a resolution that was not trained', _add_calibrate, _calibrate),
     Command('convert', 'make a model folder of a checkpoint, or of one resolution of it', _add_convert, _convert),
+    Command('export', 'write a file that runs without timm: ONNX, torch.export or TorchScript', _add_export, _export),
     Command('plot', 'draw figures of training runs', _add_plot, _plot),
     Command('push', 'push a checkpoint to the Hugging Face Hub', _add_push, _push),
 )

@@ -1,0 +1,9 @@
+"""Deployment: one ONNX file for all resolutions, and what runs it
+
+What is imported here needs NumPy, Pillow and ONNX Runtime alone. Writing such a file (timm_rs.deploy.export) needs
+torch and timm.
+"""
+from .preprocess import ImageError, Preprocessing
+from .session import Session
+
+__all__ = ['ImageError', 'Preprocessing', 'Session']

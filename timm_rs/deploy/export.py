@@ -1,0 +1,354 @@
+"""Switchable networks as files that run without timm
+
+One ONNX file for all resolutions with one copy of the shared weights, or one resolution as a plain network. A file is
+compared with the network before it gets its name.
+"""
+import copy
+import io
+import json
+import logging
+import os
+import warnings
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, Optional, Sequence
+
+import timm
+import torch
+import torch.nn as nn
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..evaluate import count_madds
+from ..switchable import SwitchableMixin
+from ..version import __version__
+
+__all__ = ['FORMATS', 'ExportError', 'describe', 'export_resolution', 'export_switchable', 'reduce_batch_norms']
+
+FORMATS = ('onnx', 'torch-export', 'torchscript')
+TOLERANCE = 1e-4
+OPSET = 17
+_SEEDS = (0, 1, 2)
+
+
+class ExportError(RuntimeError):
+    """A network cannot be exported, or its file does not do what the network does; the message says why."""
+
+
+def export_switchable(
+        model: nn.Module,
+        path: str,
+        class_names: Optional[Sequence[str]] = None,
+        tolerance: float = TOLERANCE,
+) -> Dict[int, float]:
+    """Write one ONNX file that serves every resolution, chosen by the height and width of the input.
+
+    The weights that the resolutions share are in it once; each BatchNorm is a scale and a bias per resolution.
+
+    Args:
+        model: Switchable network.
+        path: File to write, complete or not at all.
+        class_names: Names of the classes, in their order; if None what the model tells.
+        tolerance: Largest absolute difference of logits between the network and the file.
+
+    Returns:
+        The largest difference of logits found at each resolution.
+
+    Raises:
+        ExportError: The network cannot be traced or merged, or differs from its file by more than the tolerance.
+        ValueError: The network is not switchable, or there is another number of names.
+    """
+    from .merge import MergeError, merge_sizes
+
+    if not isinstance(model, SwitchableMixin):
+        raise ValueError(f'{type(model).__name__} is not switchable, expected a network of make_switchable.')
+    metadata = describe(model, model.resolutions, class_names)
+    plain = {r: model.at(r).eval() for r in model.resolutions}
+    try:
+        merged = merge_sizes([trace_onnx(reduce_batch_norms(n), r) for r, n in plain.items()], model.resolutions)
+    except MergeError as e:
+        raise ExportError(f"{metadata['architecture']} has no graph that serves all sizes: {e}") from e
+    set_metadata(merged, metadata)
+    with _checked(path) as partial:
+        _save_onnx(merged, partial)
+        errors = compare(_onnx_runner(partial), plain)
+        check_errors(errors, tolerance, metadata['architecture'])
+    return errors
+
+
+def export_resolution(
+        model: nn.Module,
+        resolution: int,
+        path: str,
+        format: str = 'onnx',
+        batch_size: Optional[int] = None,
+        class_names: Optional[Sequence[str]] = None,
+        tolerance: float = TOLERANCE,
+) -> float:
+    """Write the plain network of one resolution, BatchNorms folded into convolutions.
+
+    Args:
+        model: Switchable network.
+        resolution: Input size in pixels.
+        path: File to write, complete or not at all.
+        format: 'onnx', 'torch-export' (for torch.export.load, AOTInductor) or 'torchscript' (for torch.jit.load).
+        batch_size: Images of a batch, None for any number.
+        class_names: Names of the classes, in their order; if None what the model tells. ONNX only.
+        tolerance: Largest absolute difference of logits between the network and the file.
+
+    Returns:
+        The largest difference of logits found.
+
+    Raises:
+        ExportError: The network cannot be exported, or differs from its file by more than the tolerance.
+        ValueError: There is no such resolution or format.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f'batch_size is {batch_size}, expected a positive number.')
+    if format not in FORMATS:
+        raise ValueError(f"Unknown format {format!r}, expected one of {', '.join(FORMATS)}.")
+    network = model.at(resolution).eval()
+    metadata = describe(model, (resolution,), class_names)
+    save, runner = {
+        'onnx': (_write_onnx, _onnx_runner),
+        'torch-export': (_write_torch_export, lambda p: torch.export.load(p).module()),
+        'torchscript': (_write_torchscript, torch.jit.load),
+    }[format]
+    with _checked(path) as partial, _quiet():
+        try:
+            save(network, resolution, batch_size, metadata, partial)
+        except Exception as e:  # of the tracers, which have no common class
+            raise ExportError(f"{metadata['architecture']} cannot be exported as {format}: {_first_line(e)}") from e
+        errors = compare(runner(partial), {resolution: network}, (batch_size,) if batch_size else (1, 3))
+        check_errors(errors, tolerance, metadata['architecture'])
+    return errors[resolution]
+
+
+def reduce_batch_norms(network: nn.Module) -> nn.Module:
+    """Return a copy for inference whose BatchNorms have mean 0, variance 1 and epsilon 0: a scale and a bias.
+
+    Example:
+        >>> bn = reduce_batch_norms(nn.Sequential(nn.BatchNorm2d(2, eps=0.21))).get_submodule('0')
+        >>> bn.weight.tolist(), bn.eps
+        ([0.9090909361839294, 0.9090909361839294], 0.0)
+    """
+    network = copy.deepcopy(network).eval()
+    for module in network.modules():
+        if isinstance(module, _BatchNorm) and module.track_running_stats:
+            scale = (module.running_var.double() + module.eps).rsqrt()
+            bias = torch.zeros_like(scale)
+            if module.affine:
+                scale, bias = scale * module.weight.double(), module.bias.double()
+            dtype = module.running_var.dtype
+            module.weight = nn.Parameter(scale.to(dtype), requires_grad=False)
+            module.bias = nn.Parameter((bias - module.running_mean.double() * scale).to(dtype), requires_grad=False)
+            module.running_mean = torch.zeros_like(module.running_mean)
+            module.running_var = torch.ones_like(module.running_var)
+            module.eps = 0.
+    return network
+
+
+def describe(
+        model: nn.Module,
+        resolutions: Sequence[int],
+        class_names: Optional[Sequence[str]] = None,
+) -> Dict[str, Any]:
+    """Return what a file tells of itself: timm_rs.deploy.Session reads it.
+
+    Raises:
+        ValueError: There is another number of class names than classes.
+    """
+    config = timm.data.resolve_model_data_config(model)
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    num_classes = model.num_classes
+    if class_names is None:
+        class_names = cfg.get('label_names') or _imagenet_names(num_classes)
+    if class_names is not None and len(class_names) != num_classes:
+        raise ValueError(f'There are {len(class_names)} class names, the model has {num_classes} classes.')
+    channels = config['input_size'][0]
+    return dict(
+        timm_rs=__version__,
+        architecture=cfg.get('architecture') or type(model).__name__,
+        precision='float32',
+        resolutions=list(resolutions),
+        madds={str(r): count_madds(model, r, channels) for r in resolutions},
+        num_classes=num_classes,
+        class_names=None if class_names is None else list(class_names),
+        mean=[float(v) for v in config['mean']],
+        std=[float(v) for v in config['std']],
+        interpolation=config['interpolation'],
+        crop_pct=config['crop_pct'],
+        crop_mode=config['crop_mode'],
+    )
+
+
+def trace_onnx(network: nn.Module, resolution: int, batch_size: Optional[int] = None, fold: bool = False) -> Any:
+    """Return the ONNX model of a plain network at one size.
+
+    Args:
+        network: Network in eval mode.
+        resolution: Input size in pixels.
+        batch_size: Images of a batch, None for any number.
+        fold: Fold BatchNorms into convolutions.
+
+    Raises:
+        ExportError: The network cannot be traced.
+    """
+    try:
+        import onnx
+    except ImportError as e:
+        raise ImportError("Exporting to ONNX needs the packages of: pip install 'timm_rs[export]'.") from e
+    file = io.BytesIO()
+    mode = torch.onnx.TrainingMode.EVAL if fold else torch.onnx.TrainingMode.PRESERVE  # the latter folds nothing
+    options = {} if batch_size else dict(dynamic_axes={'images': {0: 'batch'}, 'logits': {0: 'batch'}})
+    try:
+        with _quiet():
+            # The exporter of torch.export writes a BatchNorm's parts in as many nodes, and takes ten times as long.
+            torch.onnx.export(
+                network, (_random_images(network, resolution, batch_size or 2, 0),), file, dynamo=False, training=mode,
+                input_names=['images'], output_names=['logits'], opset_version=OPSET, **options)
+    except Exception as e:  # of the tracer, which has no common class
+        raise ExportError(f'{type(network).__name__} cannot be traced at {resolution} px: {_first_line(e)}') from e
+    return onnx.load_from_string(file.getvalue())
+
+
+def compare(run: Any, plain: Dict[int, nn.Module], batch_sizes: Sequence[int] = (1, 3)) -> Dict[int, float]:
+    """Return the largest absolute difference between logits of a file and of networks, over a few random batches.
+
+    Args:
+        run: Computes logits of a tensor.
+        plain: The network of each resolution.
+        batch_sizes: Taken in turns.
+    """
+    errors = {}
+    for resolution, network in plain.items():
+        differences = []
+        for seed in _SEEDS:
+            images = _random_images(network, resolution, batch_sizes[seed % len(batch_sizes)], seed)
+            with torch.inference_mode():
+                differences.append((torch.as_tensor(run(images)) - network(images)).abs().max())
+        errors[resolution] = torch.stack(differences).max().item()  # NaN if any is
+    return errors
+
+
+def check_errors(errors: Dict[int, float], tolerance: float, name: str) -> None:
+    """Raise ExportError if a difference of logits is larger than the tolerance, or none at all (NaN)."""
+    for resolution, error in errors.items():
+        if not error <= tolerance:
+            raise ExportError(
+                f'The exported {name} differs from the network by {error:.2g} at {resolution} px, '
+                f'expected at most {tolerance:.0e}; no file was written.')
+
+
+def set_metadata(model: Any, metadata: Dict[str, Any]) -> None:
+    """Write metadata into an ONNX model, values as JSON."""
+    from onnx import helper
+
+    helper.set_model_props(model, {k: json.dumps(v, ensure_ascii=False) for k, v in metadata.items()})
+    model.producer_name, model.producer_version = 'timm_rs', __version__
+
+
+def _imagenet_names(num_classes: int) -> Optional[Sequence[str]]:
+    subset = infer_imagenet_subset(dict(num_classes=num_classes))
+    if subset is None:
+        return None
+    info = ImageNetInfo(subset)
+    return [info.index_to_description(i) for i in range(num_classes)]
+
+
+def _random_images(network: nn.Module, resolution: int, batch_size: int, seed: int) -> torch.Tensor:
+    channels = (getattr(network, 'pretrained_cfg', None) or {}).get('input_size', (3,))[0]
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch_size, channels, resolution, resolution, generator=generator)
+
+
+def _write_onnx(
+        network: nn.Module,
+        resolution: int,
+        batch_size: Optional[int],
+        metadata: Dict[str, Any],
+        path: str,
+) -> None:
+    model = trace_onnx(network, resolution, batch_size, fold=True)
+    set_metadata(model, metadata)
+    _save_onnx(model, path)
+
+
+def _save_onnx(model: Any, path: str) -> None:
+    with open(path, 'wb') as f:
+        f.write(model.SerializeToString())
+
+
+def _write_torch_export(
+        network: nn.Module,
+        resolution: int,
+        batch_size: Optional[int],
+        metadata: Dict[str, Any],
+        path: str,
+) -> None:
+    program = export_program(network, resolution, batch_size)
+    torch.export.save(program, path, extra_files={'timm_rs.json': json.dumps(metadata)})
+
+
+def export_program(network: nn.Module, resolution: int, batch_size: Optional[int] = None) -> Any:
+    """Return a torch.export.ExportedProgram of a plain network, BatchNorms folded into convolutions."""
+    images = _random_images(network, resolution, batch_size or 2, 0)
+    shapes = None if batch_size else ({0: torch.export.Dim('batch')},)
+    return torch.export.export(fold_batch_norms(network), (images,), dynamic_shapes=shapes)
+
+
+def fold_batch_norms(network: nn.Module) -> nn.Module:
+    """Return a copy for inference in which each BatchNorm that follows a convolution is folded into it."""
+    from torch.fx.experimental.optimization import fuse
+
+    return fuse(network)
+
+
+def _write_torchscript(
+        network: nn.Module,
+        resolution: int,
+        batch_size: Optional[int],
+        metadata: Dict[str, Any],
+        path: str,
+) -> None:
+    images = _random_images(network, resolution, batch_size or 2, 0)
+    with torch.no_grad():
+        script = torch.jit.freeze(torch.jit.trace(network, images))
+    torch.jit.save(script, path, _extra_files={'timm_rs.json': json.dumps(metadata)})
+
+
+def _onnx_runner(path: str) -> Any:
+    from .session import open_onnx
+
+    session = open_onnx(path, threads=torch.get_num_threads())
+    return lambda images: session.run(None, {'images': images.numpy()})[0]
+
+
+@contextmanager
+def _checked(path: str) -> Iterator[str]:
+    """Give a name to write to, which becomes that of the file if nothing is raised."""
+    folder = os.path.dirname(path) or '.'
+    if not os.path.isdir(folder):
+        raise ValueError(f'{folder} does not exist, expected a folder for {os.path.basename(path)}.')
+    partial = f'{path}.part-{os.getpid()}'
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what tracers say of Python values that are constant here, such as sizes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

@@ -1,0 +1,144 @@
+"""timm's evaluation preprocessing with Pillow and NumPy alone"""
+import math
+import os
+import struct
+from dataclasses import dataclass
+from typing import IO, Sequence, Tuple, Union
+
+import numpy as np
+from PIL import Image
+
+__all__ = ['ImageError', 'Preprocessing', 'open_image']
+
+ImageSource = Union[str, os.PathLike, IO[bytes], Image.Image]
+
+_MODES = {1: 'L', 3: 'RGB'}
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError, Image.DecompressionBombError)
+
+
+class ImageError(ValueError):
+    """An image cannot be used; the message names it."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From an image file to the input of a network, bit by bit what timm.data.create_transform makes of it.
+
+    Attributes:
+        mean: Pixel mean of each channel, of values in [0, 1].
+        std: Pixel standard deviation of each channel.
+        interpolation: nearest, bilinear, bicubic, box, hamming or lanczos.
+        crop_pct: Side of the crop as a share of the resized image.
+        crop_mode: center (the shorter side is resized), squash (both are) or border (the longer is, the rest is
+            filled).
+
+    Raises:
+        ValueError: A value is not usable.
+
+    Example:
+        >>> preprocessing = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop_pct=0.875)
+        >>> preprocessing(Image.new('RGB', (300, 200)), 160).shape
+        (3, 160, 160)
+    """
+    mean: Tuple[float, ...]
+    std: Tuple[float, ...]
+    interpolation: str = 'bicubic'
+    crop_pct: float = 0.875
+    crop_mode: str = 'center'
+
+    def __post_init__(self):
+        if len(self.mean) != len(self.std) or len(self.mean) not in _MODES:
+            raise ValueError(f'mean {self.mean} and std {self.std} are not of 1 or 3 channels each.')
+        if self.interpolation.upper() not in Image.Resampling.__members__:
+            known = ', '.join(Image.Resampling.__members__).lower()
+            raise ValueError(f'Unknown interpolation {self.interpolation!r}, expected one of {known}.')
+        if self.crop_mode not in ('center', 'squash', 'border'):
+            raise ValueError(f'Unknown crop mode {self.crop_mode!r}, expected center, squash or border.')
+        if not self.crop_pct > 0:
+            raise ValueError(f'crop_pct is {self.crop_pct}, expected a positive number.')
+
+    def __call__(self, image: ImageSource, resolution: int) -> np.ndarray:
+        """Return the input of a network.
+
+        Args:
+            image: Name of a file, a binary file, or an image.
+            resolution: Side of the square in pixels.
+
+        Returns:
+            Array of float32 [C, resolution, resolution].
+
+        Raises:
+            ImageError: It is no image, or a broken or too large one.
+        """
+        name = _name(image)
+        image = open_image(image, _MODES[len(self.mean)])
+        width, height = self._resized(*image.size, resolution)
+        if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise ImageError(f'{name} is {image.width}x{image.height}, too long and thin to be resized.')
+        image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
+        image = self._cropped(image, resolution)
+        array = np.asarray(image, np.float32).reshape(resolution, resolution, -1).transpose(2, 0, 1) / np.float32(255)
+        mean, std = (np.array(v, np.float32)[:, None, None] for v in (self.mean, self.std))
+        return np.ascontiguousarray((array - mean) / std)
+
+    def _resized(self, width: int, height: int, resolution: int) -> Tuple[int, int]:
+        """Return width and height before the crop."""
+        target = math.floor(resolution / self.crop_pct)
+        if self.crop_mode == 'squash':
+            return target, target
+        if self.crop_mode == 'border':
+            ratio = max(height / target, width / target)
+            return max(round(width / ratio), 1), max(round(height / ratio), 1)
+        if width <= height:
+            return target, int(target * height / width)
+        return int(target * width / height), target
+
+    def _cropped(self, image: Image.Image, resolution: int) -> Image.Image:
+        fill = tuple(round(255 * m) for m in self.mean) if self.crop_mode == 'border' else (0,) * len(self.mean)
+        square = Image.new(image.mode, (resolution, resolution), fill if len(fill) > 1 else fill[0])
+        square.paste(image, tuple(_offset(size, resolution) for size in image.size))
+        return square
+
+
+def open_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
+    """Return an image as timm reads it: decoded and converted, not turned by its EXIF orientation.
+
+    Args:
+        source: Name of a file, a binary file, or an image.
+        mode: RGB or L.
+
+    Raises:
+        ImageError: It is no image, or a broken or too large one.
+    """
+    try:
+        if isinstance(source, Image.Image):
+            return source.convert(mode)
+        with Image.open(source) as image:
+            return image.convert(mode)
+    except FileNotFoundError as e:
+        raise ImageError(f'{_name(source)} does not exist, expected an image.') from e
+    except Image.UnidentifiedImageError as e:
+        raise ImageError(f'{_name(source)} is no image that Pillow can read.') from e
+    except _BROKEN as e:
+        raise ImageError(f'{_name(source)} cannot be read as an image: {e or type(e).__name__}.') from e
+
+
+def _offset(size: int, crop: int) -> int:
+    """Return where an image starts in its central crop, negative where it is cut."""
+    return (crop - size) // 2 if crop > size else -round((size - crop) / 2)
+
+
+def _name(source: ImageSource) -> str:
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    return str(getattr(source, 'filename', '') or getattr(source, 'name', '') or 'The image')
+
+
+def is_image_source(value: object) -> bool:
+    """Return whether a value is one image, not several."""
+    return isinstance(value, (str, os.PathLike, Image.Image)) or hasattr(value, 'read')
+
+
+def stack(images: Sequence[ImageSource], preprocessing: Preprocessing, resolution: int) -> np.ndarray:
+    """Return a batch of float32 [N, C, resolution, resolution]."""
+    return np.stack([preprocessing(image, resolution) for image in images])

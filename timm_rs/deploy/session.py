@@ -1,0 +1,216 @@
+"""An exported network at work in ONNX Runtime, without torch"""
+import json
+import os
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import numpy as np
+
+from .preprocess import ImageSource, Preprocessing, is_image_source, stack
+
+__all__ = ['MODES', 'Session']
+
+MODES = ('fast', 'low_memory')
+_PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+_KEYS = ('resolutions', 'num_classes', *_PREPROCESSING)
+
+
+class Session:
+    """Runs a file of `timm-rs export` at any of its resolutions; safe to be called from several threads.
+
+    Args:
+        path: File of `timm-rs export --format onnx`, for all sizes or for one.
+        threads: Threads of an inference, all cores if None.
+        mode: 'fast' holds a graph per size, each with its BatchNorms folded into its weights, at the latency of a plain
+            network; 'low_memory' holds the weights once for all sizes. An int8 file holds them once in either.
+        warm_up: Run each size once now, so that no request pays for it.
+
+    Attributes:
+        path: The file.
+        mode: 'fast' or 'low_memory'.
+        resolutions: Input sizes in pixels, largest first.
+        num_classes: Number of classes.
+        class_names: Names of the classes, or None.
+        madds: Multiply-adds of an image, by resolution.
+        preprocessing: What is done to an image.
+        mean: Pixel mean of each channel, of values in [0, 1].
+        std: Pixel standard deviation of each channel.
+        batch_size: Images of a batch, None for any number.
+        metadata: All that the file tells of itself.
+
+    Raises:
+        ImportError: ONNX Runtime is not installed.
+        ValueError: The file is no export of timm_rs, or an argument is not usable.
+
+    Example:
+        >>> session = Session('model.onnx', threads=1)    # doctest: +SKIP
+        >>> session.predict('photo.jpg', resolution=160).argmax(-1)    # doctest: +SKIP
+        array([207])
+    """
+
+    def __init__(
+            self,
+            path: Union[str, os.PathLike],
+            threads: Optional[int] = None,
+            mode: str = 'fast',
+            warm_up: bool = True,
+    ):
+        if mode not in MODES:
+            raise ValueError(f"Unknown mode {mode!r}, expected {' or '.join(map(repr, MODES))}.")
+        if threads is not None and threads < 1:
+            raise ValueError(f'threads is {threads}, expected a positive number.')
+        self.path = os.fspath(path)
+        self.mode = mode
+        self.metadata = read_metadata(self.path)
+        self.resolutions: Tuple[int, ...] = tuple(sorted(self.metadata['resolutions'], reverse=True))
+        self.num_classes: int = self.metadata['num_classes']
+        self.class_names: Optional[List[str]] = self.metadata.get('class_names')
+        self.madds: Dict[int, int] = {int(r): n for r, n in self.metadata.get('madds', {}).items()}
+        self.preprocessing = Preprocessing(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in self.metadata.items() if k in _PREPROCESSING})
+        self.mean, self.std = self.preprocessing.mean, self.preprocessing.std
+        self._sessions = self._open(threads)
+        (images,) = self._sessions[self.resolutions[0]].get_inputs()
+        self._input = images.name
+        self.batch_size: Optional[int] = images.shape[0] if isinstance(images.shape[0], int) else None
+        if warm_up:
+            self.warm_up()
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}({self.path!r}, mode={self.mode!r}, resolutions={self.resolutions})'
+
+    def predict(
+            self,
+            images: Union[ImageSource, Sequence[ImageSource], np.ndarray],
+            resolution: Optional[int] = None,
+    ) -> np.ndarray:
+        """Return the logits of images.
+
+        Args:
+            images: An image or a list of them, each the name of a file, a binary file or a PIL image; or a batch that
+                is preprocessed already, float32 [N, C, H, W].
+            resolution: Input size in pixels, the largest if None, that of the batch if there is one.
+
+        Returns:
+            Array of float32 [N, num_classes].
+
+        Raises:
+            ImageError: A ValueError that names an image that cannot be used.
+            ValueError: There is no such resolution, or the batch is none of float32 [N, C, H, W] of a known size.
+            RuntimeError: ONNX Runtime fails, for example for lack of memory.
+        """
+        if not isinstance(images, np.ndarray):
+            images = [images] if is_image_source(images) else list(images)
+            resolution = self.check_resolution(self.resolutions[0] if resolution is None else resolution)
+            if not images:
+                return np.zeros((0, self.num_classes), np.float32)
+            images = stack(images, self.preprocessing, resolution)
+        else:
+            resolution = self._check_batch(images, resolution)
+        if not len(images):
+            return np.zeros((0, self.num_classes), np.float32)
+        if self.batch_size not in (None, len(images)):
+            raise ValueError(f'Got {len(images)} images, {self.path} takes batches of {self.batch_size}.')
+        try:
+            return self._sessions[resolution].run(None, {self._input: images})[0]
+        except Exception as e:  # ONNX Runtime has no common class of its errors
+            raise RuntimeError(f'Cannot run a batch of {images.shape} with {self.path}: {_first_line(e)}') from e
+
+    def preprocess(self, image: ImageSource, resolution: Optional[int] = None) -> np.ndarray:
+        """Return the input that predict makes of an image: float32 [C, resolution, resolution].
+
+        Raises:
+            ImageError: The image cannot be used.
+            ValueError: There is no such resolution.
+        """
+        resolution = self.resolutions[0] if resolution is None else resolution
+        return self.preprocessing(image, self.check_resolution(resolution))
+
+    def warm_up(self, rounds: int = 1) -> None:
+        """Run every size with a batch of one, so that its buffers are there."""
+        for resolution in self.resolutions:
+            images = np.zeros((self.batch_size or 1, len(self.mean), resolution, resolution), np.float32)
+            for _ in range(rounds):
+                self.predict(images)
+
+    def check_resolution(self, resolution: int) -> int:
+        """Return a resolution that this network has.
+
+        Raises:
+            ValueError: It has another.
+        """
+        if resolution not in self.resolutions:
+            known = ', '.join(map(str, self.resolutions))
+            raise ValueError(f'Unknown resolution {resolution!r}, {self.path} has {known}.')
+        return int(resolution)
+
+    def _open(self, threads: Optional[int]) -> Dict[int, Any]:
+        """Return the session of ONNX Runtime that serves each size."""
+        if len(self.resolutions) == 1 or self.mode == 'low_memory' or self.metadata.get('precision') == 'int8':
+            return dict.fromkeys(self.resolutions, open_onnx(self.path, threads))
+        # Told the size, ONNX Runtime folds the choice of it, the tables and then the BatchNorms.
+        return {r: open_onnx(self.path, threads, dict(height=r, width=r)) for r in self.resolutions}
+
+    def _check_batch(self, images: np.ndarray, resolution: Optional[int]) -> int:
+        channels = len(self.mean)
+        if images.dtype != np.float32 or images.ndim != 4 or images.shape[1] != channels:
+            raise ValueError(
+                f'Got an array of {images.dtype} {list(images.shape)}, expected float32 [N, {channels}, H, W].')
+        height, width = images.shape[2:]
+        if height != width or height not in self.resolutions or resolution not in (None, height):
+            expected = [resolution] if resolution is not None else self.resolutions
+            expected = ', '.join(f'{r}x{r}' for r in expected)
+            raise ValueError(f'Got a batch of {height}x{width}, expected {expected}.')
+        return height
+
+
+def read_metadata(path: str) -> Dict[str, Any]:
+    """Return what a file of timm-rs export tells of itself.
+
+    Raises:
+        ValueError: There is no such file, or it is another.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f'{path} does not exist, expected a file of timm-rs export.')
+    texts = open_onnx(path, threads=1, optimize=False).get_modelmeta().custom_metadata_map
+    try:
+        metadata = {key: json.loads(text) for key, text in texts.items()}
+        missing = [key for key in _KEYS if key not in metadata]
+    except ValueError:
+        missing = _KEYS
+    if missing:
+        raise ValueError(f"{path} is no file of timm-rs export, its metadata lack {', '.join(missing)}.")
+    return metadata
+
+
+def open_onnx(path: str, threads: Optional[int], sizes: Optional[Dict[str, int]] = None, optimize: bool = True) -> Any:
+    """Open a file with ONNX Runtime.
+
+    Args:
+        path: Name of the file.
+        threads: Threads of an inference, all cores if None.
+        sizes: What height and width will be.
+        optimize: Let ONNX Runtime rewrite the graph.
+
+    Raises:
+        ValueError: It is no ONNX file.
+    """
+    try:
+        import onnxruntime
+    except ImportError as e:
+        raise ImportError("timm_rs.deploy needs the package onnxruntime: pip install 'timm_rs[export]'.") from e
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or 0
+    options.add_session_config_entry('session.force_spinning_stop', '1')  # another size's threads take over
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    for name, size in (sizes or {}).items():
+        options.add_free_dimension_override_by_name(name, size)
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    except Exception as e:
+        raise ValueError(f'{path} is no ONNX file that ONNX Runtime can load: {_first_line(e)}') from e
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:300]
