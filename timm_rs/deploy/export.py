@@ -57,16 +57,13 @@ def export_switchable(
         ExportError: The network cannot be traced or merged, or differs from its file by more than the tolerance.
         ValueError: The network is not switchable, or there is another number of names.
     """
-    from .merge import MergeError, merge_sizes
+    from .merge import build
 
     if not isinstance(model, SwitchableMixin):
         raise ValueError(f'{type(model).__name__} is not switchable, expected a network of make_switchable.')
     metadata = describe(model, model.resolutions, class_names)
     plain = {r: model.at(r).eval() for r in model.resolutions}
-    try:
-        merged = merge_sizes([trace_onnx(reduce_batch_norms(n), r) for r, n in plain.items()], model.resolutions)
-    except MergeError as e:
-        raise ExportError(f"{metadata['architecture']} has no graph that serves all sizes: {e}") from e
+    merged = build(_trace_all(plain, metadata['architecture']))
     set_metadata(merged, metadata)
     with _checked(path) as partial:
         _save_onnx(merged, partial)
@@ -209,6 +206,15 @@ def trace_onnx(network: nn.Module, resolution: int, batch_size: Optional[int] = 
     except Exception as e:  # of the tracer, which has no common class
         raise ExportError(f'{type(network).__name__} cannot be traced at {resolution} px: {_first_line(e)}') from e
     return onnx.load_from_string(file.getvalue())
+
+
+def _trace_all(plain: Dict[int, nn.Module], name: str) -> Any:
+    from .merge import MergeError, merge
+
+    try:
+        return merge([trace_onnx(reduce_batch_norms(n), r) for r, n in plain.items()], tuple(plain))
+    except MergeError as e:
+        raise ExportError(f'{name} has no graph that serves all sizes: {e}') from e
 
 
 def compare(run: Any, plain: Dict[int, nn.Module], batch_sizes: Sequence[int] = (1, 3)) -> Dict[int, float]:

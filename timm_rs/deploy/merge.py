@@ -4,13 +4,14 @@ The graphs of one network at several sizes have the same nodes and the same conv
 constants: the scale and bias of each BatchNorm, and shapes. Each becomes a table with a row per size, from which the
 input's height and width pick. ONNX Runtime folds it all when it is told the size, see timm_rs.deploy.Session.
 """
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+from dataclasses import dataclass
+from typing import Any, Dict, List, Sequence
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-__all__ = ['INDEX', 'MergeError', 'merge_sizes']
+__all__ = ['INDEX', 'MergeError', 'SizedGraph', 'build', 'merge']
 
 INDEX = 'resolution_index'  # int64 scalar: the row of the tables, 0 for the largest size
 
@@ -19,34 +20,66 @@ class MergeError(ValueError):
     """The graphs differ in more than constants; the message says where."""
 
 
-def merge_sizes(models: Sequence[onnx.ModelProto], resolutions: Sequence[int]) -> onnx.ModelProto:
-    """Return one model whose input is of any of the sizes; another size takes the row of the nearest by area.
+@dataclass
+class SizedGraph:
+    """The graph of a network at several sizes.
+
+    Attributes:
+        resolutions: Input sizes in pixels, largest first.
+        nodes: The operators in the order of execution.
+        constants: What each constant is at each size, by name.
+        template: Model that has the input 'images' [N, C, H, W], the outputs and the versions of the operators.
+    """
+    resolutions: Sequence[int]
+    nodes: List[onnx.NodeProto]
+    constants: Dict[str, List[np.ndarray]]
+    template: onnx.ModelProto
+
+
+def merge(models: Sequence[onnx.ModelProto], resolutions: Sequence[int]) -> SizedGraph:
+    """Lay the graphs of a network at several sizes over each other.
 
     Args:
-        models: The network at each size, exported with a fixed height and width. Input 'images' [N, C, H, W].
+        models: The network at each size, exported with a fixed height and width.
         resolutions: Input sizes in pixels, largest first.
 
     Raises:
         MergeError: The graphs differ in more than constants.
     """
     graphs = [_Graph(model) for model in models]
-    constants = _Constants(resolutions)
-    nodes = []
-    for versions in _aligned(graphs, resolutions):
+    for graph, resolution in zip(graphs[1:], resolutions[1:]):
+        _check_alike(graphs[0], graph, f'{resolutions[0]} and {resolution} px')
+    merged = SizedGraph(resolutions, [], {}, models[0])
+    for versions in zip(*(g.nodes for g in graphs)):
         node = onnx.NodeProto()
         node.CopyFrom(versions[0])
-        for i in range(len(node.input)):
-            values = [g.constants.get(v.input[i]) for g, v in zip(graphs, versions)]
-            if values[0] is not None:
-                node.input[i] = constants.add(versions[0].input[i], values)
+        for i, name in enumerate(node.input):
+            if name in graphs[0].constants:
+                names = [v.input[i] for v in versions]
+                # Equal values of one size share a name there, but may differ at another.
+                node.input[i] = name if len(set(names)) == 1 else '|'.join(names)
+                merged.constants[node.input[i]] = [g.constants[n] for g, n in zip(graphs, names)]
+        merged.nodes.append(node)
+    return merged
+
+
+def build(graph: SizedGraph) -> onnx.ModelProto:
+    """Return one model whose input is of any of the sizes; another size takes what is of the nearest by area."""
+    constants = _Constants(graph.resolutions)
+    nodes = []
+    for original in graph.nodes:
+        node = onnx.NodeProto()
+        node.CopyFrom(original)
+        for i, name in enumerate(node.input):
+            if name in graph.constants:
+                node.input[i] = constants.add(name, graph.constants[name])
         nodes.append(node)
     model = onnx.ModelProto()
-    model.CopyFrom(models[0])
-    model.graph.ClearField('node')
-    model.graph.ClearField('initializer')
-    model.graph.ClearField('value_info')
+    model.CopyFrom(graph.template)
+    for field in ('node', 'initializer', 'value_info'):
+        model.graph.ClearField(field)
+    model.graph.node.extend([*constants.select(), *nodes])
     model.graph.initializer.extend(constants.initializers.values())
-    model.graph.node.extend([*constants.nodes, *nodes])
     for dim, name in zip(model.graph.input[0].type.tensor_type.shape.dim[2:], ('height', 'width')):
         dim.dim_param = name
     onnx.checker.check_model(model)
@@ -57,7 +90,7 @@ class _Graph:
     """Nodes without those that only hand on a constant or an alias, and the constants by name."""
 
     def __init__(self, model: onnx.ModelProto):
-        self.constants: Dict[str, np.ndarray] = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+        self.constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
         self.nodes: List[onnx.NodeProto] = []
         alias: Dict[str, str] = {}
         outputs = {o.name for o in model.graph.output}
@@ -72,78 +105,93 @@ class _Graph:
                 self.nodes.append(node)
 
 
-def _aligned(graphs: Sequence[_Graph], resolutions: Sequence[int]) -> Iterator[Tuple[onnx.NodeProto, ...]]:
-    """Yield each node as it is at every size.
-
-    Raises:
-        MergeError: There is another operator, attribute or connection at some size.
-    """
-    first = graphs[0]
-    for graph, resolution in zip(graphs[1:], resolutions[1:]):
-        sizes = f'{resolutions[0]} and {resolution} px'
-        if len(graph.nodes) != len(first.nodes):
-            raise MergeError(f'The graphs at {sizes} have {len(first.nodes)} and {len(graph.nodes)} nodes.')
-        renamed = {}
-        for ours, theirs in zip(graph.nodes, first.nodes):
-            where = f'{theirs.op_type} ({theirs.name}) at {sizes}'
-            if ours.op_type != theirs.op_type or len(ours.input) != len(theirs.input):
-                raise MergeError(f'The graphs at {sizes} differ: {theirs.op_type} and {ours.op_type}.')
-            mine, other = ({a.name: a.SerializeToString() for a in n.attribute} for n in (ours, theirs))
-            if mine != other:
-                names = [k for k in {**mine, **other} if mine.get(k) != other.get(k)]
-                raise MergeError(f"{where} differs in {', '.join(names)}.")
-            for a, b in zip(ours.input, theirs.input):
-                if (a in graph.constants) != (b in first.constants) or (
-                        a not in graph.constants and renamed.get(a, a) != b):
-                    raise MergeError(f'{where} has other inputs.')
-            renamed.update(zip(ours.output, theirs.output))
-    yield from zip(*(g.nodes for g in graphs))
+def _check_alike(first: _Graph, other: _Graph, sizes: str) -> None:
+    """Raise MergeError if another operator, attribute or connection stands somewhere."""
+    if len(first.nodes) != len(other.nodes):
+        raise MergeError(f'the graphs at {sizes} have {len(first.nodes)} and {len(other.nodes)} operators.')
+    names: Dict[str, str] = {}  # of the other graph, to those of the first
+    for a, b in zip(first.nodes, other.nodes):
+        if a.op_type != b.op_type or len(a.input) != len(b.input):
+            raise MergeError(f'at {sizes} stand {a.op_type} and {b.op_type} for {a.name}.')
+        ours, theirs = ({t.name: t.SerializeToString() for t in n.attribute} for n in (a, b))
+        different = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
+        if different:
+            raise MergeError(f"{a.op_type} {a.name} has another {', '.join(different)} at {sizes}.")
+        for x, y in zip(a.input, b.input):
+            if (x in first.constants) != (y in other.constants) or (
+                    x not in first.constants and names.get(y, y) != x):
+                raise MergeError(f'{a.op_type} {a.name} has another input at {sizes}.')
+        names.update(zip(b.output, a.output))
 
 
 class _Constants:
-    """Initializers of the merged graph, each value once, and the nodes that pick a row of a table."""
+    """Initializers of a model, each value once, and the nodes that pick a row of a table.
+
+    Rows of one type that are vectors lie side by side in one table: picking one costs as much as picking all.
+    """
 
     def __init__(self, resolutions: Sequence[int]):
         self.initializers: Dict[tuple, onnx.TensorProto] = {}
-        self.nodes: List[onnx.NodeProto] = []
+        self._resolutions = resolutions
+        self._nodes: List[onnx.NodeProto] = []
+        self._packs: Dict[str, Dict[str, np.ndarray]] = {}
         self._picked: Dict[tuple, str] = {}
-        areas = np.array([r * r for r in resolutions], np.float32)
-        # ONNX Runtime folds a Shape only where all dimensions are known, which the batch is not.
-        self._node('GatherND', ['images', self._initializer('first', np.zeros(2, np.int64))], 'images.first')
-        self._node('Shape', ['images.first'], 'images.size')
-        self._node('ReduceProd', ['images.size'], 'images.area', keepdims=1)
-        self._node('Cast', ['images.area'], 'images.area.float', to=onnx.TensorProto.FLOAT)
-        self._node('Sub', [self._initializer('resolution_areas', areas), 'images.area.float'], 'images.area.from')
-        self._node('Abs', ['images.area.from'], 'images.area.distance')
-        self._node('ArgMin', ['images.area.distance'], INDEX, axis=0, keepdims=0)
 
     def add(self, name: str, values: Sequence[np.ndarray]) -> str:
         """Return the name of a value that is values[i] at size i."""
         first = values[0]
-        if all(v.shape == first.shape and np.array_equal(v, first) for v in values[1:]):
+        same_shape = all(v.shape == first.shape for v in values)
+        if same_shape and all(np.array_equal(v, first) for v in values[1:]):
             return self._initializer(name, first)
-        if all(v.shape == first.shape for v in values):
+        if same_shape:
             return self._pick(name, np.stack(values))
         ends = np.cumsum([v.size for v in values])
         flat = self._initializer(f'{name}.values', np.concatenate([v.ravel() for v in values]))
         start = self._pick(f'{name}.start', (ends - [v.size for v in values])[:, None])
         end = self._pick(f'{name}.end', ends[:, None])
         shape = self._pick(f'{name}.shape', np.array([v.shape for v in values], np.int64))
-        self._node('Slice', [flat, start, end], f'{name}.flat')
-        return self._node('Reshape', [f'{name}.flat', shape], f'{name}.picked')
+        self._node('Slice', [flat, start, end], [f'{name}.flat'])
+        return self._node('Reshape', [f'{name}.flat', shape], [f'{name}.picked'])
+
+    def select(self) -> List[onnx.NodeProto]:
+        """Return the nodes that find the row and pick it from all tables."""
+        nodes, self._nodes = self._nodes, []
+        areas = np.array([r * r for r in self._resolutions], np.float32)
+        # ONNX Runtime folds a Shape only where all dimensions are known, which the batch is not.
+        self._node('GatherND', ['images', self._initializer('first_plane', np.zeros(2, np.int64))], ['images.plane'])
+        self._node('Shape', ['images.plane'], ['images.size'])
+        self._node('ReduceProd', ['images.size'], ['images.area.int'], keepdims=1)
+        self._node('Cast', ['images.area.int'], ['images.area'], to=onnx.TensorProto.FLOAT)
+        self._node('Sub', [self._initializer('resolution_areas', areas), 'images.area'], ['images.area.difference'])
+        self._node('Abs', ['images.area.difference'], ['images.area.distance'])
+        self._node('ArgMin', ['images.area.distance'], [INDEX], axis=0, keepdims=0)
+        for kind, pack in self._packs.items():
+            lengths = np.array([table.shape[1] for table in pack.values()], np.int64)
+            table = self._initializer(f'table.{kind}', np.concatenate(list(pack.values()), axis=1))
+            row = self._node('Gather', [table, INDEX], [f'row.{kind}'], axis=0)
+            self._node('Split', [row, self._initializer(f'lengths.{kind}', lengths)], list(pack), axis=0)
+        return self._nodes + nodes
 
     def _pick(self, name: str, table: np.ndarray) -> str:
-        table = self._initializer(f'{name}.table', table)
-        if table not in self._picked:
-            self._picked[table] = self._node('Gather', [table, INDEX], f'{name}.row', axis=0)
-        return self._picked[table]
+        key = _key(table)
+        if key not in self._picked:
+            self._picked[key] = f'{name}.row'
+            if table.ndim == 2:
+                self._packs.setdefault(table.dtype.name, {})[f'{name}.row'] = table
+            else:
+                self._node('Gather', [self._initializer(f'{name}.table', table), INDEX], [f'{name}.row'], axis=0)
+        return self._picked[key]
 
     def _initializer(self, name: str, value: np.ndarray) -> str:
-        key = (value.dtype.str, value.shape, value.tobytes())
+        key = _key(value)
         if key not in self.initializers:
-            self.initializers[key] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+            self.initializers[key] = numpy_helper.from_array(np.asarray(value, order='C'), name)
         return self.initializers[key].name
 
-    def _node(self, op_type: str, inputs: Sequence[str], output: str, **attributes: Optional[int]) -> str:
-        self.nodes.append(helper.make_node(op_type, inputs, [output], f'{output}.node', **attributes))
-        return output
+    def _node(self, op_type: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> str:
+        self._nodes.append(helper.make_node(op_type, inputs, outputs, f'{outputs[0]}.node', **attributes))
+        return outputs[0]
+
+
+def _key(value: np.ndarray) -> tuple:
+    return value.dtype.str, value.shape, value.tobytes()
