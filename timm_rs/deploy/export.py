@@ -12,6 +12,7 @@ import warnings
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, Optional, Sequence
 
+import numpy as np
 import timm
 import torch
 import torch.nn as nn
@@ -21,13 +22,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..evaluate import count_madds
 from ..switchable import SwitchableMixin
 from ..version import __version__
+from .session import open_onnx, preprocessing_of
 
-__all__ = ['FORMATS', 'ExportError', 'describe', 'export_resolution', 'export_switchable', 'reduce_batch_norms']
+__all__ = [
+    'FORMATS',
+    'ExportError',
+    'describe',
+    'export_int8',
+    'export_resolution',
+    'export_switchable',
+    'reduce_batch_norms',
+]
 
 FORMATS = ('onnx', 'torch-export', 'torchscript')
 TOLERANCE = 1e-4
 OPSET = 17
 _SEEDS = (0, 1, 2)
+_INT8_TOLERANCE = 0.5
 
 
 class ExportError(RuntimeError):
@@ -59,9 +70,7 @@ def export_switchable(
     """
     from .merge import build
 
-    if not isinstance(model, SwitchableMixin):
-        raise ValueError(f'{type(model).__name__} is not switchable, expected a network of make_switchable.')
-    metadata = describe(model, model.resolutions, class_names)
+    metadata = _describe_switchable(model, class_names)
     plain = {r: model.at(r).eval() for r in model.resolutions}
     merged = build(_trace_all(plain, metadata['architecture']))
     set_metadata(merged, metadata)
@@ -70,6 +79,59 @@ def export_switchable(
         errors = compare(_onnx_runner(partial), plain)
         check_errors(errors, tolerance, metadata['architecture'])
     return errors
+
+
+def export_int8(
+        model: nn.Module,
+        path: str,
+        images: Sequence[Any],
+        class_names: Optional[Sequence[str]] = None,
+        batch_size: int = 4,
+) -> Dict[int, Dict[str, float]]:
+    """Write one int8 ONNX file that serves every resolution, see timm_rs.deploy.int8.
+
+    Args:
+        model: Switchable network.
+        path: File to write, complete or not at all.
+        images: Images like those to come, as files or PIL images, for the ranges of activations; some 100.
+        class_names: Names of the classes, in their order; if None what the model tells.
+        batch_size: Images of a batch.
+
+    Returns:
+        For each resolution how the file does on these images beside the network: 'agreement', the share with the same
+        top-1, and 'error', the root mean square of the differences of logits over that of the logits (less their mean).
+
+    Raises:
+        ExportError: The network has no graph for all sizes or no int8 form, or its int8 form is far from it.
+        ValueError: The network is not switchable, or there are no images.
+    """
+    from .int8 import QuantizationError, calibrate, quantize
+    from .merge import build
+    from .preprocess import stack
+
+    metadata = dict(_describe_switchable(model, class_names), precision='int8')
+    if not images:
+        raise ValueError('There are no images to calibrate on.')
+    preprocessing = preprocessing_of(metadata)
+    plain = {r: model.at(r).eval() for r in model.resolutions}
+    graph = _trace_all(plain, metadata['architecture'])
+    batches = {r: [stack(images[i:i + batch_size], preprocessing, r) for i in range(0, len(images), batch_size)]
+               for r in plain}
+    try:
+        merged = build(quantize(graph, calibrate(graph, batches)))
+    except QuantizationError as e:
+        raise ExportError(f"{metadata['architecture']} cannot be quantized: {e}") from e
+    set_metadata(merged, metadata)
+    with _checked(path) as partial:
+        _save_onnx(merged, partial)
+        run = _onnx_runner(partial)
+        found = {r: _fidelity(run, network, batches[r]) for r, network in plain.items()}
+        for resolution, row in found.items():
+            if not row['error'] <= _INT8_TOLERANCE:
+                raise ExportError(
+                    f"The int8 form of {metadata['architecture']} is {row['error']:.0%} off at {resolution} px, "
+                    f'expected at most {_INT8_TOLERANCE:.0%}; no file was written.')
+    return found
 
 
 def export_resolution(
@@ -208,6 +270,24 @@ def trace_onnx(network: nn.Module, resolution: int, batch_size: Optional[int] = 
     return onnx.load_from_string(file.getvalue())
 
 
+def _describe_switchable(model: nn.Module, class_names: Optional[Sequence[str]]) -> Dict[str, Any]:
+    if not isinstance(model, SwitchableMixin):
+        raise ValueError(f'{type(model).__name__} is not switchable, expected a network of make_switchable.')
+    return describe(model, model.resolutions, class_names)
+
+
+def _fidelity(run: Any, network: nn.Module, batches: Sequence[np.ndarray]) -> Dict[str, float]:
+    """Return how logits of an int8 file stand to those of the network."""
+    with torch.inference_mode():
+        expected = np.concatenate([network(torch.from_numpy(b)).numpy() for b in batches]).astype(np.float64)
+    actual = np.concatenate([run(torch.from_numpy(b)) for b in batches])
+    spread = np.sqrt(np.mean((expected - expected.mean(-1, keepdims=True)) ** 2))
+    return dict(
+        agreement=float(np.mean(expected.argmax(-1) == actual.argmax(-1))),
+        error=float(np.sqrt(np.mean((actual - expected) ** 2)) / max(spread, 1e-12)),
+    )
+
+
 def _trace_all(plain: Dict[int, nn.Module], name: str) -> Any:
     from .merge import MergeError, merge
 
@@ -323,8 +403,6 @@ def _write_torchscript(
 
 
 def _onnx_runner(path: str) -> Any:
-    from .session import open_onnx
-
     session = open_onnx(path, threads=torch.get_num_threads())
     return lambda images: session.run(None, {'images': images.numpy()})[0]
 

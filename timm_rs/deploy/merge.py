@@ -155,6 +155,8 @@ class _Constants:
 
     def select(self) -> List[onnx.NodeProto]:
         """Return the nodes that find the row and pick it from all tables."""
+        if not self._picked:
+            return []
         nodes, self._nodes = self._nodes, []
         areas = np.array([r * r for r in self._resolutions], np.float32)
         # ONNX Runtime folds a Shape only where all dimensions are known, which the batch is not.

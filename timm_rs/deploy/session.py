@@ -65,8 +65,7 @@ class Session:
         self.num_classes: int = self.metadata['num_classes']
         self.class_names: Optional[List[str]] = self.metadata.get('class_names')
         self.madds: Dict[int, int] = {int(r): n for r, n in self.metadata.get('madds', {}).items()}
-        self.preprocessing = Preprocessing(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in self.metadata.items() if k in _PREPROCESSING})
+        self.preprocessing = preprocessing_of(self.metadata)
         self.mean, self.std = self.preprocessing.mean, self.preprocessing.std
         self._sessions = self._open(threads)
         (images,) = self._sessions[self.resolutions[0]].get_inputs()
@@ -163,6 +162,12 @@ class Session:
         return height
 
 
+def preprocessing_of(metadata: Dict[str, Any]) -> Preprocessing:
+    """Return the preprocessing that the metadata of a file tell."""
+    values = {k: metadata[k] for k in _PREPROCESSING}
+    return Preprocessing(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
 def read_metadata(path: str) -> Dict[str, Any]:
     """Return what a file of timm-rs export tells of itself.
 
@@ -182,11 +187,16 @@ def read_metadata(path: str) -> Dict[str, Any]:
     return metadata
 
 
-def open_onnx(path: str, threads: Optional[int], sizes: Optional[Dict[str, int]] = None, optimize: bool = True) -> Any:
-    """Open a file with ONNX Runtime.
+def open_onnx(
+        model: Union[str, bytes],
+        threads: Optional[int] = None,
+        sizes: Optional[Dict[str, int]] = None,
+        optimize: bool = True,
+) -> Any:
+    """Open a model with ONNX Runtime.
 
     Args:
-        path: Name of the file.
+        model: Name of a file, or what is in it.
         threads: Threads of an inference, all cores if None.
         sizes: What height and width will be.
         optimize: Let ONNX Runtime rewrite the graph.
@@ -207,8 +217,9 @@ def open_onnx(path: str, threads: Optional[int], sizes: Optional[Dict[str, int]]
     for name, size in (sizes or {}).items():
         options.add_free_dimension_override_by_name(name, size)
     try:
-        return onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+        return onnxruntime.InferenceSession(model, options, providers=['CPUExecutionProvider'])
     except Exception as e:
+        path = model if isinstance(model, str) else 'This'
         raise ValueError(f'{path} is no ONNX file that ONNX Runtime can load: {_first_line(e)}') from e
 
 
