@@ -5,6 +5,7 @@ the weights. So the sizes share the codes, and each has rows of scales and biase
 Activations are uint8, their ranges are measured at every size on real images. What ONNX Runtime has no integer
 operator for, such as SiLU or attention, stays in float32 between conversions.
 """
+import copy
 from collections import Counter, defaultdict
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -79,22 +80,23 @@ class _Quantizer:
     """Walks a graph; each activation is there as float32, as codes, or as both once somebody asked for both."""
 
     def __init__(self, graph: SizedGraph, ranges: Ranges):
-        self.graph, self.ranges = graph, ranges
+        self.graph, self.ranges = copy.deepcopy(graph), ranges
         self.constants = dict(graph.constants)
         self.nodes: List[onnx.NodeProto] = []
         self.codes: Dict[str, str] = {}  # name of an activation -> name of its codes
         self.floats = {'images'}
         self.grid: Dict[str, Tuple[str, str]] = {}  # name of codes -> names of their scale and zero point
         self.readers: Dict[str, List[onnx.NodeProto]] = {}
-        for node in graph.nodes:
+        for node in self.graph.nodes:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
         self.outputs = {o.name for o in graph.template.graph.output}
         self.done = set()  # nodes that an earlier one has taken in
 
     def run(self) -> SizedGraph:
-        rules = dict(dict.fromkeys(_SAME_RANGE, self._hand_on), Conv=self._conv, Add=self._add, Gemm=self._gemm,
-                     GlobalAveragePool=self._global_average_pool)
+        rules = dict.fromkeys(_SAME_RANGE, self._hand_on)
+        rules.update(Add=self._add, Conv=self._conv, Gemm=self._gemm, GlobalAveragePool=self._global_average_pool,
+                     Pad=self._pad)
         for node in self.graph.nodes:
             if id(node) in self.done:
                 continue
@@ -151,6 +153,25 @@ class _Quantizer:
             output, attributes=node.attribute)
         return True
 
+    def _pad(self, node: onnx.NodeProto) -> bool:
+        """Zeros around an image: left to the convolution behind it."""
+        follower = self._only_reader(node)
+        pads = self.constants.get(node.input[1])
+        fill = [v for name in node.input[2:3] if name for v in self.constants.get(name, [1.])]
+        constant = all(a.name != 'mode' or a.s == b'constant' for a in node.attribute)
+        if follower is None or follower.op_type != 'Conv' or node.input[3:] or not constant or any(fill) or (
+                pads is None or len(pads[0]) != 8 or any(not np.array_equal(p, pads[0]) for p in pads)
+                or pads[0][[0, 1, 4, 5]].any() or pads[0].min() < 0):
+            return False
+        for attribute in follower.attribute:
+            if attribute.name == 'pads':
+                sums = [a + b for a, b in zip(attribute.ints, pads[0][[2, 3, 6, 7]].tolist())]
+                del attribute.ints[:]
+                attribute.ints.extend(sums)
+                follower.input[0] = node.input[0]
+                return True
+        return False
+
     def _add(self, node: onnx.NodeProto) -> bool:
         if any(x in self.constants for x in node.input) or not any(x in self.codes for x in node.input):
             return False
@@ -198,13 +219,13 @@ class _Quantizer:
         if node.input[0] not in self.codes:
             return False
         x = self.codes[node.input[0]]
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        copy.input[0] = x
-        copy.output[0] = f'{node.output[0]}.codes'
-        self.nodes.append(copy)
-        self.codes[node.output[0]] = copy.output[0]
-        self.grid[copy.output[0]] = self.grid[x]
+        of_codes = onnx.NodeProto()
+        of_codes.CopyFrom(node)
+        of_codes.input[0] = x
+        of_codes.output[0] = f'{node.output[0]}.codes'
+        self.nodes.append(of_codes)
+        self.codes[node.output[0]] = of_codes.output[0]
+        self.grid[of_codes.output[0]] = self.grid[x]
         return True
 
     def _leave(self, node: onnx.NodeProto) -> None:

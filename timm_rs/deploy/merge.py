@@ -11,6 +11,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from .session import open_onnx
+
 __all__ = ['INDEX', 'MergeError', 'SizedGraph', 'build', 'merge']
 
 INDEX = 'resolution_index'  # int64 scalar: the row of the tables, 0 for the largest size
@@ -46,7 +48,7 @@ def merge(models: Sequence[onnx.ModelProto], resolutions: Sequence[int]) -> Size
     Raises:
         MergeError: The graphs differ in more than constants.
     """
-    graphs = [_Graph(model) for model in models]
+    graphs = [_Graph(_settle_sizes(model)) for model in models]
     for graph, resolution in zip(graphs[1:], resolutions[1:]):
         _check_alike(graphs[0], graph, f'{resolutions[0]} and {resolution} px')
     merged = SizedGraph(resolutions, [], {}, models[0])
@@ -84,6 +86,36 @@ def build(graph: SizedGraph) -> onnx.ModelProto:
         dim.dim_param = name
     onnx.checker.check_model(model)
     return model
+
+
+def _settle_sizes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a model of one size in which all that is computed from sizes, but for that of the batch, is a constant."""
+    known = {t.name for t in model.graph.initializer}
+    computed = []
+    for node in model.graph.node:
+        if node.op_type == 'Constant' or (node.op_type == 'Identity' and node.input[0] in known):
+            known.add(node.output[0])
+        elif node.op_type == 'Shape' or (node.input and all(x in known for x in node.input if x)):
+            known.update(node.output)
+            computed += node.output
+    if not computed:
+        return model
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    probe.graph.ClearField('output')
+    probe.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in computed)
+    session = open_onnx(probe.SerializeToString(), optimize=False)
+    _, *shape = session.get_inputs()[0].shape
+    runs = [session.run(computed, {'images': np.zeros((n, *shape), np.float32)}) for n in (2, 3)]
+    constants = {name: a for name, a, b in zip(computed, *runs) if a.shape == b.shape and np.array_equal(a, b)}
+    nodes = [n for n in model.graph.node if not set(n.output) <= set(constants)]
+    used = {name for node in nodes for name in node.input}
+    settled = onnx.ModelProto()
+    settled.CopyFrom(model)
+    settled.graph.ClearField('node')
+    settled.graph.node.extend(n for n in nodes if n.op_type != 'Shape' or n.output[0] in used)
+    settled.graph.initializer.extend(numpy_helper.from_array(a, name) for name, a in constants.items() if name in used)
+    return settled
 
 
 class _Graph:

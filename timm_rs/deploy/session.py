@@ -21,7 +21,7 @@ class Session:
         path: File of `timm-rs export --format onnx`, for all sizes or for one.
         threads: Threads of an inference, all cores if None.
         mode: 'fast' holds a graph per size, each with its BatchNorms folded into its weights, at the latency of a plain
-            network; 'low_memory' holds the weights once for all sizes. An int8 file holds them once in either.
+            network; 'low_memory' holds the weights once for all sizes.
         warm_up: Run each size once now, so that no request pays for it.
 
     Attributes:
@@ -144,7 +144,7 @@ class Session:
 
     def _open(self, threads: Optional[int]) -> Dict[int, Any]:
         """Return the session of ONNX Runtime that serves each size."""
-        if len(self.resolutions) == 1 or self.mode == 'low_memory' or self.metadata.get('precision') == 'int8':
+        if len(self.resolutions) == 1 or self.mode == 'low_memory':
             return dict.fromkeys(self.resolutions, open_onnx(self.path, threads))
         # Told the size, ONNX Runtime folds the choice of it, the tables and then the BatchNorms.
         return {r: open_onnx(self.path, threads, dict(height=r, width=r)) for r in self.resolutions}
