@@ -5,6 +5,7 @@ every resolution keeps its own affine parameters and running statistics (Wang et
 for Runtime Efficient Image Recognition", ECCV 2020, section 3.2).
 """
 import copy
+from contextlib import contextmanager
 from typing import Any, Iterable, Iterator, Optional, Sequence, Tuple, Union
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn as nn
 from timm.layers import register_notrace_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ['PrivateBN', 'UnknownResolutionError', 'check_resolutions']
+__all__ = ['PrivateBN', 'UnknownResolutionError', 'check_resolutions', 'is_recomputing']
 
 # Dictionaries of hooks that belong to the place in the network and not to the layer that stands there.
 _HOOK_DICTS = (
@@ -178,7 +179,31 @@ class PrivateBN(nn.Module):
             return getattr(active, name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._modules[self._switch.key](x)
+        bn = self._modules[self._switch.key]
+        if self.training and (self._switch.checkpointing or self._switch.recompute) and is_recomputing():
+            with _frozen_statistics(bn):
+                return bn(x)
+        return bn(x)
 
     def extra_repr(self) -> str:
         return f'active={self._switch.active}'
+
+
+def is_recomputing() -> bool:
+    """Say whether this is the backward pass, where a checkpointed layer runs its forward once more."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+@contextmanager
+def _frozen_statistics(bn: nn.Module) -> Iterator[None]:
+    """Normalize with batch statistics as in training, but leave the running ones alone."""
+    if not bn.track_running_stats:
+        yield
+        return
+    before = bn.momentum, bn.num_batches_tracked
+    bn.momentum = 0.  # still passes the running statistics on: as many tensors are saved as in the forward
+    bn.num_batches_tracked = bn.num_batches_tracked.clone()
+    try:
+        yield
+    finally:
+        bn.momentum, bn.num_batches_tracked = before

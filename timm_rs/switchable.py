@@ -6,10 +6,9 @@ parameter names and remains an instance of its own class, so everything that tim
 """
 import copy
 import warnings
-from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
-from typing import Any, Callable, ContextManager, Iterator, List, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, List, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -112,7 +111,10 @@ class SwitchableMixin:
         Raises:
             UnknownResolutionError: This network has no such resolution.
         """
-        memo = {id(t): t for t in chain(self.parameters(), self.buffers())}
+        switch = Switch(self.resolutions)  # for layers that ask which resolution is active
+        switch.to(resolution)
+        memo: Dict[int, Any] = {id(t): t for t in chain(self.parameters(), self.buffers())}
+        memo[id(self._switch)] = switch
         memo.update((id(cache), {}) for m in self.modules() for cache in _graph_caches(m))
         private = [m for m in self.modules() if isinstance(m, PrivateBN)]
         memo.update({id(m): copy.deepcopy(m[resolution], memo) for m in private})
@@ -171,7 +173,10 @@ class SwitchableMixin:
         return set(plain()) | {'alpha'}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade compute for memory as timm does; each resolution is recomputed with its own BN."""
+        """Trade compute for memory as timm does; each resolution is recomputed with its own BN.
+
+        The running statistics of BN are updated once, by the forward pass.
+        """
         super().set_grad_checkpointing(enable)
         self._switch.checkpointing = enable
 
@@ -191,8 +196,7 @@ class SwitchableMixin:
         before = self.resolution
         forward = partial(SwitchableMixin.forward, self)
         if self._switch.recompute and self.training and torch.is_grad_enabled():
-            contexts = partial(_recompute_contexts, self)
-            forward = partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
+            forward = partial(checkpoint, forward, use_reentrant=False)
         outputs = [forward(x, *args, **kwargs) for x in pyramid]
         self.switch_to(before)  # after a failure the active resolution is the one that failed
         return outputs
@@ -233,26 +237,6 @@ class SwitchableMixin:
 
     def __reduce_ex__(self, protocol: int) -> Tuple[Callable, Tuple, dict]:
         return _new_switchable, (self._plain_class,), self.__dict__.copy()
-
-
-def _recompute_contexts(module: nn.Module) -> Tuple[ContextManager, ContextManager]:
-    """Return the contexts of a checkpointed forward and of its recomputation."""
-    return nullcontext(), _frozen_statistics(module)
-
-
-@contextmanager
-def _frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Normalize with batch statistics as in training, but leave the running ones alone."""
-    layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    before = [(m.momentum, m.num_batches_tracked) for m in layers]
-    for layer in layers:
-        layer.momentum = 0.  # still passes the running statistics on: as many tensors are saved as in the forward
-        layer.num_batches_tracked = layer.num_batches_tracked.clone()
-    try:
-        yield
-    finally:
-        for layer, (momentum, num_batches) in zip(layers, before):
-            layer.momentum, layer.num_batches_tracked = momentum, num_batches
 
 
 def _graph_caches(module: nn.Module) -> List[dict]:

@@ -169,6 +169,7 @@ def train_one_epoch(
         desc=f'Train {epoch}', total=num_batches, initial=progress.batch, leave=False,
         disable=None if args.rank == 0 else True,
     )
+    second_order = getattr(optimizer, 'is_second_order', False)  # Adahessian
     optimizer.zero_grad()
     for batch_idx, (images, target) in batches:
         if batch_idx < progress.batch:  # a stream begins anew, its first batches are done
@@ -195,9 +196,9 @@ def train_one_epoch(
                 if loss_scaler is not None:
                     loss_scaler(
                         loss, optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode,
-                        parameters=clip_parameters(), need_update=need_update)
+                        parameters=clip_parameters(), create_graph=second_order, need_update=need_update)
                 else:
-                    loss.backward()
+                    loss.backward(create_graph=second_order)
                     if need_update:
                         if args.clip_grad is not None:
                             utils.dispatch_clip_grad(clip_parameters(), value=args.clip_grad, mode=args.clip_mode)
