@@ -71,6 +71,11 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     _add_source(parser)
     parser.add_argument('--output', required=True, metavar='DIR', help='folder to make')
     parser.add_argument('--extract', type=int, metavar='N', help='take this resolution out, as a plain timm model')
+    _add_packed(parser)
+
+
+def _add_packed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--packed', action='store_true', help='write weights of K bits, of a quantized network')
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -82,7 +87,7 @@ def _convert(args: argparse.Namespace) -> None:
     what = ' '.join(map(str, model.resolutions))
     if args.extract is not None:
         model, what = model.at(args.extract), args.extract
-    save_model(model, args.output, labels)
+    save_model(model, args.output, labels, args.packed)
     _print_saved(args.output, model, what)
 
 
@@ -98,6 +103,7 @@ def _add_push(parser: argparse.ArgumentParser) -> None:
     add('--private', action='store_true', help='make it a private one')
     add('--revision', metavar='BRANCH', help='branch to push to, made if there is none (default: main)')
     add('--create-pr', action='store_true', help='open a pull request instead')
+    _add_packed(parser)
     add('--message', default='Add model', metavar='TEXT', help='first line of the commit')
     add('--license', metavar='NAME', help='license of the weights (default: apache-2.0)')
     add('--dataset', metavar='NAME', help='data set that the metrics are of (default: that of the training run)')
@@ -134,6 +140,7 @@ def _push(args: argparse.Namespace) -> None:
             revision=args.revision,
             private=args.private,
             create_pr=args.create_pr,
+            packed=args.packed,
         )
     except HubError as e:
         if sys.stderr.isatty():
@@ -208,27 +215,42 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     batch.add_argument('--dynamic-batch', action='store_true', help='batches of any number of images (the default)')
     add('--tolerance', type=float, default=1e-4, metavar='X',
         help='largest difference of logits between network and file (default: %(default)s)')
+    add('--quantize', choices=('int8',), help='all resolutions in int8, with --calibration-data')
+    add('--calibration-data', metavar='DIR', help='folder of images like those to come, for the ranges of activations')
+    add('--calibration-images', type=int, default=128, metavar='N', help='images to use at most (default: %(default)s)')
 
 
 def _export(args: argparse.Namespace) -> None:
     from .convert import check_output
-    from .deploy.export import export_resolution, export_switchable
+    from .deploy.export import export_int8, export_resolution, export_switchable
+    from .deploy.preprocess import find_images
 
     if args.resolution is None and (args.format != 'onnx' or args.batch_size):
         what = f'--format {args.format}' if args.format != 'onnx' else '--batch-size'
         raise ValueError(f'{what} needs --resolution: one file for all resolutions is ONNX, of any batch size.')
+    if bool(args.quantize) != bool(args.calibration_data):
+        raise ValueError('--quantize int8 and --calibration-data DIR need each other.')
+    if args.quantize and args.resolution is not None:
+        raise ValueError('--quantize int8 writes all resolutions, leave --resolution out.')
     check_output(args.output)
     labels = _read_labels(args.label_names)
+    if args.quantize:
+        images = find_images(args.calibration_data, args.calibration_images)
     model = _load(args).model
-    if args.resolution is None:
+    if args.quantize:
+        found = export_int8(model, args.output, images, labels)
+        told = {r: f"top-1 of {row['agreement']:.1%} of {len(images)} images as the network's, "
+                   f"logits {row['error']:.1%} off" for r, row in found.items()}
+    elif args.resolution is None:
         errors = export_switchable(model, args.output, labels, args.tolerance)
+        told = {r: f'differs from the network by {error:.2g} at most' for r, error in errors.items()}
     else:
         error = export_resolution(
             model, args.resolution, args.output, args.format, args.batch_size, labels, args.tolerance)
-        errors = {args.resolution: error}
-    for resolution, error in errors.items():
-        print(f'{resolution} px: differs from the network by {error:.2g} at most')
-    print(f"{args.output}: {model.pretrained_cfg['architecture']} at {' '.join(map(str, errors))}, "
+        told = {args.resolution: f'differs from the network by {error:.2g} at most'}
+    for resolution, text in told.items():
+        print(f'{resolution} px: {text}')
+    print(f"{args.output}: {model.pretrained_cfg['architecture']} at {' '.join(map(str, told))}, "
           f'{os.path.getsize(args.output) / 1e6:.1f} MB')
 
 

@@ -3,12 +3,12 @@ import math
 import os
 import struct
 from dataclasses import dataclass
-from typing import IO, Sequence, Tuple, Union
+from typing import IO, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from PIL import Image
 
-__all__ = ['ImageError', 'Preprocessing', 'open_image']
+__all__ = ['ImageError', 'Preprocessing', 'find_images', 'open_image']
 
 ImageSource = Union[str, os.PathLike, IO[bytes], Image.Image]
 
@@ -121,6 +121,24 @@ def open_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
         raise ImageError(f'{_name(source)} is no image that Pillow can read.') from e
     except _BROKEN as e:
         raise ImageError(f'{_name(source)} cannot be read as an image: {e or type(e).__name__}.') from e
+
+
+def find_images(folder: Union[str, os.PathLike], most: Optional[int] = None) -> List[str]:
+    """Return the image files below a folder by name, at most so many, spread evenly.
+
+    Raises:
+        ImageError: There is no such folder, or no image in it.
+    """
+    if not os.path.isdir(folder):
+        raise ImageError(f'{folder} does not exist, expected a folder of images.')
+    known = Image.registered_extensions()
+    paths = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
+    paths = sorted(p for p in paths if os.path.splitext(p)[1].lower() in known)
+    if not paths:
+        raise ImageError(f'{folder} holds no images.')
+    if most is None or most >= len(paths):
+        return paths
+    return [paths[i * len(paths) // most] for i in range(most)]
 
 
 def _offset(size: int, crop: int) -> int:
