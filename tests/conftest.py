@@ -73,5 +73,5 @@ def assert_equal(actual, expected):
 
 def pytest_collection_modifyitems(items):
     """Put first what forks: a process that has run a backward pass may not fork one that runs another."""
-    forking = ('test_distributed', 'test_resume', 'test_streams')
+    forking = ('test_distributed', 'test_quant_distributed', 'test_resume', 'test_streams')
     items.sort(key=lambda item: item.path.stem not in forking)

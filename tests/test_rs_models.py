@@ -10,7 +10,7 @@ from timm.models import get_pretrained_cfg, save_for_hf
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_rs import PrivateBN, explain_unknown_model
-from timm_rs.rs_models import RS_MODELS
+from timm_rs.rs_models import OTHER_MODELS, RS_MODELS
 
 BASE = 'resnet10t'
 NAME = f'rs_{BASE}'
@@ -65,7 +65,8 @@ def test_parameters_as_published(name, size):
 # The registry
 
 def test_registered_under_timms_names():
-    assert set(timm.list_models('rs_*')) == set(timm.list_models(module='rs_models')) == {f'rs_{b}' for b in RS_MODELS}
+    names = {f'rs_{b}' for b in (*RS_MODELS, *OTHER_MODELS)}
+    assert set(timm.list_models('rs_*')) == set(timm.list_models(module='rs_models')) == names
     assert set(PAPER) <= set(RS_MODELS)
     assert {'rs_resnext50_32x4d', 'rs_resnext101_32x8d'} <= set(timm.list_models('rs_*resnext*'))
 

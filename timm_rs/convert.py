@@ -24,6 +24,8 @@ from .checkpoint import (
     state_dict_resolutions,
 )
 from .private_bn import PrivateBN, check_resolutions
+from .quant.packing import pack_state_dict
+from .quant.quantize import StepFunction, adapt_bases, fold, is_quantized
 from .rs_models import PREFIX, RESOLUTIONS, explain_unknown_model
 from .switchable import SwitchableMixin, make_switchable
 
@@ -134,18 +136,24 @@ def load_weights(model: nn.Module, path: str, use_ema: Optional[bool] = None) ->
     _load(model, read_weights(path, use_ema), path)
 
 
-def save_model(model: nn.Module, folder: str, label_names: Optional[Sequence[str]] = None) -> None:
+def save_model(
+        model: nn.Module,
+        folder: str,
+        label_names: Optional[Sequence[str]] = None,
+        packed: bool = False,
+) -> None:
     """Write a switchable or a plain network as safetensors and config.json, complete or not at all.
 
     `timm.create_model('local-dir:<folder>', pretrained=True)` loads it; a plain one needs nothing but timm.
 
     Args:
-        model: A network of timm.
+        model: A network of timm. A plain one with quantized weights is folded, see timm_rs.quant.fold.
         folder: Folder to make; it must not exist, or be empty.
         label_names: Names of the classes, in their order.
+        packed: Write the weights of a quantized network as K bits each, see timm_rs.quant.pack_state_dict.
 
     Raises:
-        ValueError: The folder exists, or the network is not one that timm can build again.
+        ValueError: The folder exists, or the network is not one that timm can build again, or not one to pack.
 
     Example:
         >>> import tempfile, timm_rs
@@ -155,10 +163,12 @@ def save_model(model: nn.Module, folder: str, label_names: Optional[Sequence[str
         (64, 32)
     """
     check_output(folder)
+    if is_quantized(model) and not isinstance(model, SwitchableMixin):
+        model = _fold_for_timm(model)
     partial = f'{os.path.normpath(folder)}.part-{os.getpid()}'
     os.makedirs(partial)
     try:
-        with ready_to_save(model) as ready:
+        with ready_to_save(model, packed) as ready:
             save_for_hf(ready, partial, safe_serialization=True, **describe_for_timm(model, label_names))
         os.replace(partial, folder)
     except SafetensorError as e:
@@ -189,6 +199,8 @@ def describe_for_timm(model: nn.Module, label_names: Optional[Sequence[str]] = N
         if architecture and not architecture.startswith(PREFIX):  # of make_switchable
             architecture = PREFIX + architecture
         args = dict(resolutions=list(model.resolutions))
+        if is_quantized(model):
+            args.update(quantization=model._quantization)
     if architecture not in timm.list_models(architecture):  # it leaves those out that are registered to say why not
         raise ValueError(f'{type(model).__name__} is no model that timm.create_model could build again.')
     config['pretrained_cfg'] = dict(architecture=architecture)
@@ -200,23 +212,45 @@ def describe_for_timm(model: nn.Module, label_names: Optional[Sequence[str]] = N
 
 
 @contextmanager
-def ready_to_save(model: nn.Module) -> Iterator[nn.Module]:
+def ready_to_save(model: nn.Module, packed: bool = False) -> Iterator[nn.Module]:
     """Give a network as timm can save it: the largest resolution active, whose size goes into config.json, and its
-    memory contiguous, as safetensors asks for."""
+    memory contiguous, as safetensors asks for. If packed, its state dict is."""
     resolution = model.resolution if isinstance(model, SwitchableMixin) else None
+    hook = None
     try:
         if resolution is not None:
             model.switch_to(model.resolutions[0])
-        if all(t.is_contiguous() for t in model.state_dict().values()):
-            yield model
-        else:
-            yield copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+        if not all(t.is_contiguous() for t in model.state_dict().values()):
+            model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+        if packed:
+            hook = model.register_state_dict_post_hook(_pack)
+        yield model
     finally:
+        if hook is not None:
+            hook.remove()
         if resolution is not None:
             model.switch_to(resolution)
 
 
+def _pack(module: nn.Module, state_dict: Dict[str, torch.Tensor], *_: Any) -> None:
+    packed = pack_state_dict(state_dict)
+    state_dict.clear()
+    state_dict.update(packed)
+
+
+def _fold_for_timm(model: nn.Module) -> nn.Module:
+    folded = fold(model)
+    if any(isinstance(m, StepFunction) for m in folded.modules()):
+        name = type(model).__name__
+        raise ValueError(f'{name} quantizes its activations, which no network of timm does: save the switchable one.')
+    return folded
+
+
 def _load(model: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str) -> None:
+    try:
+        state_dict = adapt_bases(model, state_dict)
+    except ValueError as e:
+        raise ValueError(f'{source}: {e}') from e
     if isinstance(model, SwitchableMixin):
         private = [n for n, m in model.named_modules() if isinstance(m, PrivateBN)]
         state_dict = adapt_state_dict(state_dict, private, model.resolutions, model.alpha)

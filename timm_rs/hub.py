@@ -62,6 +62,7 @@ def push_to_hub(
         revision: Optional[str] = None,
         private: bool = False,
         create_pr: bool = False,
+        packed: bool = False,
 ) -> str:
     """Push a switchable network by timm.models.push_to_hf_hub, as safetensors only, with a config.json and a card.
 
@@ -84,6 +85,7 @@ def push_to_hub(
         revision: Branch to push to, the main one if None.
         private: Make the repository a private one.
         create_pr: Open a pull request instead of changing the branch.
+        packed: Push the weights of a quantized network as K bits each.
 
     Returns:
         Address of the commit or pull request.
@@ -111,7 +113,7 @@ def push_to_hub(
         if revision and not create_pr and not revision.startswith('refs/'):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         readme = _read_readme(api, repo_id, revision)
-        with ready_to_save(model) as ready:
+        with ready_to_save(model, packed) as ready:
             commit = push_to_hf_hub(
                 ready,
                 repo_id,

@@ -3,6 +3,7 @@
 zoo.csv lists timm's architectures, with the reason where one cannot be made switchable. For the others, RS_MODELS,
 `rs_<name>` builds the network with timm's own entrypoint, keywords and pretrained tags, then makes its BN layers
 private to the resolutions. timm's weights are a start for training: every BN layer is copied to every resolution.
+OTHER_MODELS are beside these: pre-activation ResNets and the quantized networks of section 4.3, without weights.
 
 timm's import may bring this module, amid the import of any other of ours. So those are imported where a model is built.
 """
@@ -28,9 +29,21 @@ from timm.models import (
 from timm.models._hub import load_state_dict_from_path
 from timm.models._pretrained import PretrainedCfg
 
+from . import preresnet  # noqa: F401  registers the plain networks
+
 PREFIX = 'rs_'
 RESOLUTIONS = (224, 192, 160, 128, 96)  # section 4.1
-__all__ = ['PREFIX', 'RESOLUTIONS', 'RS_MODELS', 'explain_unknown_model']
+__all__ = ['OTHER_MODELS', 'PREFIX', 'RESOLUTIONS', 'RS_MODELS', 'explain_unknown_model']
+
+# Plain architecture, its arguments and those of timm_rs.quant.quantize.
+OTHER_MODELS = {
+    'preresnet18': ('preresnet18', {}, None),
+    'preresnet50': ('preresnet50', {}, None),
+    'resnet18_w2a32': ('resnet18', dict(zero_init_last=True), dict(weight_bits=2, activation_bits=32)),
+    'resnet50_w2a32': ('resnet50', dict(zero_init_last=True), dict(weight_bits=2, activation_bits=32)),
+    'preresnet18_w2a2': ('preresnet18', {}, dict(weight_bits=2, activation_bits=2)),
+    'preresnet50_w2a2': ('preresnet50', {}, dict(weight_bits=2, activation_bits=2)),
+}
 
 _SOURCES = ('state_dict', 'source', 'file', 'url', 'hf_hub_id', 'hf_hub_filename')  # of weights, in a pretrained_cfg
 
@@ -51,7 +64,7 @@ def explain_unknown_model(name: str) -> str:
     if is_model(PREFIX + name):
         near = [PREFIX + name]
     else:
-        near = difflib.get_close_matches(name, [PREFIX + b for b in RS_MODELS], n=3, cutoff=0.5)
+        near = difflib.get_close_matches(name, [PREFIX + b for b in (*RS_MODELS, *OTHER_MODELS)], n=3, cutoff=0.5)
     what = f'{name!r} is no Resolution Switchable Network' if is_model(name) else f'Unknown model {name!r}'
     return f"{what}, did you mean {', '.join(near)}?" if near else f"{what}, see timm.list_models('{PREFIX}*')."
 
@@ -65,21 +78,24 @@ def _nearest(base: str) -> str:
 
 def _create_rs(
         base: str,
+        name: str,
         pretrained: bool = False,
         resolutions: Sequence[int] = RESOLUTIONS,
+        quantization: Optional[Mapping[str, Any]] = None,
         pretrained_cfg: Optional[Union[str, Dict[str, Any], PretrainedCfg]] = None,
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
         cache_dir: Optional[str] = None,
         **kwargs: Any,
 ) -> nn.Module:
-    """Build timm's network and make it switchable."""
+    """Build timm's network `base` and make it switchable, and quantized if there are arguments for that."""
     from .checkpoint import has_taken, state_dict_resolutions
+    from .quant.quantize import load_bases, quantize, split_bases
     from .switchable import make_switchable
 
     if isinstance(pretrained_cfg, PretrainedCfg):
         pretrained_cfg = pretrained_cfg.to_dict()
-    cfg = resolve_pretrained_cfg(PREFIX + base, pretrained_cfg, pretrained_cfg_overlay)
-    weights = _foreign_weights(cfg, cache_dir) if pretrained else None
+    cfg = resolve_pretrained_cfg(PREFIX + name, pretrained_cfg, pretrained_cfg_overlay)
+    weights, bases = split_bases(_foreign_weights(cfg, cache_dir) if pretrained else None)
     cfg = replace(cfg, state_dict=None, architecture=base).to_dict()
     sources = {k: cfg.get(k) for k in _SOURCES}
     if weights:  # hand on what is read already instead of its place
@@ -95,9 +111,12 @@ def _create_rs(
         model = make_switchable(build(pretrained=pretrained, pretrained_cfg=cfg), resolutions)
     if weights and not has_taken(weights, model.state_dict()):
         keys = ', '.join(list(weights)[:3])
-        raise ValueError(f'Nothing of the checkpoint fits {PREFIX}{base}, its keys are {keys}, ...')
-    model.pretrained_cfg.update(sources, architecture=PREFIX + base)
+        raise ValueError(f'Nothing of the checkpoint fits {PREFIX}{name}, its keys are {keys}, ...')
+    model.pretrained_cfg.update(sources, architecture=PREFIX + name)
     model._model_args = dict(resolutions=model.resolutions)  # timm stores no defaults, config.json has to
+    if quantization:
+        quantize(model, **dict(quantization, trained=pretrained))
+    load_bases(model, bases)
     return model
 
 
@@ -162,12 +181,14 @@ def _pretrained_cfgs(base: str) -> Dict[str, PretrainedCfg]:
     return cfgs
 
 
-def _entrypoint(base: str) -> Callable[..., nn.Module]:
+def _entrypoint(base: str, name: str, **defaults: Any) -> Callable[..., nn.Module]:
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return _create_rs(base, pretrained=pretrained, **kwargs)
+        return _create_rs(base, name, pretrained, **dict(defaults, **kwargs))
 
-    entrypoint.__name__ = entrypoint.__qualname__ = PREFIX + base
-    entrypoint.__doc__ = f'Resolution Switchable {base}: takes `resolutions` and all that timm takes for {base}.'
+    entrypoint.__name__ = entrypoint.__qualname__ = PREFIX + name
+    entrypoint.__doc__ = (
+        f'Resolution Switchable {name}: takes `resolutions`, `quantization` (arguments of timm_rs.quant.quantize) and '
+        f'all that timm takes for {base}.')
     return entrypoint
 
 
@@ -190,9 +211,14 @@ _zoo = _read_zoo()
 RS_MODELS = tuple(name for name, reason in _zoo.items() if not reason)
 _REFUSED = {name: reason for name, reason in _zoo.items() if reason}
 
-default_cfgs = generate_default_cfgs({k: v for base in RS_MODELS for k, v in _pretrained_cfgs(base).items()})
+default_cfgs = generate_default_cfgs({
+    **{k: v for base in RS_MODELS for k, v in _pretrained_cfgs(base).items()},
+    **{PREFIX + name: get_pretrained_cfg('preresnet18') for name in OTHER_MODELS},
+})
 for _base in RS_MODELS:
-    globals()[PREFIX + _base] = register_model(_entrypoint(_base))
+    globals()[PREFIX + _base] = register_model(_entrypoint(_base, _base))
+for _name, (_base, _kwargs, _quantization) in OTHER_MODELS.items():
+    globals()[PREFIX + _name] = register_model(_entrypoint(_base, _name, quantization=_quantization, **_kwargs))
 for _base in _REFUSED:  # an entrypoint that says why, left out of timm's listings like a name that timm removed
     _registry._model_entrypoints[PREFIX + _base] = _refuse(_base)
     _registry._deprecated_models[PREFIX + _base] = None

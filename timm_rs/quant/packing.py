@@ -1,0 +1,104 @@
+"""Packed state dicts: K bits for each quantized weight
+
+Beside a layer's `basis`, its `weight` becomes `weight_codes`, a row of bytes, and `weight_shape`. Codes of K bits stand
+one behind the other, the lowest bit first; bit i of a code says whether v_i is added or subtracted. Everything else
+stays as it is.
+"""
+import math
+from typing import Any, Dict, Iterator, Mapping
+
+import torch
+
+from .quantizers import BITS, QuantConv2d, code_table, level_index
+
+__all__ = ['is_packed', 'pack_state_dict', 'unpack_state_dict']
+
+_CODES, _SHAPE, _BASIS, _WEIGHT = '.weight_codes', '.weight_shape', '.basis', '.weight'
+
+
+def is_packed(state_dict: Mapping[str, Any]) -> bool:
+    """Return whether a state dict holds packed weights."""
+    return any(k.endswith((_CODES, _SHAPE)) for k in state_dict)
+
+
+def pack_state_dict(state_dict: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Return a state dict whose quantized weights are packed; what the weights had beyond their levels is lost.
+
+    Args:
+        state_dict: State dict of a quantized network.
+
+    Raises:
+        ValueError: It holds no quantized weights.
+
+    Example:
+        >>> conv = QuantConv2d(16, 8, 3, bits=2)
+        >>> packed = pack_state_dict(torch.nn.Sequential(conv).state_dict())
+        >>> packed['0.weight_codes'].numel() == conv.weight.numel() * 2 // 8
+        True
+    """
+    packed = {}
+    for key, value in state_dict.items():
+        basis = state_dict.get(key.removesuffix(_WEIGHT) + _BASIS)
+        if not key.endswith(_WEIGHT) or basis is None:
+            packed[key] = value
+            continue
+        levels, codes = code_table(basis, QuantConv2d.low)
+        rows = value.reshape(len(basis), -1)
+        codes = codes.to(rows.device).gather(1, level_index(rows, levels))
+        name = key.removesuffix(_WEIGHT)
+        packed[name + _CODES] = _to_bytes(codes.flatten(), basis.shape[1])
+        packed[name + _SHAPE] = torch.tensor(value.shape, dtype=torch.int32, device=value.device)
+    if not is_packed(packed):
+        raise ValueError('There are no quantized weights to pack, see timm_rs.quant.quantize.')
+    return packed
+
+
+def unpack_state_dict(state_dict: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Return a state dict with the weights of a packed one, each of them a level.
+
+    Args:
+        state_dict: Any state dict; one that is not packed is returned as it is.
+
+    Raises:
+        ValueError: It is damaged; the message names the layer.
+    """
+    if not is_packed(state_dict):
+        return dict(state_dict)
+    return dict(_unpack(state_dict))
+
+
+def _unpack(state_dict: Mapping[str, torch.Tensor]) -> Iterator:
+    for key, value in state_dict.items():
+        if key.endswith(_SHAPE):
+            continue
+        if not key.endswith(_CODES):
+            yield key, value
+            continue
+        name = key.removesuffix(_CODES)
+        basis, shape = state_dict.get(name + _BASIS), state_dict.get(name + _SHAPE)
+        if basis is None or shape is None:
+            raise ValueError(f'{key} is there without {name}{_SHAPE if shape is None else _BASIS}.')
+        shape = shape.tolist() if shape.ndim == 1 else []
+        if basis.ndim != 2 or basis.shape[1] not in BITS or len(shape) != 4 or shape[0] != len(basis) or min(shape) < 1:
+            raise ValueError(f'{name} has a basis {tuple(basis.shape)} for packed weights of shape {tuple(shape)}.')
+        bits = basis.shape[1]
+        size = math.ceil(math.prod(shape) * bits / 8)
+        if value.dtype != torch.uint8 or value.ndim != 1 or len(value) != size:
+            raise ValueError(
+                f'{key} is {tuple(value.shape)} {str(value.dtype).removeprefix("torch.")}, expected {size} bytes for '
+                f'weights {tuple(shape)} at {bits} bits.')
+        levels, order = code_table(basis, QuantConv2d.low)
+        by_code = torch.empty_like(levels).scatter_(1, order, levels).to(basis.device, basis.dtype)
+        codes = _from_bytes(value, bits, math.prod(shape))
+        yield name + _WEIGHT, by_code.gather(1, codes.view(len(basis), -1)).view(shape)
+
+
+def _to_bytes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    stream = codes[:, None] >> torch.arange(bits, device=codes.device) & 1
+    stream = torch.nn.functional.pad(stream.flatten(), (0, -codes.numel() * bits % 8)).view(-1, 8)
+    return (stream << torch.arange(8, device=codes.device)).sum(1).to(torch.uint8)
+
+
+def _from_bytes(values: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    stream = (values.long()[:, None] >> torch.arange(8, device=values.device) & 1).flatten()[:count * bits]
+    return (stream.view(count, bits) << torch.arange(bits, device=values.device)).sum(1)

@@ -1,0 +1,291 @@
+"""Quantized Resolution Switchable Networks (Wang et al., ECCV 2020, section 4.3)
+
+`quantize` turns the convolutions of a switchable network into quantized ones. Bases are shared by all resolutions, as
+weights are; the BatchNorms alone stay private.
+"""
+import copy
+import fnmatch
+from typing import Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
+
+import torch
+import torch.nn as nn
+from timm.layers import Conv2dSame
+from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookNet
+
+from ..preresnet import ActivationSite
+from ..switchable import SwitchableMixin
+from .packing import unpack_state_dict
+from .quantizers import ActivationQuantizer, QuantConv2d, QuantConv2dSame, check_bits, weight_basis
+
+__all__ = ['StepFunction', 'adapt_bases', 'fold', 'is_quantized', 'load_bases', 'quantize', 'split_bases']
+
+_QUANTIZED = {nn.Conv2d: QuantConv2d, Conv2dSame: QuantConv2dSame}
+_KEYS = ('.basis', '.basis_updates')
+_FEATURE_WRAPPERS = (FeatureDictNet, FeatureHookNet, FeatureGetterNet)  # which leave out what no feature needs
+_PLAIN = {quantized: plain for plain, quantized in _QUANTIZED.items()}
+
+
+def quantize(
+        model: nn.Module,
+        weight_bits: int = 2,
+        activation_bits: int = 32,
+        skip: Union[str, Sequence[str]] = (),
+        fixed_activation_basis: bool = False,
+        trained: bool = False,
+) -> nn.Module:
+    """Quantize the convolutions of a switchable network, in place; its first one and its classifier stay as they are.
+
+    Activations are quantized at the input of every quantized convolution or, where the architecture says itself where
+    (`rs_preresnet18`), there. They should be positive, as behind a ReLU: negative values become 0.
+
+    Args:
+        model: A switchable network.
+        weight_bits: Bits of each weight, 1 to 8.
+        activation_bits: Bits of each activation, 1 to 8, or 32 to leave them alone.
+        skip: Names of further layers to leave alone, with wildcards.
+        fixed_activation_basis: Learn the bases of activations from the largest resolution alone.
+        trained: Let each basis begin at the deviation of its channel's weights, not at that of He's initialization.
+            Trained weights can be so small beside the latter that they never leave its inner levels.
+
+    Returns:
+        The same object. Parameters stay the same ones under the same keys; state dicts gain the bases.
+
+    Raises:
+        ValueError: The network is not switchable or quantized already, bits are out of range, a name matches nothing,
+            or nothing is left to quantize.
+
+    Example:
+        >>> import timm
+        >>> model = quantize(timm.create_model('rs_resnet18', resolutions=(64, 32)), weight_bits=2)
+        >>> model.layer1[0].conv1.eval().quantized_weight[0].unique().numel()
+        4
+    """
+    name = type(model).__name__
+    if not isinstance(model, SwitchableMixin):
+        raise ValueError(f'{name} is a plain network, expected a switchable one (make_switchable).')
+    if is_quantized(model):
+        raise ValueError(f'{name} is quantized already.')
+    check_bits(weight_bits, 'weight_bits')
+    if activation_bits != 32:
+        check_bits(activation_bits, 'activation_bits')
+    elif fixed_activation_basis:
+        raise ValueError('fixed_activation_basis needs activation_bits from 1 to 8.')
+    skip = [skip] if isinstance(skip, str) else list(skip)
+    layers = _select(model, skip)
+
+    for layer in layers:
+        layer.__class__ = _QUANTIZED[type(layer)]
+        layer.setup(weight_bits, model._switch)
+    if trained:
+        bases = _bases_of(model, model.state_dict())
+        model.load_state_dict(dict(model.state_dict(), **bases))
+    if activation_bits != 32:
+        _quantize_activations(model, layers, activation_bits, fixed_activation_basis)
+    model._quantization = dict(weight_bits=weight_bits, activation_bits=activation_bits, skip=skip)
+    if fixed_activation_basis:
+        model._quantization.update(fixed_activation_basis=True)
+    if hasattr(model, '_model_args'):
+        model._model_args['quantization'] = model._quantization
+    return model
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Return whether a network holds quantized layers."""
+    return any(isinstance(m, (QuantConv2d, ActivationQuantizer)) for m in model.modules())
+
+
+class StepFunction(nn.Module):
+    """What an ActivationQuantizer computes once it has learned, in operations that any runtime knows.
+
+    Args:
+        levels: In ascending order [L].
+        thresholds: Which a value exceeds to take the next level [L - 1].
+
+    Example:
+        >>> StepFunction(torch.tensor([0., 1., 3.]), torch.tensor([0.5, 2.]))(torch.tensor([0.5, 1., 9.])).tolist()
+        [0.0, 1.0, 3.0]
+    """
+
+    def __init__(self, levels: torch.Tensor, thresholds: torch.Tensor):
+        super().__init__()
+        self.register_buffer('levels', levels)
+        self.register_buffer('thresholds', thresholds)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.levels[0].to(x.dtype).expand_as(x)
+        for i in range(len(self.thresholds)):
+            y = torch.where(x > self.thresholds[i], self.levels[i + 1].to(x.dtype), y)
+        return y
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Return a copy of a network for inference: plain convolutions of quantized weights, step functions of activations.
+
+    It computes what the network computes in eval mode. If weights alone are quantized, a folded `model.at(160)` is
+    a network of timm like any other.
+
+    Args:
+        model: Any network, switchable or not.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model('rs_resnet18_w2a32', resolutions=(64, 32)).eval()
+        >>> plain = fold(model.at(32))
+        >>> type(plain.layer1[0].conv1).__name__, plain.layer1[0].conv1.weight[0].unique().numel()
+        ('Conv2d', 4)
+    """
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, ActivationQuantizer):
+                parent._modules[name] = StepFunction(*child.steps())
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, QuantConv2d):
+                parent._modules[name] = _fold_conv(child)
+    getattr(model, '_model_args', {}).pop('quantization', None)
+    vars(model).pop('_quantization', None)
+    return model
+
+
+def split_bases(
+        state_dict: Optional[Mapping[str, torch.Tensor]],
+) -> Tuple[Optional[Dict[str, torch.Tensor]], Dict[str, torch.Tensor]]:
+    """Return the weights of a state dict, unpacked, and what quantizers have learned, each under its key.
+
+    Args:
+        state_dict: State dict of any network, or None.
+
+    Raises:
+        ValueError: It is packed and damaged.
+    """
+    if state_dict is None:
+        return None, {}
+    state_dict = unpack_state_dict(state_dict)
+    bases = {k: v for k, v in state_dict.items() if k.endswith(_KEYS)}
+    return {k: v for k, v in state_dict.items() if k not in bases}, bases
+
+
+def load_bases(model: nn.Module, bases: Mapping[str, torch.Tensor]) -> None:
+    """Load what quantizers have learned into a network, which may be timm's feature wrapper of the one that learned.
+
+    Args:
+        model: A quantized network, or any if there are no bases.
+        bases: Of split_bases; if there are none the network keeps its own.
+
+    Raises:
+        ValueError: The network is not quantized or at other bits, or a layer has no basis.
+    """
+    if not bases:
+        return
+    _check_bases(model, bases)
+    given = {_flat(k): v for k, v in bases.items()}
+    for key, value in model.state_dict().items():
+        if key.endswith(_KEYS):
+            found = given.get(_flat(key))
+            if found is None or found.shape != value.shape:
+                raise ValueError(f'The weights are quantized, but without a fitting {key}.')
+            value.copy_(found)
+
+
+def adapt_bases(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Return a state dict unpacked, and with initial bases for its weights if a quantized network needs them.
+
+    Args:
+        model: The network to load it.
+        state_dict: State dict of a network that is quantized or not.
+
+    Raises:
+        ValueError: It is packed and damaged, or of other bits than the network.
+    """
+    weights, bases = split_bases(state_dict)
+    if bases:
+        _check_bases(model, bases)
+    else:
+        bases = _bases_of(model, weights)
+    return dict(weights, **bases)
+
+
+def _bases_of(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Return what quantizers begin with, given trained weights."""
+    bases = {k: v.clone() for k, v in model.state_dict().items() if k.endswith(_KEYS)}
+    for name, layer in model.named_modules():
+        weight = weights.get(f'{name}.weight')
+        if isinstance(layer, QuantConv2d) and weight is not None:
+            deviation = weight.to(layer.basis).flatten(1).square().mean(1).sqrt()
+            bases[f'{name}.basis'] = weight_basis(deviation, layer.bits)
+    return bases
+
+
+def _check_bases(model: nn.Module, bases: Mapping[str, torch.Tensor]) -> None:
+    name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
+    own = {_flat(k): v for k, v in model.state_dict().items() if k.endswith(_KEYS)}
+    if not own:
+        raise ValueError(f'The weights are quantized, {name} is not.')
+    for key, value in bases.items():
+        expected = own.get(_flat(key), value)
+        if value.ndim == expected.ndim == 2 and value.shape[1] != expected.shape[1]:
+            layer = key.removesuffix('.basis')
+            raise ValueError(f'{layer} is quantized at {value.shape[1]} bits, {name} has {expected.shape[1]} there.')
+
+
+def _fold_conv(layer: QuantConv2d) -> nn.Module:
+    quantizer, training = layer.input_quantizer, layer.training
+    with torch.no_grad():
+        layer.weight.copy_(layer.eval().quantized_weight)
+    for name in ('basis', 'basis_updates', 'input_quantizer', 'bits', '_switch', '_first_pass'):
+        delattr(layer, name)
+    layer.__class__ = _PLAIN[type(layer)]
+    layer.train(training)
+    return layer if quantizer is None else nn.Sequential(quantizer, layer)
+
+
+def _select(model: nn.Module, skip: Sequence[str]) -> List[nn.Conv2d]:
+    """Return the convolutions to quantize."""
+    convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    skipped = {p: [m for n, m in convs.items() if fnmatch.fnmatchcase(_flat(n), _flat(p))] for p in skip}
+    unmatched = [p for p, layers in skipped.items() if not layers]
+    is_part = isinstance(model, _FEATURE_WRAPPERS)
+    if unmatched and not is_part:
+        raise ValueError(f'skip names {unmatched[0]!r}, which matches no convolution of {type(model).__name__}.')
+    kept = {m for layers in skipped.values() for m in layers}
+    kept.update(_named_in_cfg(model, 'first_conv') or list(convs.values())[:1], _classifiers(model))
+    selected = {n: m for n, m in convs.items() if m not in kept}
+    for name, layer in selected.items():
+        if type(layer) not in _QUANTIZED:
+            raise ValueError(f'{name} is a {type(layer).__name__}, which cannot be quantized, leave it out by skip.')
+    if not selected and not is_part:
+        raise ValueError(f'{type(model).__name__} has no convolution to quantize behind its first one.')
+    return list(selected.values())
+
+
+def _classifiers(model: nn.Module) -> Set[nn.Module]:
+    """Return all modules of the classifier."""
+    heads = _named_in_cfg(model, 'classifier')
+    if hasattr(model, 'get_classifier'):
+        found = model.get_classifier()
+        heads += [m for m in (found if isinstance(found, tuple) else [found]) if isinstance(m, nn.Module)]
+    return {m for head in heads for m in head.modules()}
+
+
+def _named_in_cfg(model: nn.Module, key: str) -> List[nn.Module]:
+    names = (getattr(model, 'pretrained_cfg', None) or {}).get(key) or ()
+    names = [_flat(n) for n in ((names,) if isinstance(names, str) else names)]
+    return [m for n, m in model.named_modules() if _flat(n) in names]
+
+
+def _flat(name: str) -> str:
+    """Return a name as timm's feature wrappers change it."""
+    return name.removeprefix('model.').replace('.', '_')
+
+
+def _quantize_activations(model: nn.Module, layers: Sequence[QuantConv2d], bits: int, fixed: bool) -> None:
+    def create(weight: torch.Tensor) -> ActivationQuantizer:
+        quantizer = ActivationQuantizer(bits, model._switch, fixed, device=weight.device, dtype=weight.dtype)
+        return quantizer.train(model.training)
+
+    places = [(p, n) for p in model.modules() for n, m in p._modules.items() if isinstance(m, ActivationSite)]
+    for parent, name in places:
+        parent._modules[name] = create(model.alpha)
+    for layer in layers if not places else ():
+        layer.input_quantizer = create(layer.weight)
