@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+"""Exact resume: kill -9 a training run at random moments, resume it, and compare with the run that was left alone
+
+train_rs.py trains rs_test_resnet on handwritten digits for three epochs on the CPU, with mixup, random erasing, drop path,
+a moving average, two loader processes and a recovery checkpoint every second update. Each trial kills it and its loader
+processes after a random time between the end of its start-up and its end, starts it again with --resume auto, and
+compares weights, moving average, optimizer state, best weights and summary.csv, bit for bit.
+
+    python benchmarks/kill_resume.py
+
+Writes results/kill_resume.json: a row per trial with the moment, what lay in the folder by then, and what was equal.
+"""
+import csv
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from _common import create_parser, print_table, write_results
+
+TRAIN = Path(__file__).parents[1] / 'train_rs.py'
+FLAGS = shlex.split(
+    '--dataset digits --model rs_test_resnet --resolutions 32 16 --num-classes 10 --batch-size 64 --workers 2 '
+    '--device cpu --lr 0.05 --warmup-epochs 0 --epochs 3 --recovery-interval 2 --checkpoint-hist 2 --mixup 0.2 '
+    '--reprob 0.5 --drop-path 0.2 --model-ema --model-ema-decay 0.9 --experiment run --resume auto')
+PARTS = ('state_dict', 'state_dict_ema', 'optimizer')
+COLUMNS = ('trial', 'seconds', 'last_file', 'kills', 'equal')
+
+
+def main():
+    parser = create_parser(__doc__)
+    parser.add_argument('--trials', default=20, type=int, metavar='N', help='runs to kill (default: %(default)s)')
+    parser.add_argument('--seed', default=0, type=int, metavar='N', help='of the moments (default: %(default)s)')
+    args = parser.parse_args()
+    generator = random.Random(args.seed)
+
+    with tempfile.TemporaryDirectory() as root:
+        expected, (begin, end) = train_to_the_end(Path(root) / 'alone')
+        rows = []
+        for trial in range(args.trials):
+            output, moment = Path(root) / str(trial), generator.uniform(begin, end)
+            process = start(output)
+            try:
+                process.wait(moment)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            files = sorted((output / 'run').glob('*.*'), key=lambda p: p.stat().st_mtime) if output.exists() else []
+            last = files[-1].name if files else ''
+            found, _ = train_to_the_end(output)
+            equal = {part: same(found[part], expected[part]) for part in expected}
+            rows.append(dict(
+                trial=trial, seconds=round(moment, 2), last_file=last, kills=int(process.returncode == -signal.SIGKILL),
+                equal=' '.join(f"{part}:{'yes' if e else 'NO'}" for part, e in equal.items())))
+            print(rows[-1], flush=True)
+    good = sum('NO' not in row['equal'] for row in rows)
+    rows.append(dict(trial='all', kills=sum(row['kills'] for row in rows), equal=f'{good} of {args.trials}'))
+    print_table(COLUMNS, rows)
+    write_results(args, rows)
+    return 0 if good == args.trials else 1
+
+
+def start(output):
+    return subprocess.Popen(
+        [sys.executable, str(TRAIN), *FLAGS, '--output', str(output)], start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ, OMP_NUM_THREADS='1'))
+
+
+def train_to_the_end(output):
+    """Return what a run left behind, and when its first file came and when it ended, in seconds."""
+    process, began, first = start(output), time.perf_counter(), None
+    while process.poll() is None:
+        if first is None and (output / 'run' / 'args.yaml').exists():
+            first = time.perf_counter() - began
+        time.sleep(0.02)
+    if process.returncode:
+        raise SystemExit(f'{shlex.join(process.args)} ended with {process.returncode}.')
+    folder = output / 'run'
+    last = torch.load(folder / 'last.pth.tar', weights_only=False)
+    best = torch.load(folder / 'model_best.pth.tar', weights_only=False)
+    found = {part: last[part] for part in PARTS}
+    found.update(best=best['state_dict'], summary=list(csv.reader((folder / 'summary.csv').open())))
+    return found, (first, time.perf_counter() - began)
+
+
+def same(a, b):
+    try:
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    except (AssertionError, TypeError, ValueError):
+        return a == b if not isinstance(a, dict) else False
+    return True
+
+
+if __name__ == '__main__':
+    sys.exit(main())
