@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """What --memory lean saves and costs: activations held for the backward pass, and time
 
-One step of MultiResolutionTask on rs_resnet18 at 224, 192, 160, 128 and 96 px (forward, loss, backward), with all sizes'
-activations held at once (default) and with each size recomputed in turn (lean), beside a plain timm step at 224 px alone.
+One step of MultiResolutionTask on rs_resnet18 at 224, 192, 160, 128 and 96 px (forward, loss, backward): the activations
+of all sizes held at once (default), or each size recomputed in turn (lean), beside a plain timm step at 224 px alone.
 
 Memory is the peak of what a step holds above what is there before it, parameters and their gradients: on the CPU the
 bytes of all storages that operators return, from the call to the moment that the last user lets go, on a GPU (--device
 cuda) torch.cuda.max_memory_allocated. Wanted: lean at most 1.15 times the largest size alone. Time: lean at most 1.45
-times default; sides take turns, n: 3 builds, 5 rounds.
+times default; sides take turns, n: 2 builds, 3 rounds.
 
     python benchmarks/bench_memory.py
     python benchmarks/bench_memory.py --clock cpu    # while other programs share the cores
@@ -29,9 +29,9 @@ COLUMNS = ('case', 'value', 'against', 'ratio', 'range', 'wanted', 'n')
 
 def main():
     parser = create_parser(__doc__)
-    add_timing_arguments(parser, builds=3, rounds=5)
+    add_timing_arguments(parser, builds=2, rounds=3)
     parser.add_argument('--model', default='resnet18', help='timm model (default: %(default)s)')
-    parser.add_argument('-b', '--batch-size', default=8, type=int, metavar='N', help='images (default: %(default)s)')
+    parser.add_argument('-b', '--batch-size', default=32, type=int, metavar='N', help='(default: %(default)s)')
     parser.add_argument('--device', default='cpu', help='where to run (default: %(default)s)')
     args = parser.parse_args()
 

@@ -8,10 +8,10 @@ backward, optimizer) at each of these sizes, on five plain resnet18, one per siz
 The last row is the design of the authors' code, written anew here: every layer takes and returns a list of all sizes'
 maps, float32 in NCHW; against it rs_resnet18 in channels_last. Wanted: at least 1.13 times its images per second.
 
-All sides: float32 (--amp: bfloat16, but for the lists), --channels-last or not (but for the lists), the same images and targets, initial weights of one state dict, timm's SGD with momentum 0.9 and
-weight decay, as `create_optimizer_v2` makes it. The pyramid is made within the RS step; the plain steps get their
-resized images ready-made. The RS step updates its weights once and the plain steps five times in all, which is in the
-nature of the two; the second row leaves the optimizer out on both sides.
+All sides: float32 and NCHW (--amp and --channels-last change this for the first two rows), the same images and targets,
+initial weights of one state dict, timm's SGD with momentum 0.9 and weight decay, as `create_optimizer_v2` makes it. The
+pyramid is made within the RS step; the plain steps get their resized images ready-made. The RS step updates its weights
+once and the plain steps five times in all, which is in the nature of the two; the second row leaves the optimizer out.
 
 Sides take turns (A B A B ...). n: 3 builds of all networks, 10 rounds with each (--builds, --rounds). A ratio is the
 median over builds of the median ratio within a round, with its range over builds.
@@ -42,8 +42,8 @@ def main():
     add_timing_arguments(parser, builds=3, rounds=10)
     parser.add_argument('--model', default='resnet18', help='timm model (default: %(default)s)')
     parser.add_argument('-b', '--batch-size', default=8, type=int, metavar='N', help='images (default: %(default)s)')
-    parser.add_argument('--channels-last', action='store_true', help='layout of the five plain steps and of their rival')
-    parser.add_argument('--amp', action='store_true', help='bfloat16 in the five plain steps and their rival')
+    parser.add_argument('--channels-last', action='store_true', help='layout of the first two rows')
+    parser.add_argument('--amp', action='store_true', help='bfloat16 in the first two rows')
     args = parser.parse_args()
     torch.manual_seed(0)
 

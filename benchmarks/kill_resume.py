@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Exact resume: kill -9 a training run at random moments, resume it, and compare with the run that was left alone
 
-train_rs.py trains rs_test_resnet on handwritten digits for three epochs on the CPU, with mixup, random erasing, drop path,
-a moving average, two loader processes and a recovery checkpoint every second update. Each trial kills it and its loader
-processes after a random time between the end of its start-up and its end, starts it again with --resume auto, and
-compares weights, moving average, optimizer state, best weights and summary.csv, bit for bit.
+train_rs.py trains rs_test_resnet on handwritten digits for three epochs on the CPU, with mixup, random erasing, drop
+path, a moving average, two loader processes and a recovery checkpoint every second update. Each trial kills it and its
+loader processes after a random time between the end of its start-up and its end, starts it again with --resume auto,
+and compares weights, moving average, optimizer state, best weights and summary.csv, bit for bit.
 
     python benchmarks/kill_resume.py
 

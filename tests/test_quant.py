@@ -262,13 +262,13 @@ def test_bits_out_of_range(bits):
 
 # torch.compile
 
-@pytest.mark.parametrize('bits', [2, 6])
-def test_compile(bits):
-    eager = nn.Sequential(ActivationQuantizer(bits), he_conv(4, 4, 3, bits=bits))
+@pytest.mark.parametrize('bits, dynamic', [(2, None), (6, None), (2, True)])
+def test_compile(bits, dynamic):
+    eager = nn.Sequential(ActivationQuantizer(bits), QuantConv2d(4, 4, 3, bits=bits))
     compiled = copy.deepcopy(eager)
-    run = torch.compile(compiled, backend='aot_eager', fullgraph=True)
-    for _ in range(3):
-        x = torch.rand(2, 4, 8, 8)
+    run = torch.compile(compiled, backend='aot_eager', fullgraph=True, dynamic=dynamic)
+    for n in (2, 4, 3) if dynamic else (2, 2, 2):
+        x = torch.rand(n, 4, 8, 8)
         gradients = []
         for model, call in ((eager, eager), (compiled, run)):
             inputs = x.clone().requires_grad_()

@@ -15,7 +15,6 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import NativeScaler
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from timm_rs.train import MultiResolutionTask
 from timm_rs.train.arguments import parse_args
 from timm_rs.train.builders import Loaders, build_optimizer, build_task
 from timm_rs.train.determinism import ReadErrors

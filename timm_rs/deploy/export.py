@@ -17,6 +17,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.layers.conv2d_same import Conv2dSame
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..evaluate import count_madds
@@ -163,6 +164,8 @@ def export_resolution(
         raise ValueError(f'batch_size is {batch_size}, expected a positive number.')
     if format not in FORMATS:
         raise ValueError(f"Unknown format {format!r}, expected one of {', '.join(FORMATS)}.")
+    if format == 'torch-export' and not path.endswith('.pt2'):
+        raise ValueError(f'{path}: torch.export.load wants a file whose name ends in .pt2.')
     network = model.at(resolution).eval()
     metadata = describe(model, (resolution,), class_names)
     save, runner = {
@@ -384,14 +387,40 @@ def export_program(network: nn.Module, resolution: int, batch_size: Optional[int
     """Return a torch.export.ExportedProgram of a plain network, BatchNorms folded into convolutions."""
     images = _random_images(network, resolution, batch_size or 2, 0)
     shapes = None if batch_size else ({0: torch.export.Dim('batch')},)
-    return torch.export.export(fold_batch_norms(network), (images,), dynamic_shapes=shapes)
+    return torch.export.export(fold_batch_norms(network, images), (images,), dynamic_shapes=shapes)
 
 
-def fold_batch_norms(network: nn.Module) -> nn.Module:
-    """Return a copy for inference in which each BatchNorm that follows a convolution is folded into it."""
-    from torch.fx.experimental.optimization import fuse
+def fold_batch_norms(network: nn.Module, images: torch.Tensor) -> nn.Module:
+    """Return a copy for inference in which each BatchNorm that follows a convolution is folded into it.
 
-    return fuse(network)
+    Args:
+        network: Plain network.
+        images: Batch to find out on what follows what.
+    """
+    network = reduce_batch_norms(network)
+    made: Dict[int, Any] = {}  # outputs are kept, or another could get the same id
+    pairs: Dict[nn.Module, nn.Module] = {}
+    hooks = []
+    for module in network.modules():
+        if type(module) in (nn.Conv2d, Conv2dSame):
+            hooks.append(module.register_forward_hook(lambda m, _, out: made.update({id(out): (m, out)})))
+        elif isinstance(module, _BatchNorm):
+            hooks.append(module.register_forward_pre_hook(
+                lambda m, args: pairs.update({m: made[id(args[0])][0]} if id(args[0]) in made else {})))
+    with torch.no_grad():
+        network(images)
+    for hook in hooks:
+        hook.remove()
+    for parent in list(network.modules()):
+        for name, bn in list(parent.named_children()):
+            if bn in pairs:
+                conv = pairs[bn]
+                bias = bn.bias if conv.bias is None else bn.bias + bn.weight * conv.bias
+                conv.weight = nn.Parameter(conv.weight * bn.weight[:, None, None, None], requires_grad=False)
+                conv.bias = nn.Parameter(bias.detach(), requires_grad=False)
+                rest = [m for n, m in bn.named_children() if n in ('drop', 'act') and not isinstance(m, nn.Identity)]
+                setattr(parent, name, nn.Sequential(*rest) if rest else nn.Identity())
+    return network
 
 
 def _write_torchscript(
@@ -403,7 +432,7 @@ def _write_torchscript(
 ) -> None:
     images = _random_images(network, resolution, batch_size or 2, 0)
     with torch.no_grad():
-        script = torch.jit.freeze(torch.jit.trace(network, images))
+        script = torch.jit.freeze(torch.jit.trace(fold_batch_norms(network, images), images))
     torch.jit.save(script, path, _extra_files={'timm_rs.json': json.dumps(metadata)})
 
 
@@ -418,7 +447,8 @@ def _checked(path: str) -> Iterator[str]:
     folder = os.path.dirname(path) or '.'
     if not os.path.isdir(folder):
         raise ValueError(f'{folder} does not exist, expected a folder for {os.path.basename(path)}.')
-    partial = f'{path}.part-{os.getpid()}'
+    stem, ending = os.path.splitext(path)
+    partial = f'{stem}.part-{os.getpid()}{ending}'
     try:
         yield partial
         os.replace(partial, path)

@@ -13,7 +13,10 @@ __all__ = ['ImageError', 'Preprocessing', 'find_images', 'open_image']
 ImageSource = Union[str, os.PathLike, IO[bytes], Image.Image]
 
 _MODES = {1: 'L', 3: 'RGB'}
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError, Image.DecompressionBombError)
+_BROKEN = (
+    OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError, Image.DecompressionBombError,
+    Image.DecompressionBombWarning,  # where warnings are errors
+)
 
 
 class ImageError(ValueError):

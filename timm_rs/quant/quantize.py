@@ -139,10 +139,9 @@ def fold(model: nn.Module) -> nn.Module:
         for name, child in parent._modules.items():
             if isinstance(child, ActivationQuantizer):
                 parent._modules[name] = StepFunction(*child.steps())
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if isinstance(child, QuantConv2d):
-                parent._modules[name] = _fold_conv(child)
+    for layer in model.modules():
+        if isinstance(layer, QuantConv2d):
+            _fold_conv(layer)
     getattr(model, '_model_args', {}).pop('quantization', None)
     vars(model).pop('_quantization', None)
     return model
@@ -229,7 +228,7 @@ def _check_bases(model: nn.Module, bases: Mapping[str, torch.Tensor]) -> None:
             raise ValueError(f'{layer} is quantized at {value.shape[1]} bits, {name} has {expected.shape[1]} there.')
 
 
-def _fold_conv(layer: QuantConv2d) -> nn.Module:
+def _fold_conv(layer: QuantConv2d) -> None:
     quantizer, training = layer.input_quantizer, layer.training
     with torch.no_grad():
         layer.weight.copy_(layer.eval().quantized_weight)
@@ -237,7 +236,13 @@ def _fold_conv(layer: QuantConv2d) -> nn.Module:
         delattr(layer, name)
     layer.__class__ = _PLAIN[type(layer)]
     layer.train(training)
-    return layer if quantizer is None else nn.Sequential(quantizer, layer)
+    if quantizer is not None:
+        layer.input_steps = quantizer
+        layer.register_forward_pre_hook(_apply_steps)
+
+
+def _apply_steps(layer: nn.Conv2d, args: Tuple[torch.Tensor]) -> torch.Tensor:
+    return layer.input_steps(*args)
 
 
 def _select(model: nn.Module, skip: Sequence[str]) -> List[nn.Conv2d]:

@@ -140,7 +140,7 @@ class _LearnedBasis(nn.Module):
         for index in _chunks(work):
             part, rows = work[index], index[0]
             code, chunk_sums = _encode(part, thresholds[rows], codes[rows], self.low, update)
-            torch.gather(values[rows], 1, code, out=quantized[index])
+            quantized[index] = values[rows].gather(1, code)
             sums.append(chunk_sums)
         if update:
             sums = _wide(torch.stack(sums)).sum(0) if len(basis) == 1 else _wide(torch.cat(sums))
@@ -347,9 +347,8 @@ def _thresholds(levels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _as_rows(x: torch.Tensor, rows: int) -> Tuple[torch.Tensor, torch.Size, List[int]]:
     """Return values as rows [R, N] in the order in which they lie in memory, and how to view and permute them back."""
-    dims = sorted(range(x.ndim), key=x.stride, reverse=True)
-    if rows > 1 and dims[0] != 0:
-        dims = list(range(x.ndim))
+    channels_last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    dims = [0, 2, 3, 1] if channels_last else list(range(x.ndim))
     x = x.permute(dims)
     return x.reshape(rows, -1), x.shape, [dims.index(d) for d in range(len(dims))]
 
