@@ -1,0 +1,228 @@
+"""The session that runs an exported file"""
+import io
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import images, rs_model
+from PIL import Image
+
+pytest.importorskip('onnx')
+pytest.importorskip('onnxruntime')
+
+from timm_rs.deploy import ImageError, Session, session  # noqa: E402
+from timm_rs.deploy.export import export_int8, export_resolution, export_switchable  # noqa: E402
+from timm_rs.deploy.session import MODES  # noqa: E402
+
+RESOLUTIONS = (64, 48, 32)
+TINY = dict(channels=[16, 16, 24, 32], stem_width=8)  # of whole and of partly filled blocks
+
+
+@pytest.fixture(scope='module')
+def model():
+    torch.manual_seed(0)
+    return rs_model('resnet10t', **TINY)
+
+
+@pytest.fixture(scope='module')
+def file(model, tmp_path_factory):
+    path = str(tmp_path_factory.mktemp('session') / 'all.onnx')
+    export_switchable(model, path, [f'class {i}' for i in range(10)])
+    return path
+
+
+@pytest.fixture(scope='module')
+def photograph(tmp_path_factory):
+    path = tmp_path_factory.mktemp('photograph') / 'a.jpg'
+    coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 5, 3), np.uint8))
+    coarse.resize((80, 70), Image.Resampling.BICUBIC).save(path)
+    return str(path)
+
+
+def expected(model, x):
+    with torch.no_grad():
+        return model.at(x.shape[-1])(x).numpy()
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_logits_of_batches(model, file, mode):
+    opened = Session(file, threads=1, mode=mode)
+    for n in (1, 3):
+        for x in images(*RESOLUTIONS, n=n):
+            np.testing.assert_allclose(opened.predict(x.numpy()), expected(model, x), rtol=1e-5, atol=1e-5)
+
+
+def test_logits_of_images_as_timm_prepares_them(model, file, photograph):
+    opened = Session(file, threads=1)
+    config = timm.data.resolve_model_data_config(model)
+    for resolution in (None, *RESOLUTIONS):
+        size = resolution or 64
+        transform = timm.data.create_transform(**dict(config, input_size=(3, size, size)))
+        x = transform(Image.open(photograph).convert('RGB'))[None]
+        np.testing.assert_array_equal(opened.preprocess(photograph, resolution), x[0].numpy())
+        logits = expected(model, x)
+        with open(photograph, 'rb') as f:
+            binary = io.BytesIO(f.read())
+        for given in (photograph, Image.open(photograph), binary):
+            np.testing.assert_allclose(opened.predict(given, resolution), logits, rtol=1e-5, atol=1e-5)
+        several = opened.predict([photograph, Image.open(photograph)], resolution)
+        np.testing.assert_allclose(several, np.repeat(logits, 2, 0), rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_session_tells(model, file):
+    opened = Session(file, threads=1, warm_up=False)
+    assert opened.resolutions == RESOLUTIONS and opened.num_classes == 10 and opened.batch_size is None
+    assert opened.class_names[4] == 'class 4' and list(opened.madds) == list(RESOLUTIONS)
+    config = timm.data.resolve_model_data_config(model)
+    assert opened.mean == tuple(config['mean']) and opened.std == tuple(config['std'])
+    assert 'fast' in repr(opened) and file in repr(opened)
+
+
+def test_low_memory_keeps_channels_blocked(file, monkeypatch):
+    """The depthwise form of the BatchNorms is used, and where it fails the file as it is."""
+    blocked = Session(file, threads=1, mode='low_memory')
+    assert len({id(s) for s in blocked._sessions.values()}) == 1
+    x = images(48).numpy()
+    logits = blocked.predict(x)
+    from timm_rs.deploy import low_memory
+
+    model = low_memory.blocked_model(file)
+    if model is not None:  # a processor whose channels ONNX Runtime blocks
+        graph = pytest.importorskip('onnx').load_from_string(model).graph
+        assert 'BatchNormalization' not in {n.op_type for n in graph.node}
+        assert len(graph.output) == 1
+    for broken in (lambda path: None, lambda path: model and model.replace(b'Relu', b'Tanh')):
+        monkeypatch.setattr(low_memory, 'blocked_model', broken)
+        again = Session(file, threads=1, mode='low_memory')
+        np.testing.assert_allclose(again.predict(x), logits, rtol=1e-5, atol=1e-5)
+
+
+def test_without_onnx_low_memory_works(file, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'timm_rs.deploy.low_memory', None)
+    x = images(48).numpy()
+    logits = Session(file, threads=1).predict(x)
+    np.testing.assert_allclose(Session(file, 1, 'low_memory').predict(x), logits, rtol=1e-5, atol=1e-5)
+
+
+def test_threads_share_a_session(model, file):
+    opened = Session(file, threads=1)
+    batches = images(*RESOLUTIONS) * 8
+    with ThreadPoolExecutor(8) as pool:
+        for x, logits in zip(batches, pool.map(lambda x: opened.predict(x.numpy()), batches)):
+            np.testing.assert_allclose(logits, expected(model, x), rtol=1e-5, atol=1e-5)
+
+
+def test_warm_up_runs_every_size(file, monkeypatch):
+    seen = []
+    predict = Session.predict
+    monkeypatch.setattr(Session, 'predict', lambda self, x, *a: seen.append(x.shape) or predict(self, x, *a))
+    Session(file, threads=1)
+    assert seen == [(1, 3, r, r) for r in RESOLUTIONS]
+    Session(file, threads=1, warm_up=False)
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_int8(model, photograph, tmp_path, mode):
+    path = str(tmp_path / 'int8.onnx')
+    export_int8(model, path, [photograph])
+    opened = Session(path, threads=1, mode=mode)
+    for resolution in RESOLUTIONS:
+        logits = expected(model, torch.from_numpy(opened.preprocess(photograph, resolution))[None])
+        assert np.abs(opened.predict(photograph, resolution) - logits).max() < 0.3 * logits.std()
+
+
+def test_one_size_and_fixed_batches(model, tmp_path):
+    path = str(tmp_path / 'one.onnx')
+    export_resolution(model, 48, path, batch_size=2)
+    opened = Session(path, threads=1)
+    x = images(48)
+    assert opened.resolutions == (48,) and opened.batch_size == 2
+    np.testing.assert_allclose(opened.predict(x.numpy()), expected(model, x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match='Got 3 images, .*one.onnx takes batches of 2'):
+        opened.predict(images(48, n=3).numpy())
+
+
+def test_nothing_in_nothing_out(file):
+    opened = Session(file, threads=1)
+    assert opened.predict([]).shape == (0, 10)
+    assert opened.predict(np.zeros((0, 3, 48, 48), np.float32)).shape == (0, 10)
+
+
+# What is refused
+
+@pytest.mark.parametrize('given, resolution, message', [
+    (np.zeros((1, 3, 40, 40), np.float32), None, 'batch of 40x40, expected 64x64, 48x48, 32x32'),
+    (np.zeros((1, 3, 48, 64), np.float32), None, 'batch of 48x64'),
+    (np.zeros((1, 3, 48, 48), np.float32), 32, 'batch of 48x48, expected 32x32'),
+    (np.zeros((3, 48, 48), np.float32), None, r'float32 \[3, 48, 48\], expected float32 \[N, 3, H, W\]'),
+    (np.zeros((1, 48, 48, 3), np.uint8), None, 'array of uint8'),
+    (np.zeros((1, 1, 48, 48), np.float32), None, r'expected float32 \[N, 3'),
+    (['nowhere.jpg'], 40, 'Unknown resolution 40'),
+])
+def test_unusable_input(file, given, resolution, message):
+    with pytest.raises(ValueError, match=message):
+        Session(file, threads=1, warm_up=False).predict(given, resolution)
+
+
+def test_a_bad_image_is_named_and_others_are_served(file, photograph, tmp_path):
+    opened = Session(file, threads=1)
+    (tmp_path / 'bad.jpg').write_text('nothing')
+    with pytest.raises(ImageError, match='bad.jpg is no image'):
+        opened.predict([photograph, tmp_path / 'bad.jpg'])
+    assert opened.predict(photograph).shape == (1, 10)
+
+
+def test_failures_of_the_runtime_are_told(file, monkeypatch):
+    class Broken:
+        def run(self, *_):
+            raise MemoryError('Failed to allocate memory\nand more')
+
+    opened = Session(file, threads=1)
+    monkeypatch.setitem(opened._sessions, 64, Broken())
+    with pytest.raises(RuntimeError, match=r'Cannot run a batch of \(1, 3, 64, 64\) .*: Failed to allocate memory$'):
+        opened.predict(np.zeros((1, 3, 64, 64), np.float32))
+    assert opened.predict(np.zeros((1, 3, 48, 48), np.float32)).shape == (1, 10)
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_other_files_are_refused(model, tmp_path):
+    (tmp_path / 'text.onnx').write_text('no model')
+    torch.onnx.export(
+        model.at(32), (images(32),), str(tmp_path / 'foreign.onnx'), dynamo=False, input_names=['images'])
+    for name, message in (('text.onnx', 'is no ONNX file'), ('foreign.onnx', 'metadata lack resolutions'),
+                          ('missing.onnx', 'does not exist')):
+        with pytest.raises(ValueError, match=f'{name} .*{message}|{name} {message}'):
+            Session(tmp_path / name)
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (dict(mode='quick'), "Unknown mode 'quick', expected 'fast' or 'low_memory'"),
+    (dict(threads=0), 'threads is 0'),
+])
+def test_unusable_arguments(file, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Session(file, **arguments)
+
+
+def test_onnx_runtime_is_asked_for(file, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+    with pytest.raises(ImportError, match=r"onnxruntime: pip install 'timm_rs\[export\]'"):
+        session.open_onnx(file)
+
+
+def test_runs_where_there_is_no_torch(file, photograph):
+    program = f"""
+import sys
+sys.modules.update(dict.fromkeys(['torch', 'torchvision', 'onnx', 'safetensors', 'huggingface_hub']))
+from timm_rs.deploy import Session
+for mode in ('fast', 'low_memory'):
+    print(Session({file!r}, threads=1, mode=mode).predict({photograph!r}, 48).shape)
+assert not any(name.startswith('timm.') for name in sys.modules)
+"""
+    result = subprocess.run([sys.executable, '-c', program], check=True, stdout=subprocess.PIPE, text=True)
+    assert result.stdout == '(1, 10)\n' * 2

@@ -1,0 +1,451 @@
+"""Files that run without timm, against the networks they were made of"""
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import images, plain_model, randomize_bn, rs_model
+from PIL import Image
+
+from timm_rs import make_switchable
+from timm_rs.cli import main
+from timm_rs.convert import save_model
+from timm_rs.private_bn import PrivateBN
+
+onnx = pytest.importorskip('onnx')
+onnxruntime = pytest.importorskip('onnxruntime')
+
+from timm_rs.deploy import export  # noqa: E402
+from timm_rs.deploy.export import (  # noqa: E402
+    ExportError,
+    export_int8,
+    export_program,
+    export_resolution,
+    export_switchable,
+    fold_batch_norms,
+)
+
+RESOLUTIONS = (64, 48, 32)
+TINY = dict(channels=[8, 16, 24, 32], stem_width=8)
+
+# A small network of some families; results/exports.csv has one of each.
+FAMILIES = {
+    'byobnet': 'test_byobnet',
+    'efficientnet': 'test_efficientnet',
+    'efficientvit_mit': 'efficientvit_b0',
+    'fasternet': 'fasternet_t0',
+    'lcnetv2': 'lcnetv2_small',
+    'mobilenetv3': 'mobilenetv3_small_050',
+    'regnet': 'regnetx_002',
+    'resnet': 'resnet10t',
+    'resnetv2': 'resnetv2_18',
+    'senet': 'legacy_seresnet18',
+    'starnet': 'starnet_s050',
+    'vovnet': 'ese_vovnet19b_slim_dw',
+}
+
+
+def run_onnx(path, x, **sizes):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    for name, size in sizes.items():
+        options.add_free_dimension_override_by_name(name, size)
+    session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+    return torch.from_numpy(session.run(None, {'images': x.numpy()})[0])
+
+
+def assert_runs_as(model, path):
+    """The file, run by ONNX Runtime alone, does what the network does at every size."""
+    for x in images(*model.resolutions):
+        with torch.no_grad():
+            expected = model.at(x.shape[-1])(x)
+        torch.testing.assert_close(run_onnx(path, x), expected, rtol=1e-5, atol=1e-4)
+
+
+def weights_bytes(model):
+    """Return the bytes of what the sizes share."""
+    private = {id(p) for m in model.modules() if isinstance(m, PrivateBN) for p in m.parameters()}
+    return sum(4 * p.numel() for n, p in model.named_parameters() if id(p) not in private and n != 'alpha')
+
+
+@pytest.fixture(scope='module')
+def tiny():
+    torch.manual_seed(0)
+    return rs_model('resnet10t', **TINY)
+
+
+@pytest.fixture(scope='module')
+def photographs(tmp_path_factory):
+    """Return the files of smooth images of many colours."""
+    folder = tmp_path_factory.mktemp('photographs')
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8))
+        coarse.resize((80, 70), Image.Resampling.BICUBIC).save(folder / f'{i:02}.jpg')
+    return folder
+
+
+# All sizes
+
+def test_one_file_for_all_sizes(tiny, tmp_path):
+    path = tmp_path / 'all.onnx'
+    errors = export_switchable(tiny, str(path))
+    assert list(errors) == [64, 48, 32] and max(errors.values()) < 1e-5
+    assert_runs_as(tiny, path)
+    x = images(48)
+    with torch.no_grad():
+        assert (run_onnx(path, x) - tiny.at(64)(x)).abs().max() > 0.1  # so the sizes do differ
+    assert os.listdir(tmp_path) == ['all.onnx']
+
+
+def test_shared_weights_are_in_the_file_once(tiny, tmp_path):
+    export_switchable(tiny, str(tmp_path / 'all.onnx'))
+    tables = sum(2 * 4 * len(RESOLUTIONS) * m.weight.numel() for m in tiny.modules() if isinstance(m, PrivateBN))
+    graph = 40_000  # operators and their names
+    assert os.path.getsize(tmp_path / 'all.onnx') < weights_bytes(tiny) + tables + graph
+
+
+def test_told_the_size_batch_norms_fold(tiny, tmp_path):
+    export_switchable(tiny, str(tmp_path / 'all.onnx'))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(tmp_path / 'folded.onnx')
+    for name in ('height', 'width'):
+        options.add_free_dimension_override_by_name(name, 48)
+    onnxruntime.InferenceSession(str(tmp_path / 'all.onnx'), options, providers=['CPUExecutionProvider'])
+    operators = {n.op_type for n in onnx.load(tmp_path / 'folded.onnx').graph.node}
+    assert not operators & {'BatchNormalization', 'Gather', 'GatherND', 'Shape', 'Split', 'ArgMin', 'Mul'}
+    x = images(48)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            run_onnx(tmp_path / 'all.onnx', x, height=48, width=48), tiny.at(48)(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings('ignore:.*no BatchNorm for')
+@pytest.mark.parametrize('size', [(40, 40), (56, 56), (33, 47), (96, 64)])
+def test_other_sizes_take_the_nearest_as_in_torch(tiny, tmp_path, size):
+    export_switchable(tiny, str(tmp_path / 'all.onnx'))
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(run_onnx(tmp_path / 'all.onnx', x), tiny(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', FAMILIES.values())
+def test_families(name, tmp_path):
+    model = rs_model(name, (64, 32))
+    with torch.no_grad():
+        largest = model.at(32)(images(32)).abs().max().item()
+    assert largest > 1e-3  # or anything would do
+    export_switchable(model, str(tmp_path / 'all.onnx'), tolerance=1e-4 * min(largest, 1))
+    assert os.path.getsize(tmp_path / 'all.onnx') < 1.25 * weights_bytes(model) + 400_000
+
+
+class Fickle(torch.nn.Sequential):
+    """Does another thing at another size."""
+    num_classes = 4
+
+    def __init__(self, kind):
+        super().__init__(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(2))
+        self.kind = kind
+
+    def forward(self, x):
+        large = x.shape[-1] > 14
+        x = super().forward(x)
+        if self.kind == 'operators' and large:
+            x = x.relu()
+        x = x.sigmoid() if self.kind == 'operator' and large else x.tanh()
+        return x.amax(2 if large or self.kind != 'attribute' else 1)[:, :4]
+
+
+@pytest.mark.parametrize('kind, message', [
+    ('operators', 'the graphs at 16 and 12 px have 10 and 9 operators'),
+    ('operator', 'at 16 and 12 px stand Sigmoid and Tanh'),
+    ('attribute', 'ReduceMax .* has another axes at 16 and 12 px'),
+])
+def test_sizes_that_need_other_operators_are_refused(tmp_path, kind, message):
+    model = make_switchable(Fickle(kind).eval(), (16, 12))
+    with pytest.raises(ExportError, match=f'RSFickle has no graph that serves all sizes: {message}'):
+        export_switchable(model, str(tmp_path / 'all.onnx'))
+    assert os.listdir(tmp_path) == []
+
+
+def test_constants_of_other_shapes(tmp_path):
+    class Positions(torch.nn.Sequential):
+        num_classes = 4
+
+        def forward(self, x):
+            x = super().forward(x).flatten(2)
+            return (x * torch.linspace(-1, 1, x.shape[-1])).sum(2)
+
+    model = make_switchable(Positions(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval(), (16, 12))
+    export_switchable(model, str(tmp_path / 'all.onnx'))
+    for x in images(16, 12):
+        with torch.no_grad():
+            torch.testing.assert_close(run_onnx(tmp_path / 'all.onnx', x), model(x), rtol=1e-5, atol=1e-4)
+
+
+def test_other_networks_and_channels(tmp_path):
+    conv, linear = torch.nn.Conv2d(1, 4, 3), torch.nn.Linear(4, 3)
+    network = torch.nn.Sequential(
+        torch.nn.BatchNorm2d(1), conv, torch.nn.BatchNorm2d(4, affine=False), torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(), linear, torch.nn.BatchNorm1d(3))
+    network.num_classes = 3
+    network.pretrained_cfg = dict(input_size=(1, 16, 16), mean=(0.5,), std=(0.5,))
+    for module in network:
+        if hasattr(module, 'running_mean'):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    model = make_switchable(network.eval(), (16, 12))
+    export_switchable(model, str(tmp_path / 'all.onnx'))
+    for x in images(16, 12, channels=1):
+        with torch.no_grad():
+            torch.testing.assert_close(run_onnx(tmp_path / 'all.onnx', x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_file_tells_of_itself(tiny, tmp_path):
+    path = str(tmp_path / 'all.onnx')
+    export_switchable(tiny, path, [f'class {i}' for i in range(10)])
+    metadata = {p.key: json.loads(p.value) for p in onnx.load(path).metadata_props}
+    assert metadata['resolutions'] == [64, 48, 32] and metadata['precision'] == 'float32'
+    assert metadata['class_names'][3] == 'class 3' and metadata['num_classes'] == 10
+    assert metadata['madds']['32'] < metadata['madds']['48'] < metadata['madds']['64']
+    config = timm.data.resolve_model_data_config(tiny)
+    for key in ('interpolation', 'crop_pct', 'crop_mode'):
+        assert metadata[key] == config[key]
+    assert metadata['mean'] == list(config['mean']) and metadata['std'] == list(config['std'])
+
+
+def test_imagenet_names_come_along(tmp_path):
+    model = rs_model('resnet10t', num_classes=1000, **TINY)
+    export_switchable(model, str(tmp_path / 'all.onnx'))
+    names = {p.key: p.value for p in onnx.load(tmp_path / 'all.onnx').metadata_props}['class_names']
+    assert json.loads(names)[207] == 'golden retriever'
+
+
+def test_the_network_stays_as_it_was(tiny, tmp_path):
+    before = {k: v.clone() for k, v in tiny.state_dict().items()}
+    resolution = tiny.resolution
+    export_switchable(tiny, str(tmp_path / 'all.onnx'))
+    export_resolution(tiny, 32, str(tmp_path / 'one.pt'), 'torchscript')
+    assert all(torch.equal(v, before[k]) for k, v in tiny.state_dict().items())
+    assert tiny.resolution == resolution and not tiny.training
+
+
+# One size
+
+@pytest.mark.parametrize('batch_size', [None, 2])
+@pytest.mark.parametrize('format', export.FORMATS)
+def test_take_one_out(tiny, tmp_path, format, batch_size):
+    path = str(tmp_path / 'one.pt2')
+    error = export_resolution(tiny, 48, path, format, batch_size)
+    assert error < 1e-5 and os.listdir(tmp_path) == ['one.pt2']
+    run = {
+        'onnx': lambda x: run_onnx(path, x),
+        'torch-export': lambda x: torch.export.load(path).module()(x),
+        'torchscript': lambda x: torch.jit.load(path)(x),
+    }[format]
+    x = images(48, n=2)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), tiny.at(48)(x), rtol=1e-5, atol=1e-5)
+        if batch_size is None:
+            assert run(images(48, n=5)).shape == (5, 10)
+        elif format != 'torchscript':  # which does not check
+            with pytest.raises(Exception, match='(?s)size|Got invalid'):
+                run(images(48, n=5))
+
+
+@pytest.mark.parametrize('format', export.FORMATS)
+def test_batch_norms_are_folded(tiny, tmp_path, format):
+    path = str(tmp_path / 'one.pt2')
+    export_resolution(tiny, 48, path, format)
+    text = {
+        'onnx': lambda: [n.op_type for n in onnx.load(path).graph.node],
+        'torch-export': lambda: torch.export.load(path).graph_module.code,
+        'torchscript': lambda: str(torch.jit.load(path).inlined_graph),
+    }[format]()
+    assert 'Conv' in text or 'conv' in text
+    assert 'BatchNormalization' not in text and 'batch_norm' not in text
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_efficientnet', 'resnetv2_18', 'test_byobnet'])
+def test_folding_changes_nothing(name):
+    network = randomize_bn(plain_model(name))
+    x = images(64)
+    folded = fold_batch_norms(network, x)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), network(x), rtol=1e-4, atol=1e-5)
+    count = [sum(isinstance(m, torch.nn.BatchNorm2d) for m in n.modules()) for n in (network, folded)]
+    assert count[1] < count[0]
+
+
+def test_compiles(tiny):
+    network = tiny.at(48)
+    x = images(48)
+    with torch.no_grad():
+        compiled = torch.compile(network, backend='aot_eager', fullgraph=True)
+        torch.testing.assert_close(compiled(x), network(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which('g++') is None, reason='AOTInductor needs a C++ compiler')
+def test_aot_inductor(tiny, tmp_path):
+    network = tiny.at(32)
+    package = torch._inductor.aoti_compile_and_package(
+        export_program(network, 32, batch_size=2), package_path=str(tmp_path / 'one.pt2'))
+    x = images(32)
+    with torch.no_grad():
+        torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), network(x), rtol=1e-5, atol=1e-5)
+
+
+# int8
+
+def test_int8(tiny, photographs, tmp_path):
+    files = sorted(str(p) for p in photographs.iterdir())
+    found = export_int8(tiny, str(tmp_path / 'int8.onnx'), files)
+    assert set(found) == set(RESOLUTIONS) and all(row['error'] < 0.3 for row in found.values())
+    export_switchable(tiny, str(tmp_path / 'float.onnx'))
+    sizes = [os.path.getsize(tmp_path / f'{n}.onnx') for n in ('int8', 'float')]
+    assert sizes[0] < sizes[1]
+    model = onnx.load(tmp_path / 'int8.onnx')
+    weights = [t for t in model.graph.initializer if len(t.dims) == 4]
+    assert len(weights) == sum(isinstance(m, torch.nn.Conv2d) for m in tiny.modules())
+    assert {t.data_type for t in weights} == {onnx.TensorProto.INT8}
+    assert {n.op_type for n in model.graph.node} >= {'QLinearConv', 'QLinearAdd', 'QGemm'}
+    assert 'Relu' not in {n.op_type for n in model.graph.node}
+
+
+def of_one_conv(gains, biases, resolutions=(16, 12)):
+    """Return a network of a convolution, its BatchNorm and a mean, the BatchNorm as told for each size."""
+    conv = torch.nn.Conv2d(3, 4, 3, padding=1, bias=False)
+    bn, pool = torch.nn.BatchNorm2d(4, eps=0.), torch.nn.AdaptiveAvgPool2d(1)
+    network = torch.nn.Sequential(conv, bn, pool, torch.nn.Flatten())
+    network.num_classes = 4
+    network.pretrained_cfg = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
+    model = make_switchable(network.eval(), resolutions)
+    for resolution, gain, bias in zip(resolutions, gains, biases):
+        model[1][resolution].weight.data = torch.tensor(gain)
+        model[1][resolution].bias.data = torch.tensor(bias)
+    return model
+
+
+@pytest.mark.parametrize('gains', [
+    [[1., 2., -0.5, 0.3], [0.5, 1., -2., 0.1]],  # a negative one at both sizes
+    [[1., 2., -0.5, 0.3], [-0.5, 1., 2., -0.1]],  # opposite signs
+    [[1., 0., 0.5, 1e-9], [0., 1., 2., 1.]],  # nothing comes through
+])
+def test_int8_with_gains_of_any_sign(gains, photographs, tmp_path):
+    biases = [[0.5, -0.5, 1., 2.], [1., 0.25, -1., -2.]]
+    model = of_one_conv(gains, biases)
+    files = sorted(str(p) for p in photographs.iterdir())
+    found = export_int8(model, str(tmp_path / 'int8.onnx'), files)
+    assert all(row['error'] < 0.05 for row in found.values())
+
+
+def test_int8_far_from_the_network_is_refused(tiny, photographs, tmp_path, monkeypatch):
+    from timm_rs.deploy import int8
+
+    monkeypatch.setattr(int8, 'calibrate', lambda graph, batches: int8.defaultdict(lambda: [(-1e3, 1e3)] * 3))
+    with pytest.raises(ExportError, match='int8 form of .* off at 64 px'):
+        export_int8(tiny, str(tmp_path / 'int8.onnx'), [str(next(photographs.iterdir()))])
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize('name', ['test_efficientnet', 'test_byobnet'])
+def test_int8_of_families(name, photographs, tmp_path):
+    """With operators that stay in float32 between conversions."""
+    model = rs_model(name, (64, 32))
+    files = sorted(str(p) for p in photographs.iterdir())[:4]
+    found = export_int8(model, str(tmp_path / 'int8.onnx'), files)
+    assert all(row['error'] < 0.3 for row in found.values())
+
+
+# What is refused
+
+def test_a_file_that_differs_is_not_written(tiny, tmp_path, monkeypatch):
+    (tmp_path / 'all.onnx').write_text('what was there')
+    real = export.reduce_batch_norms
+
+    def reduce_wrongly(network):
+        network = real(network)
+        network.get_classifier().bias.data[3] += 2e-4
+        return network
+
+    monkeypatch.setattr(export, 'reduce_batch_norms', reduce_wrongly)
+    with pytest.raises(ExportError, match='by 0.0002 at 64 px, expected at most 1e-04; no file'):
+        export_switchable(tiny, str(tmp_path / 'all.onnx'))
+    assert (tmp_path / 'all.onnx').read_text() == 'what was there' and os.listdir(tmp_path) == ['all.onnx']
+    export_switchable(tiny, str(tmp_path / 'all.onnx'), tolerance=1e-3)
+    assert (tmp_path / 'all.onnx').read_bytes() != b'what was there'
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(resolution=47), 'Unknown resolution 47'),
+    (dict(format='caffe'), "Unknown format 'caffe'"),
+    (dict(batch_size=0), 'batch_size is 0'),
+    (dict(format='torch-export'), r'one: .* name ends in \.pt2'),
+    (dict(path='nowhere/one.onnx'), 'nowhere does not exist'),
+    (dict(class_names=['a', 'b']), '2 class names'),
+])
+def test_bad_arguments(tiny, tmp_path, change, message):
+    with pytest.raises((ValueError, KeyError), match=message):
+        export_resolution(**dict(dict(model=tiny, resolution=48, path=str(tmp_path / 'one')), **change))
+    assert os.listdir(tmp_path) == []
+
+
+def test_plain_networks_are_refused(tmp_path):
+    with pytest.raises(ValueError, match='ResNet is not switchable'):
+        export_switchable(plain_model(), str(tmp_path / 'all.onnx'))
+
+
+# The command
+
+@pytest.fixture(scope='module')
+def folder(tiny, tmp_path_factory):
+    model = timm.create_model('rs_resnet10t', resolutions=RESOLUTIONS, num_classes=10, **TINY)
+    model.load_state_dict(tiny.state_dict())
+    path = str(tmp_path_factory.mktemp('model') / 'model')
+    save_model(model.eval(), path, [f'digit {i}' for i in range(10)])
+    return path
+
+
+def test_command(folder, tmp_path, photographs, capsys):
+    main(['export', folder, '-o', str(tmp_path / 'all.onnx')])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(' px: differs')[0] for line in lines[:3]] == ['64', '48', '32']
+    assert 'rs_resnet10t at 64 48 32' in lines[3]
+    metadata = {p.key: json.loads(p.value) for p in onnx.load(tmp_path / 'all.onnx').metadata_props}
+    assert metadata['class_names'][7] == 'digit 7'
+    main(['export', folder, '-o', str(tmp_path / 'one.pt'), '--resolution', '32', '--format', 'torchscript'])
+    assert torch.jit.load(str(tmp_path / 'one.pt'))(images(32)).shape == (2, 10)
+    capsys.readouterr()
+    main(['export', folder, '-o', str(tmp_path / 'int8.onnx'), '--quantize', 'int8',
+          '--calibration-data', str(photographs), '--calibration-images', '4'])
+    assert 'of 4 images as the network' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--format', 'torchscript'], '--format torchscript needs --resolution'),
+    (['--batch-size', '2'], '--batch-size needs --resolution'),
+    (['--resolution', '40'], 'Unknown resolution 40'),
+    (['--quantize', 'int8'], '--calibration-data DIR need each other'),
+    (['--quantize', 'int8', '--calibration-data', 'nowhere'], 'nowhere does not exist'),
+    (['--quantize', 'int8', '--calibration-data', 'x', '--resolution', '48'], 'leave --resolution out'),
+])
+def test_command_tells_what_is_wrong(folder, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as e:
+        main(['export', folder, '-o', str(tmp_path / 'out'), *flags])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert e.value.code == 1 and message in line and os.listdir(tmp_path) == []
+
+
+def test_command_does_not_overwrite(folder, tmp_path, capsys):
+    (tmp_path / 'all.onnx').write_text('mine')
+    with pytest.raises(SystemExit):
+        main(['export', folder, '-o', str(tmp_path / 'all.onnx')])
+    assert 'exists and is not overwritten' in capsys.readouterr().err
+    assert (tmp_path / 'all.onnx').read_text() == 'mine'
