@@ -21,6 +21,7 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..evaluate import count_madds
+from ..quant.quantize import fold, is_quantized
 from ..switchable import SwitchableMixin
 from ..version import __version__
 from .session import open_onnx, preprocessing_of
@@ -72,7 +73,7 @@ def export_switchable(
     from .merge import build
 
     metadata = _describe_switchable(model, class_names)
-    plain = {r: model.at(r).eval() for r in model.resolutions}
+    plain = {r: _take(model, r) for r in model.resolutions}
     merged = build(_trace_all(plain, metadata['architecture']))
     set_metadata(merged, metadata)
     with _checked(path) as partial:
@@ -112,7 +113,7 @@ def export_int8(
     if not images:
         raise ValueError('There are no images to calibrate on.')
     preprocessing = preprocessing_of(metadata)
-    plain = {r: model.at(r).eval() for r in model.resolutions}
+    plain = {r: _take(model, r) for r in model.resolutions}
     graph = _trace_all(plain, metadata['architecture'])
     batches = {r: [stack(images[i:i + batch_size], preprocessing, r) for i in range(0, len(images), batch_size)]
                for r in plain}
@@ -166,7 +167,7 @@ def export_resolution(
         raise ValueError(f"Unknown format {format!r}, expected one of {', '.join(FORMATS)}.")
     if format == 'torch-export' and not path.endswith('.pt2'):
         raise ValueError(f'{path}: torch.export.load wants a file whose name ends in .pt2.')
-    network = model.at(resolution).eval()
+    network = _take(model, resolution)
     metadata = describe(model, (resolution,), class_names)
     save, runner = {
         'onnx': (_write_onnx, _onnx_runner),
@@ -181,6 +182,12 @@ def export_resolution(
         batch_sizes = (batch_size,) if batch_size else (1, 3)
         errors = verify(runner(partial), {resolution: network}, metadata['architecture'], tolerance, batch_sizes)
     return errors[resolution]
+
+
+def _take(model: nn.Module, resolution: int) -> nn.Module:
+    """Return the plain network of one resolution in eval mode, of layers that every runtime knows."""
+    network = model.at(resolution).eval()
+    return fold(network) if is_quantized(network) else network
 
 
 def reduce_batch_norms(network: nn.Module) -> nn.Module:
