@@ -16,7 +16,10 @@ import torch
 
 import timm_rs
 
-__all__ = ['add_timing_arguments', 'create_parser', 'measure', 'median', 'print_table', 'ratio', 'write_results']
+__all__ = [
+    'add_timing_arguments', 'create_parser', 'environment', 'measure', 'median', 'print_table', 'ratio',
+    'shell_command', 'write_results',
+]
 
 Contenders = Dict[str, Callable[[], Any]]
 Seconds = Dict[str, List[float]]
@@ -110,25 +113,30 @@ def print_table(columns: Sequence[str], rows: Sequence[Dict[str, Any]]) -> None:
 def write_results(args: argparse.Namespace, rows: Sequence[Dict[str, Any]]) -> None:
     """Write the rows to --output, with the command and the environment that they come from."""
     settings = {k: v for k, v in vars(args).items() if k != 'output'}
-    results = dict(
-        command=shlex.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]]),
-        environment=dict(
-            python=platform.python_version(),
-            torch=torch.__version__,
-            timm=timm.__version__,
-            timm_rs=timm_rs.__version__,
-            platform=f'{platform.system()} {platform.machine()}',
-            cpu=_cpu_model(),
-            cpu_count=os.cpu_count(),
-            load_average=[round(load, 2) for load in os.getloadavg()],
-            threads=torch.get_num_threads(),
-        ),
-        settings=settings,
-        rows=list(rows),
-    )
+    results = dict(command=shell_command(), environment=environment(), settings=settings, rows=list(rows))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(results, indent=2) + '\n')
     print(f'\nWritten to {args.output}')
+
+
+def shell_command() -> str:
+    """Return the command of this run."""
+    return shlex.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]])
+
+
+def environment() -> Dict[str, Any]:
+    """Return the versions and the machine of this run."""
+    return dict(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        timm=timm.__version__,
+        timm_rs=timm_rs.__version__,
+        platform=f'{platform.system()} {platform.machine()}',
+        cpu=_cpu_model(),
+        cpu_count=os.cpu_count(),
+        load_average=[round(load, 2) for load in os.getloadavg()],
+        threads=torch.get_num_threads(),
+    )
 
 
 def _format(value: Any) -> str:

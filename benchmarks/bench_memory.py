@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What --memory lean saves and costs: activations held for the backward pass, and time
 
-One step of MultiResolutionTask on rs_resnet18 at 224, 192, 160, 128 and 96 px (forward, loss, backward): the activations
-of all sizes held at once (default), or each size recomputed in turn (lean), beside a plain timm step at 224 px alone.
+One step of MultiResolutionTask on rs_resnet18 at 224, 192, 160, 128 and 96 px (forward, loss, backward): activations of
+all sizes held at once (default), or each size recomputed in turn (lean), beside a plain timm step at 224 px alone.
 
 Memory is the peak of what a step holds above what is there before it, parameters and their gradients: on the CPU the
 bytes of all storages that operators return, from the call to the moment that the last user lets go, on a GPU (--device
@@ -31,7 +31,7 @@ def main():
     parser = create_parser(__doc__)
     add_timing_arguments(parser, builds=2, rounds=3)
     parser.add_argument('--model', default='resnet18', help='timm model (default: %(default)s)')
-    parser.add_argument('-b', '--batch-size', default=32, type=int, metavar='N', help='(default: %(default)s)')
+    parser.add_argument('-b', '--batch-size', default=32, type=int, metavar='N')
     parser.add_argument('--device', default='cpu', help='where to run (default: %(default)s)')
     args = parser.parse_args()
 
@@ -42,7 +42,8 @@ def main():
     batch = f'rs_{args.model}, batch {args.batch_size}'
     rows = [
         dict(case=f'{batch}: lean / largest size alone, MiB', value=round(peak['lean'], 1),
-             against=round(peak['largest'], 1), ratio=round(peak['lean'] / peak['largest'], 4), wanted='<= 1.15', n='1'),
+             against=round(peak['largest'], 1), ratio=round(peak['lean'] / peak['largest'], 4), wanted='<= 1.15',
+             n='1'),
         dict(case=f'{batch}: default / largest size alone, MiB', value=round(peak['default'], 1),
              against=round(peak['largest'], 1), ratio=round(peak['default'] / peak['largest'], 4), n='1'),
         dict(case=f'{batch}: lean / default, ms', value=median(runs, 'lean'), against=median(runs, 'default'),

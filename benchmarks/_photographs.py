@@ -1,0 +1,141 @@
+"""Photographs in memory: decoded once, cropped at random on any device"""
+import os
+from pathlib import Path
+from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple
+
+import torch
+from timm.data import create_dataset, create_transform
+from torch.utils.data import DataLoader, Subset
+from torchvision import transforms
+from tqdm import tqdm
+
+__all__ = ['Photographs', 'load_photographs', 'random_crops', 'resize_matrices']
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Photographs(NamedTuple):
+    """Decoded images.
+
+    Attributes:
+        train: Squares [N, 3, side, side], uint8, the centre of each image.
+        train_labels: Classes [N].
+        val: Images [M, 3, s, s], uint8, for every size s, preprocessed as timm does for that size.
+        val_labels: Classes [M].
+        held_out: The same as val, of the last tenth of the training images.
+        classes: Their names.
+    """
+    train: torch.Tensor
+    train_labels: torch.Tensor
+    val: Dict[int, torch.Tensor]
+    val_labels: torch.Tensor
+    held_out: Dict[int, torch.Tensor]
+    classes: List[str]
+
+    @property
+    def num_fit(self) -> int:
+        """Training images that are not held out."""
+        return len(self.train) - len(next(iter(self.held_out.values())))
+
+
+def load_photographs(root: str, sizes: Sequence[int], side: int, crop_pct: float, cache: Path) -> Photographs:
+    """Decode a folder of train/ and val/ with a folder per class each, once: what was decoded is kept in a file.
+
+    Args:
+        root: The folder.
+        sizes: Sizes to evaluate at, in pixels.
+        side: Training images are kept at this size, in pixels.
+        crop_pct: Share of the shorter side that evaluation crops.
+        cache: File to keep, for the same arguments.
+    """
+    key = dict(root=str(Path(root).resolve()), sizes=list(sizes), side=side, crop_pct=crop_pct)
+    if cache.exists():
+        found = torch.load(cache)
+        if found.pop('key') == key:
+            return Photographs(**found)
+    sets = {split: create_dataset('', str(Path(root) / split)) for split in ('train', 'val')}
+    order = torch.randperm(len(sets['train']), generator=torch.Generator().manual_seed(0)).tolist()
+    held_out = Subset(sets['train'], order[-(len(order) // 10):])
+    squares = transforms.Compose([
+        transforms.Resize(side, transforms.InterpolationMode.BILINEAR), transforms.CenterCrop(side),
+        transforms.PILToTensor()])
+    per_size = [
+        create_transform(s, is_training=False, use_prefetcher=True, interpolation='bilinear', crop_pct=crop_pct)
+        for s in sizes]
+
+    def every_size(image):
+        return [torch.as_tensor(transform(image)) for transform in per_size]
+
+    (train,), train_labels = _decode(Subset(sets['train'], order), lambda image: [squares(image)])
+    val, val_labels = _decode(sets['val'], every_size)
+    held, _ = _decode(held_out, every_size)
+    found = dict(
+        train=train, train_labels=train_labels, val=dict(zip(sizes, val)), val_labels=val_labels,
+        held_out=dict(zip(sizes, held)), classes=sorted(sets['train'].reader.class_to_idx))
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    partial = cache.with_suffix('.tmp')
+    torch.save(dict(found, key=key), partial)
+    os.replace(partial, cache)
+    return Photographs(**found)
+
+
+def _decode(dataset, transform) -> Tuple[List[torch.Tensor], torch.Tensor]:
+    """Return stacks of what a transform makes of each image, and the labels."""
+    plain = dataset.dataset if isinstance(dataset, Subset) else dataset
+    plain.transform = transform
+    loader = DataLoader(dataset, batch_size=64, num_workers=os.cpu_count() or 0)
+    images, labels = zip(*tqdm(loader, desc='decode', disable=None))
+    return [torch.cat(stack) for stack in zip(*images)], torch.cat(labels)
+
+
+def random_crops(
+        images: torch.Tensor, order: torch.Tensor, batch_size: int, size: int, scale: Tuple[float, float],
+        generator: torch.Generator,
+) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+    """Give batches of random resized crops with random flips, normalized, on the images' device.
+
+    The resize is antialiased bilinear interpolation of the crop, written as a product with one matrix per side and
+    image, so that a whole batch with its different boxes is two batched matrix products.
+
+    Args:
+        images: Squares [N, 3, side, side], uint8.
+        order: Indices of the images of the epoch; what does not fill a batch is left out.
+        batch_size: Images per batch.
+        size: Output size in pixels.
+        scale: Range of the share of the area that is cropped; aspect ratios are between 3/4 and 4/3.
+        generator: Of the CPU, makes the boxes.
+
+    Returns:
+        (crops [batch_size, 3, size, size], indices [batch_size]).
+    """
+    side, device = images.shape[-1], images.device
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in (MEAN, STD))
+    for indices in order.split(batch_size):
+        n = len(indices)
+        if n < batch_size:
+            return
+        area = torch.empty(n).uniform_(*scale, generator=generator)
+        ratio = torch.empty(n).uniform_(-0.2877, 0.2877, generator=generator).exp()  # log of 4/3
+        lengths = [(area * r).sqrt().clamp(max=1) * side for r in (ratio, 1 / ratio)]
+        starts = [torch.rand(n, generator=generator) * (side - length) for length in lengths]
+        flip = torch.rand(n, generator=generator) < 0.5
+        rows, columns = (
+            resize_matrices(start.to(device), length.to(device), side, size) for start, length in zip(starts, lengths))
+        columns = torch.where(flip.to(device).view(-1, 1, 1), columns.flip(1), columns)
+        pixels = (images[indices.to(device)].float() - mean) / std
+        yield rows[:, None] @ pixels @ columns[:, None].transpose(-1, -2), indices
+
+
+def resize_matrices(starts: torch.Tensor, lengths: torch.Tensor, side: int, size: int) -> torch.Tensor:
+    """Return the weights [N, size, side] of antialiased bilinear interpolation of the range that begins at starts [N].
+
+    Example:
+        >>> resize_matrices(torch.tensor([0.]), torch.tensor([4.]), 4, 2)
+        tensor([[[0.4286, 0.4286, 0.1429, 0.0000],
+                 [0.0000, 0.1429, 0.4286, 0.4286]]])
+    """
+    scale = (lengths / size).view(-1, 1, 1)
+    centers = starts.view(-1, 1, 1) + (torch.arange(size, device=starts.device).view(1, -1, 1) + 0.5) * scale
+    pixels = torch.arange(side, device=starts.device).view(1, 1, -1) + 0.5
+    weights = (1 - (pixels - centers).abs() / scale.clamp(min=1)).clamp(min=0)
+    return weights / weights.sum(-1, keepdim=True)

@@ -1,0 +1,408 @@
+#!/usr/bin/env python3
+"""The paper's comparison on a folder of photographs: one network for all sizes against one per size
+
+For a model, a folder with train/ and val/ and a list of sizes it trains, all under one recipe,
+
+    inet          one plain network per size (the paper's I-Nets); that of the largest size is evaluated at all sizes
+    parallel      a switchable network, classification at all sizes, no distillation (the paper's Parallel)
+    ens           with the ensemble of sizes as the teacher
+    ens_topdown   with the ensemble and every larger size as teachers: the RS-Net
+    random_size   a plain network, BatchNorm shared, a random size for every batch
+
+and evaluates each at its sizes (Wang et al., ECCV 2020, table 1). With several --lrs every network first looks for its
+own, on a tenth of the training images that is held out for that; validation images choose nothing.
+
+    python benchmarks/paper_table.py DIR --model resnet10t --sizes 64 56 48 40 32 --epochs 80 --dry-run
+    python benchmarks/paper_table.py DIR --model resnet10t --sizes 64 56 48 40 32 --epochs 80 --amp --channels-last
+
+Every finished run leaves a file in --work and is not repeated; one that was stopped goes on at its last epoch. Images
+are decoded once. Written at the end, and with what is there so far by --table-only: results/paper_table.csv, .md (the
+form of the paper's table, gains over the I-Nets in brackets), .png (accuracy against multiply-adds) and .json.
+"""
+import csv
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from argparse import SUPPRESS, Namespace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Dict, List, Optional, Tuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from _common import create_parser, environment, shell_command
+from _photographs import MEAN, STD, load_photographs, random_crops
+from timm.optim import create_optimizer_v2
+
+from timm_rs.evaluate import ENSEMBLE, count_madds, count_parameters
+from timm_rs.train import EnsembleDistillationLoss, ResolutionPyramid
+
+METHODS = dict(
+    inet='I-Nets', parallel='Parallel', ens='RS-Net, ensemble alone', ens_topdown='RS-Net', random_size='random size')
+RECIPE = (
+    'model', 'sizes', 'epochs', 'batch_size', 'weight_decay', 'warmup_epochs', 'scale', 'distill_ramp', 'mean_loss',
+    'zero_init', 'amp', 'channels_last', 'side', 'crop_pct', 'search_epochs')
+
+
+@dataclass(frozen=True)
+class Run:
+    """A network to train.
+
+    Attributes:
+        method: Key of METHODS.
+        sizes: Sizes in pixels that it is trained at, largest first.
+        lr: Learning rate.
+        seed: Of weights, order and crops.
+        search: Trained without the held-out images and evaluated on them, to choose the learning rate.
+    """
+    method: str
+    sizes: Tuple[int, ...]
+    lr: float
+    seed: int
+    search: bool = False
+
+    @property
+    def name(self) -> str:
+        sizes = f'-{self.sizes[0]}' if self.method == 'inet' else ''
+        lr = '?' if math.isnan(self.lr) else f'{self.lr:g}'
+        return f"{self.method}{sizes}-lr{lr}-seed{self.seed}{'-search' if self.search else ''}"
+
+    @property
+    def switchable(self) -> bool:
+        return self.method not in ('inet', 'random_size')
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    args.work.mkdir(parents=True, exist_ok=True)
+    check_recipe(args)
+
+    if args.worker:
+        return train(Run(**{k: tuple(v) if k == 'sizes' else v for k, v in json.loads(args.worker).items()}), args)
+    if not args.table_only:
+        for search in (True, False):
+            runs = plan(args, search)
+            if args.dry_run:
+                show(runs, args, 'search' if search else 'train')
+            else:
+                train_all(runs, args)
+    if not args.dry_run:
+        write_table(args)
+
+
+def parse_args(argv=None):
+    parser = create_parser(__doc__)
+    add = parser.add_argument
+    add('data_dir', metavar='DIR', help='folder with train/ and val/, each with a folder per class')
+    add('--model', default='resnet10t', help='timm model with BatchNorm (default: %(default)s)')
+    add('--sizes', type=int, nargs='+', default=[64, 56, 48, 40, 32], metavar='N', help='in pixels')
+    add('--methods', nargs='+', default=list(METHODS), choices=METHODS, help='what to train (default: all)')
+    add('--epochs', type=int, default=80, metavar='N')
+    add('--seeds', type=int, nargs='+', default=[0], metavar='N')
+    add('--lrs', type=float, nargs='+', default=[0.1], metavar='LR', help='learning rates to choose from')
+    add('--search-epochs', type=int, default=20, metavar='N', help='epochs of the runs that choose one')
+    add('--batch-size', type=int, default=128, metavar='N')
+    add('--weight-decay', type=float, default=5e-4, metavar='W')
+    add('--warmup-epochs', type=float, default=2, metavar='N')
+    add('--scale', type=float, nargs=2, default=[0.25, 1.], metavar='PCT', help='range of the area of a crop')
+    add('--distill-ramp', type=float, default=0, metavar='N', help='epochs in which distillation comes to its weight')
+    add('--mean-loss', action='store_true', help='divide the loss by the number of sizes')
+    add('--zero-init', action='store_true', help='start residual branches at zero')
+    add('--side', type=int, metavar='N', help='training images are kept at this size (default: twice the largest)')
+    add('--crop-pct', type=float, default=1., metavar='PCT', help='for evaluation (default: %(default)s)')
+    add('--dataset', default='', metavar='NAME', help='name in the table (default: that of the folder)')
+    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    add('--amp', action='store_true', help='bfloat16')
+    add('--channels-last', action='store_true')
+    add('--jobs', type=int, default=1, metavar='N', help='runs side by side')
+    add('--work', type=Path, default=Path('output/paper_table'), metavar='DIR', help='where runs are kept')
+    add('--dry-run', action='store_true', help='show the plan and its cost')
+    add('--table-only', action='store_true', help='write the table of the runs that are there')
+    add('--worker', help=SUPPRESS)
+    parser.set_defaults(output=Path('results/paper_table.csv'))
+    args = parser.parse_args(argv)
+    args.sizes = sorted(set(args.sizes), reverse=True)
+    args.side = args.side or 2 * args.sizes[0]
+    args.dataset = args.dataset or Path(args.data_dir).resolve().name
+    args.methods = [m for m in METHODS if m in args.methods]
+    return args
+
+
+def check_recipe(args: Namespace) -> None:
+    """Keep runs of different recipes apart."""
+    path, recipe = args.work / 'recipe.json', {k: getattr(args, k) for k in RECIPE}
+    if path.exists():
+        for key, value in json.loads(path.read_text()).items():
+            if recipe[key] != value:
+                raise SystemExit(f'{args.work} holds runs with --{key.replace("_", "-")} {value}, not {recipe[key]}; '
+                                 f'choose another --work.')
+    else:
+        path.write_text(json.dumps(recipe, indent=2) + '\n')
+
+
+def plan(args: Namespace, search: bool) -> List[Run]:
+    """Return the runs that choose learning rates, or those of the table."""
+    groups = []
+    for method in args.methods:
+        groups.extend([(method, (s,)) for s in args.sizes] if method == 'inet' else [(method, tuple(args.sizes))])
+    if search:
+        lrs = args.lrs if len(args.lrs) > 1 else ()
+        return [Run(method, sizes, lr, args.seeds[0], True) for method, sizes in groups for lr in lrs]
+    return [Run(method, sizes, best_lr(method, sizes, args), seed)
+            for seed in args.seeds for method, sizes in groups]
+
+
+def best_lr(method: str, sizes: Tuple[int, ...], args: Namespace) -> float:
+    """Return the learning rate of the best mean accuracy on the images that were held out."""
+    if len(args.lrs) == 1:
+        return args.lrs[0]
+    found = {lr: read(Run(method, sizes, lr, args.seeds[0], True), args) for lr in args.lrs}
+    known = {lr: statistics.mean(r['top1'][str(s)] for s in sizes) for lr, r in found.items() if r}
+    return max(known, key=known.get) if len(known) == len(args.lrs) else math.nan
+
+
+def read(run: Run, args: Namespace) -> Optional[dict]:
+    path = args.work / f'{run.name}.json'
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def cost(run: Run, args: Namespace) -> float:
+    """Return the multiply-adds of a run per training image, a backward pass counted as two forward ones."""
+    sizes = run.sizes if run.switchable or run.method == 'inet' else args.sizes
+    total = 3. * sum(madds(args.model, s) for s in sizes) * (args.search_epochs if run.search else args.epochs)
+    return total / len(sizes) if run.method == 'random_size' else total
+
+
+@cache
+def madds(model: str, size: int) -> int:
+    return count_madds(timm.create_model(model, num_classes=10), size)
+
+
+def show(runs: List[Run], args: Namespace, title: str) -> None:
+    for run in runs:
+        state = 'done' if read(run, args) else ''
+        print(f'{title:8}{run.name:40}{cost(run, args) / 1e9:10.1f} G multiply-adds an image  {state}')
+    todo = sum(cost(run, args) for run in runs if not read(run, args))
+    hours = seconds_left(todo, args) / 3600
+    print(f'{title:8}{"all that is left":40}{todo / 1e9:10.1f} G' + (f', about {hours:.1f} h' if hours else '') + '\n')
+
+
+def seconds_left(todo: float, args: Namespace) -> float:
+    """Estimate the time for some multiply-adds per image from the runs that are done; 0 if there are none."""
+    done = [json.loads(path.read_text()) for path in args.work.glob('*-seed*.json')]
+    rate = sum(r['cost'] for r in done) / max(sum(r['seconds'] for r in done), 1e-9)
+    return todo / rate / args.jobs if done else 0.
+
+
+def train_all(runs: List[Run], args: Namespace) -> None:
+    """Train what is not done, some side by side, each in a process of its own."""
+    todo, running = [run for run in runs if not read(run, args)], {}
+    if todo:
+        load(args)
+    while todo or running:
+        while todo and len(running) < args.jobs:
+            run = todo.pop(0)
+            argv = [sys.executable, *sys.argv, '--worker', json.dumps(asdict(run))]
+            running[subprocess.Popen(argv)] = run
+            left = seconds_left(sum(cost(r, args) for r in [*todo, *running.values()]), args)
+            hours = f', {left / 3600:.1f} h left' if left else ''
+            print(f'{run.name}: begun, {len(todo)} to follow{hours}', flush=True)
+        time.sleep(0.2)
+        for process in [p for p in running if p.poll() is not None]:
+            run = running.pop(process)
+            if process.returncode:
+                for other in running:
+                    other.terminate()
+                raise SystemExit(f'{run.name} ended with {process.returncode}.')
+
+
+def load(args: Namespace):
+    return load_photographs(args.data_dir, args.sizes, args.side, args.crop_pct, args.work / 'photographs.pt')
+
+
+def train(run: Run, args: Namespace) -> None:
+    """Train a network and write what it reaches."""
+    began, device = time.perf_counter(), torch.device(args.device)
+    photographs = load(args)
+    count = photographs.num_fit if run.search else len(photographs.train)
+    images, labels = photographs.train[:count].to(device), photographs.train_labels[:count].to(device)
+    torch.manual_seed(run.seed)
+    kwargs = dict(num_classes=len(photographs.classes))
+    if args.zero_init:
+        kwargs.update(zero_init_last=True)
+    if run.switchable:
+        model = timm.create_model(f'rs_{args.model}', resolutions=run.sizes, **kwargs)
+    else:
+        model = timm.create_model(args.model, **kwargs)
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    model.to(device, memory_format=layout)
+    criterion = EnsembleDistillationLoss(run.method if run.method in ('ens', 'ens_topdown') else 'none')
+    pyramid = ResolutionPyramid(run.sizes)
+    optimizer = create_optimizer_v2(model, opt='sgd', lr=run.lr, momentum=0.9, weight_decay=args.weight_decay)
+    epochs, steps = args.search_epochs if run.search else args.epochs, count // args.batch_size
+    partial, epoch, spent = args.work / f'{run.name}.ckpt', 0, 0.
+    if partial.exists():
+        state = torch.load(partial, map_location=device)
+        model.load_state_dict(state['model'])
+        optimizer.load_state_dict(state['optimizer'])
+        epoch, spent = state['epoch'], state['seconds']
+
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext()
+
+    while epoch < epochs:
+        generator = torch.Generator().manual_seed(1000003 * run.seed + epoch)
+        order, sums = torch.randperm(count, generator=generator), torch.zeros(4, device=device)
+        model.train()
+        batches = random_crops(images, order, args.batch_size, run.sizes[0], tuple(args.scale), generator)
+        for step, (crops, indices) in enumerate(batches):
+            at = epoch + step / steps
+            warm = min(1., (at + 1 / steps) / max(args.warmup_epochs, 1e-9))
+            for group in optimizer.param_groups:
+                group['lr'] = run.lr * min(warm, 0.5 * (1 + math.cos(math.pi * at / epochs)))
+            crops = crops.contiguous(memory_format=layout)
+            with autocast():
+                if run.switchable:
+                    logits, alpha = model(pyramid(crops)), model.alpha
+                elif run.method == 'random_size':
+                    size = run.sizes[int(torch.randint(len(run.sizes), (), generator=generator))]
+                    logits, alpha = [model(pyramid(crops)[run.sizes.index(size)])], torch.zeros(1, device=device)
+                else:
+                    logits, alpha = [model(crops)], torch.zeros(1, device=device)
+            terms = criterion(logits, labels[indices.to(device)], alpha)
+            ramp = min(1., at / args.distill_ramp) if args.distill_ramp else 1.
+            loss = terms['classification'] + terms['ensemble'] + ramp * terms['distillation']
+            (loss / len(logits) if args.mean_loss else loss).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            sums += torch.stack([terms[k].detach() for k in ('loss', 'classification', 'ensemble', 'distillation')])
+        if not sums.isfinite().all():
+            raise SystemExit(f'{run.name}: the loss is not finite in epoch {epoch}.')
+        epoch += 1
+        seconds = spent + time.perf_counter() - began
+        losses, left = '/'.join(f'{v:.3f}' for v in (sums / steps).tolist()), seconds / epoch * (epochs - epoch)
+        print(f'{run.name}: epoch {epoch}/{epochs}, loss {losses}, {left / 60:.0f} min to go', flush=True)
+        state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch, seconds=seconds)
+        torch.save(state, f'{partial}.tmp')
+        os.replace(f'{partial}.tmp', partial)
+
+    held = (photographs.held_out, photographs.train_labels[count:])
+    target = held if run.search else (photographs.val, photographs.val_labels)
+    sizes = run.sizes if run.method == 'inet' and (run.search or run.sizes[0] != args.sizes[0]) else args.sizes
+    result = dict(
+        asdict(run), **accuracy(model.eval(), sizes, *target, device, autocast), params=count_parameters(model),
+        cost=cost(run, args), seconds=seconds, device=device_name(device), images_per_second=count * epochs / seconds)
+    torch.save({k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()},
+               args.work / f'{run.name}.pth')
+    (args.work / f'{run.name}.tmp').write_text(json.dumps(result, indent=2) + '\n')
+    os.replace(args.work / f'{run.name}.tmp', args.work / f'{run.name}.json')
+    partial.unlink()
+    print(f"{run.name}: {', '.join(f'{s} px {v:.2f}' for s, v in result['top1'].items())}", flush=True)
+
+
+@torch.inference_mode()
+def accuracy(model, sizes, images, labels, device, autocast) -> Dict[str, Dict[str, float]]:
+    """Return top-1 and top-5 in percent at each size, and of the ensemble."""
+    logits = {}
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in (MEAN, STD))
+    for size in sizes:
+        batches = images[size].split(250)
+        with autocast():
+            logits[str(size)] = torch.cat([model((x.to(device).float() - mean) / std).float() for x in batches])
+    if hasattr(model, 'alpha'):
+        logits[ENSEMBLE] = torch.einsum('s,snc->nc', model.alpha.softmax(0), torch.stack(list(logits.values())))
+    labels = labels.to(device).view(-1, 1)
+    hits = {k: z.topk(min(5, z.shape[1])).indices == labels for k, z in logits.items()}
+    return dict(
+        top1={k: 100 * h[:, :1].any(1).float().mean().item() for k, h in hits.items()},
+        top5={k: 100 * h.any(1).float().mean().item() for k, h in hits.items()},
+        loss={k: F.cross_entropy(z, labels[:, 0]).item() for k, z in logits.items()})
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'
+
+
+def write_table(args: Namespace) -> None:
+    """Write what the finished runs come to."""
+    runs = [(run, read(run, args)) for run in plan(args, False)]
+    runs = [(run, result) for run, result in runs if result]
+    rows = []
+    largest = args.sizes[0]
+    for method, title in METHODS.items():
+        for size in args.sizes:
+            chosen = [r for run, r in runs if run.method == method and (method != 'inet' or run.sizes == (size,))]
+            rows.extend(summarize(args, title, size, chosen))
+        if method == 'inet':
+            chosen = [r for run, r in runs if run.method == 'inet' and run.sizes == (largest,)]
+            for size in args.sizes:
+                rows.extend(summarize(args, f'I-{largest}', size, chosen))
+    if not rows:
+        raise SystemExit(f'{args.work} holds no finished run of these.')
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with open(args.output, 'w', newline='') as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    args.output.with_suffix('.md').write_text(markdown(rows, args))
+    args.output.with_suffix('.json').write_text(json.dumps(dict(
+        command=shell_command(), environment=environment(), recipe={k: getattr(args, k) for k in RECIPE},
+        lrs=args.lrs, runs=[r for _, r in runs]), indent=2) + '\n')
+    plot(rows, args.output.with_suffix('.png'))
+    print(markdown(rows, args))
+
+
+def summarize(args: Namespace, method: str, size: int, results: List[dict]) -> List[dict]:
+    """Return a row of the table, or none where nothing has finished."""
+    if not results:
+        return []
+    top1, top5 = ([r[k][str(size)] for r in results] for k in ('top1', 'top5'))
+    return [dict(
+        dataset=args.dataset, model=args.model, method=method, resolution=size, seeds=len(results), epochs=args.epochs,
+        top1_mean=round(statistics.mean(top1), 2), top1_std=round(statistics.stdev(top1), 2) if len(top1) > 1 else '',
+        top5_mean=round(statistics.mean(top5), 2), madds=madds(args.model, size), params=results[0]['params'])]
+
+
+def markdown(rows: List[dict], args: Namespace) -> str:
+    """Return the table in the paper's form."""
+    found = {(row['method'], row['resolution']): row['top1_mean'] for row in rows}
+    lines = [
+        f'Top-1 accuracy of {args.model} on {args.dataset}, {args.epochs} epochs, mean of {rows[0]["seeds"]} seed(s); '
+        f'in brackets the gain over the I-Net of that size.', '',
+        '| size | MAdds | ' + ' | '.join(dict.fromkeys(row['method'] for row in rows)) + ' |',
+        '|---' * (2 + len({row['method'] for row in rows})) + '|']
+    for size in args.sizes:
+        cells = []
+        for method in dict.fromkeys(row['method'] for row in rows):
+            value, base = found.get((method, size)), found.get((METHODS['inet'], size))
+            gain = f' ({value - base:+.1f})' if None not in (value, base) and method != METHODS['inet'] else ''
+            cells.append('' if value is None else f'{value:.1f}{gain}')
+        lines.append(f'| {size} | {madds(args.model, size) / 1e6:.0f}M | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines) + '\n'
+
+
+def plot(rows: List[dict], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout='constrained')
+    axis = figure.subplots()
+    for method in dict.fromkeys(row['method'] for row in rows):
+        points = [(row['madds'] / 1e6, row['top1_mean']) for row in rows if row['method'] == method]
+        style = dict(marker='s', linestyle='') if method == METHODS['inet'] else dict(marker='o')
+        axis.plot(*zip(*points), label=method, **style)
+    axis.set(xlabel='multiply-adds (millions)', ylabel='top-1 accuracy (%)',
+             title=f"{rows[0]['model']} on {rows[0]['dataset']}, {rows[0]['epochs']} epochs")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == '__main__':
+    main()

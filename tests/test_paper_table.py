@@ -1,0 +1,133 @@
+"""The paper's comparison on a folder of images: its crops, its runs and its table"""
+import csv
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_equal
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
+import _photographs
+import paper_table
+from _photographs import random_crops, resize_matrices
+
+
+def test_crop_of_the_whole_image_is_an_antialiased_resize():
+    x = torch.rand(2, 3, 40, 40)
+    matrices = resize_matrices(torch.zeros(2), torch.full((2,), 40.), 40, 16)
+    found = matrices[:, None] @ x @ matrices[:, None].transpose(-1, -2)
+    torch.testing.assert_close(found, F.interpolate(x, size=(16, 16), mode='bilinear', antialias=True))
+
+
+def test_crops_are_inside_flipped_and_repeatable():
+    images = torch.arange(32, dtype=torch.uint8).expand(64, 3, 32, 32).contiguous()  # columns tell where
+    order = torch.arange(64)
+    batches = [list(random_crops(images, order, 30, 16, (0.2, 0.5), torch.Generator().manual_seed(0))) for _ in '12']
+    assert [len(crops) for crops, _ in batches[0]] == [30, 30]
+    assert_equal(batches[0], batches[1])
+    std = torch.tensor(_photographs.STD).view(3, 1, 1) * 255
+    mean = torch.tensor(_photographs.MEAN).view(3, 1, 1) * 255
+    columns = torch.cat([crops for crops, _ in batches[0]]) * std + mean
+    assert columns.min() > -0.01 and columns.max() < 31.01
+    steps = (columns[..., -1] - columns[..., 0]).mean((1, 2))
+    assert 15 < (steps < 0).sum() < 45
+    widths = steps.abs() * 16 / 15
+    assert 32 * (0.2 * 3 / 4) ** 0.5 - 1 < widths.min() < widths.max() < 32 * (0.5 * 4 / 3) ** 0.5 + 1
+
+
+@pytest.fixture
+def argv(tmp_path):
+    generator = random.Random(0)
+    for split, count in (('train', 20), ('val', 4)):
+        for name in ('cat', 'dog'):
+            folder = tmp_path / 'pictures' / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.frombytes('RGB', (40, 36), generator.randbytes(40 * 36 * 3)).save(folder / f'{i}.png')
+    return [
+        str(tmp_path / 'pictures'), '--model', 'test_resnet', '--sizes', '24', '32', '--epochs', '2', '--side', '36',
+        '--batch-size', '8', '--work', str(tmp_path / 'work'), '--output', str(tmp_path / 'table.csv'),
+        '--device', 'cpu']
+
+
+def train_all(args, search=False):
+    """Train in this process."""
+    args.work.mkdir(exist_ok=True)
+    for run in paper_table.plan(args, search):
+        paper_table.train(run, args)
+
+
+def test_table(argv, tmp_path, capsys):
+    args = paper_table.parse_args(argv)
+    train_all(args)
+    assert paper_table.plan(args, search=True) == []
+    paper_table.main([*argv, '--table-only'])
+    rows = list(csv.DictReader((tmp_path / 'table.csv').open()))
+    methods = ['I-Nets', 'I-32', 'Parallel', 'RS-Net, ensemble alone', 'RS-Net', 'random size']
+    assert [(row['method'], row['resolution']) for row in rows] == [(m, s) for m in methods for s in ('32', '24')]
+    assert {(row['dataset'], row['model'], row['epochs'], row['seeds']) for row in rows} == {
+        ('pictures', 'test_resnet', '2', '1')}
+    for row in rows:
+        assert 100 * int(float(row['top1_mean']) / 12.5) / 8 == float(row['top1_mean'])  # of eight images
+        assert float(row['top5_mean']) == 100
+    assert int(rows[0]['madds']) > int(rows[1]['madds']) > 0
+    assert rows[0]['params'] == rows[10]['params'] < rows[8]['params']
+    best = paper_table.read(paper_table.plan(args, False)[0], args)
+    assert best['top1']['32'] == float(rows[0]['top1_mean']) and best['images_per_second'] > 0
+    table = (tmp_path / 'table.md').read_text().splitlines()
+    assert table[2].startswith('| size | MAdds | I-Nets | I-32 ') and len(table) == 6
+    assert all((tmp_path / f'table.{kind}').stat().st_size for kind in ('png', 'json'))
+    paper_table.main([*argv, '--dry-run'])
+    assert capsys.readouterr().out.count('done') == 6
+
+
+def test_learning_rate_is_chosen_on_held_out_images(argv):
+    args = paper_table.parse_args([*argv, '--lrs', '0.01', '0.1', '--search-epochs', '1', '--methods', 'ens'])
+    train_all(args, search=True)
+    results = {run.lr: paper_table.read(run, args) for run in paper_table.plan(args, True)}
+    means = {lr: (r['top1']['32'] + r['top1']['24']) / 2 for lr, r in results.items()}
+    assert set(means) == {0.01, 0.1}
+    (run,) = paper_table.plan(args, False)
+    assert means[run.lr] == max(means.values())
+    photographs = paper_table.load(args)
+    assert photographs.num_fit == 36 and len(photographs.held_out[32]) == 4
+
+
+def test_a_stopped_run_goes_on(argv, monkeypatch, tmp_path):
+    found = []
+    for stop in (False, True):
+        args = paper_table.parse_args([*argv, '--methods', 'ens_topdown', '--work', str(tmp_path / str(stop))])
+        args.work.mkdir()
+        (run,) = paper_table.plan(args, False)
+        if stop:
+            with monkeypatch.context() as patch:
+                patch.setattr(paper_table.os, 'replace', stop_after(1, '.ckpt'))
+                with pytest.raises(KeyboardInterrupt):
+                    paper_table.train(run, args)
+            assert paper_table.read(run, args) is None
+        paper_table.train(run, args)
+        found.append((torch.load(args.work / f'{run.name}.pth'), paper_table.read(run, args)['top1']))
+    assert_equal(found[0], found[1])
+
+
+def stop_after(count, suffix):
+    from os import replace
+
+    def replace_and_stop(source, target):
+        nonlocal count
+        replace(source, target)
+        if str(target).endswith(suffix):
+            count -= 1
+            if not count:
+                raise KeyboardInterrupt
+    return replace_and_stop
+
+
+def test_runs_of_two_recipes_do_not_mix(argv):
+    paper_table.main([*argv, '--dry-run'])
+    with pytest.raises(SystemExit, match='work holds runs with --epochs 2, not 3; choose another --work'):
+        paper_table.main([*argv, '--epochs', '3', '--dry-run'])
