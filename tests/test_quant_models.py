@@ -485,6 +485,19 @@ def test_fold(activation_bits):
     assert_equal(fold(model)(x), model(x))
 
 
+@pytest.mark.parametrize('activation_bits, file_format', [(32, 'torchscript'), (2, 'onnx')])
+def test_export(activation_bits, file_format, tmp_path):
+    if file_format == 'onnx':
+        pytest.importorskip('onnx')
+        pytest.importorskip('onnxruntime')
+    from timm_rs.deploy.export import export_resolution, export_switchable
+
+    model = settle(preresnet(layers=(1, 1, 1, 1), quantization=dict(weight_bits=2, activation_bits=activation_bits)))
+    assert export_resolution(model, 32, str(tmp_path / 'one'), file_format) < 1e-5  # what the file and the model differ
+    if file_format == 'onnx':
+        assert max(export_switchable(model, str(tmp_path / 'all')).values()) < 1e-5
+
+
 # State dicts and files
 
 def state_of(model):
@@ -599,6 +612,7 @@ def test_hub(hub, trained, packed, tmp_path):  # noqa: F811
         assert_restores(trained, restored)
     for x in images(*RESOLUTIONS):
         assert_equal(restored(x), trained(x))
+    assert 'weights of 2 bits, activations of 3, but' in hub.files(REPO)['README.md'].decode()
     config = json.loads(hub.files(REPO)['config.json'])
     assert config['model_args']['quantization'] == dict(weight_bits=2, activation_bits=3, skip=['layer4.*'])
 

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoint import nearest_resolution
 from .private_bn import check_resolutions
+from .quant.quantize import fold, is_quantized
 from .switchable import SwitchableMixin
 
 __all__ = ['ENSEMBLE', 'average', 'count_madds', 'count_parameters', 'evaluate']
@@ -44,6 +45,8 @@ def count_madds(model: nn.Module, resolution: int, in_chans: int = 3) -> int:
     """
     if isinstance(model, SwitchableMixin):
         model = model.at(nearest_resolution(resolution, resolution, model.resolutions))
+    if is_quantized(model):
+        model = fold(model)
     training = model.training
     model.eval()
     logger = logging.getLogger('torch._subclasses.fake_tensor')  # shows a traceback of what is raised anyway

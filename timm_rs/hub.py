@@ -204,7 +204,7 @@ def model_card(
         _MARK,
         f'`{architecture}` of {model.num_classes} classes, a Resolution Switchable Network '
         f'([arXiv:2007.09558](https://arxiv.org/abs/2007.09558)): one set of weights for images of {sizes} pixels, '
-        'of which only the BatchNorms are private to each size.',
+        f'of which only the BatchNorms are private to each size.{_quantization(model)}',
         '## Accuracy' + (f' on {dataset}' if results else ''),
         '\n'.join(table),
         f'{count_parameters(model):,} parameters in all. MAdds are multiply-adds of one image.',
@@ -351,6 +351,16 @@ def _count_madds(model: nn.Module, resolution: int, in_chans: int) -> Optional[i
         return count_madds(model, resolution, in_chans)
     except ValueError:  # no reason to keep the weights back
         return None
+
+
+def _quantization(model: nn.Module) -> str:
+    """Return a sentence on the bits of a quantized network."""
+    told = getattr(model, '_quantization', None)
+    if not told:
+        return ''
+    activations = f", activations of {told['activation_bits']}" if told['activation_bits'] < 32 else ''
+    return (f" Its convolutions have weights of {told['weight_bits']} bits{activations}, but for the first one "
+            '([arXiv:1807.10029](https://arxiv.org/abs/1807.10029)).')
 
 
 def _giga(madds: Optional[int]) -> str:

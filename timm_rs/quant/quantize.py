@@ -112,9 +112,12 @@ class StepFunction(nn.Module):
         self.register_buffer('thresholds', thresholds)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.levels[0].to(x.dtype).expand_as(x)
-        for i in range(len(self.thresholds)):
-            y = torch.where(x > self.thresholds[i], self.levels[i + 1].to(x.dtype), y)
+        levels = self.levels.to(x.dtype)
+        if len(levels) > 16:
+            return levels[torch.bucketize(x, self.thresholds)]
+        y = torch.where(x > self.thresholds[0], levels[1], levels[0])
+        for i in range(1, len(self.thresholds)):
+            y = torch.where(x > self.thresholds[i], levels[i + 1], y)
         return y
 
 

@@ -103,7 +103,8 @@ class _LearnedBasis(nn.Module):
 
     The moving average of bases is zero-debiased: with m <- 0.9 m + 0.1 v* and t <- t + 1 the basis is m / (1 - 0.9^t).
     As m follows from the basis and t, these two are all there is to keep: v <- v + (v* - v) 0.1 / (1 - 0.9^t). The
-    first update replaces the initial basis.
+    first update replaces the initial basis. In a moving average of the model (timm's ModelEmaV3) bases are averaged as
+    the weights are that they fit.
     """
 
     bits: int
@@ -185,6 +186,7 @@ class QuantConv2d(_LearnedBasis, nn.Conv2d):
     It keeps the weights that it learns under their key; buffers are `basis` [out_channels, K] and `basis_updates`. The
     basis is fitted to v* = (B'B + eI)^-1 (B'w + e v), e = 1e-4. The gradient of the levels goes to the weights as it
     is. A list of S resolutions makes S updates, one after the other in its order, which in training is largest first.
+    Processes that train together have the same weights, so they come to the same bases.
 
     Args:
         in_channels: See nn.Conv2d, as the other arguments.
