@@ -1,0 +1,154 @@
+#!/usr/bin/env python3
+"""Deployment: one ONNX file for all sizes against a plain ONNX file for each
+
+All in ONNX Runtime, on the CPU, batch 1, five sizes, random weights. The scale is timm's network at one size with its
+BatchNorms folded, in float32, as `timm-rs export --resolution` writes it. Beside it, from one file for all sizes:
+
+- fast: timm_rs.deploy.Session as it is by default, a folded graph for each size. Wanted: a ratio of at most 1.03.
+- low_memory: one graph with the weights once. Wanted: at most 1.15.
+- int8, int8_low_memory: the same two of an int8 file. Wanted: at most 0.45.
+
+Files: the one for all sizes against a plain one of one size in float32 (wanted: at most 1.03), the int8 one against one
+of the same kind for one size (at most 1.05) and against the float32 one for all sizes (at most 0.27). Memory: what a
+process has resident after it opened a file and ran every size once, less what it has after the imports.
+
+Contenders take turns (A B A B ...). n: 3 loads of all files, 20 rounds with each (--builds, --rounds). A ratio is the
+median over loads of the median ratio within a round, with its range over loads. A second session of the plain file is a
+control: its ratio to the first, ideally 1, shows what the machine can tell apart.
+
+    python benchmarks/bench_deploy.py --clock cpu
+    python benchmarks/bench_deploy.py --threads 2 --output results/bench_deploy_2threads.json
+
+One run takes about five minutes. Needs Linux for the memory.
+"""
+import os
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+import timm
+import torch
+from _common import add_timing_arguments, create_parser, measure, median, print_table, ratio, write_results
+from PIL import Image
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from timm_rs.deploy import Session
+from timm_rs.deploy.export import export_int8, export_resolution, export_switchable
+
+KINDS = ('fast', 'low_memory', 'int8', 'int8_low_memory')
+WANTED = dict(fast=1.03, low_memory=1.15, int8=0.45, int8_low_memory=0.45)
+LATENCY_COLUMNS = ('case', 'plain_ms', 'control', *KINDS)
+FILE_COLUMNS = ('case', 'megabytes', 'scale', 'ratio', 'wanted')
+MEMORY_COLUMNS = ('case', 'megabytes')
+PROGRAM = """
+import sys
+import numpy as np, onnxruntime, onnx
+from timm_rs.deploy import Session
+def resident():
+    with open('/proc/self/status') as f:
+        return next(int(line.split()[1]) for line in f if line.startswith('VmRSS')) / 1e3
+before = resident()
+session = Session(sys.argv[1], threads=int(sys.argv[3]), mode=sys.argv[2])
+for r in session.resolutions:
+    session.predict(np.zeros((1, 3, r, r), np.float32))
+print(resident() - before)
+"""
+
+
+def main():
+    parser = create_parser(__doc__)
+    add_timing_arguments(parser, builds=3, rounds=20)
+    parser.add_argument('--models', nargs='+', default=['resnet18', 'resnet50', 'mobilenetv2_100'], metavar='NAME',
+                        help='timm models (default: resnet18 resnet50 mobilenetv2_100)')
+    args = parser.parse_args()
+    latency, files, memory = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.models:
+            resolutions = export_all(name, folder)
+            latency += compare_latency(args, name, folder, resolutions)
+            files += compare_files(name, folder)
+            memory += measure_memory(args, name, folder, resolutions)
+    print()
+    for columns, rows in ((FILE_COLUMNS, files), (MEMORY_COLUMNS, memory)):
+        print_table(columns, rows)
+        print()
+    write_results(args, latency + files + memory)
+
+
+def export_all(name, folder):
+    """Write the files of a network and return its resolutions."""
+    torch.manual_seed(0)
+    model = timm.create_model(f'rs_{name}').eval()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):  # as different from size to size as training would make them
+            module.weight.data.uniform_(0.8, 1.2)
+            module.bias.data.normal_(std=0.1)
+    noise = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)
+    images = [Image.fromarray(n).resize((256, 256), Image.Resampling.BICUBIC) for n in noise]
+    export_switchable(model, f'{folder}/{name}.onnx')
+    export_int8(model, f'{folder}/{name}-int8.onnx', images)
+    for resolution in model.resolutions:
+        export_resolution(model, resolution, f'{folder}/{name}-{resolution}.onnx')
+    single = timm.create_model(f'rs_{name}', resolutions=model.resolutions[:1]).eval()
+    export_int8(single, f'{folder}/{name}-int8-one.onnx', images)
+    return model.resolutions
+
+
+def compare_latency(args, name, folder, resolutions):
+    """Return the rows of a network."""
+    def build():
+        sessions = {}
+        for kind in KINDS:
+            file = f'{name}-int8.onnx' if kind.startswith('int8') else f'{name}.onnx'
+            mode = 'low_memory' if kind.endswith('low_memory') else 'fast'
+            sessions[kind] = Session(f'{folder}/{file}', args.threads, mode)
+        contenders = {}
+        for resolution in resolutions:
+            x = np.random.default_rng(0).standard_normal((1, 3, resolution, resolution), np.float32)
+            plain = {k: Session(f'{folder}/{name}-{resolution}.onnx', args.threads) for k in ('plain', 'control')}
+            for kind, session in {**plain, **sessions}.items():
+                contenders[f'{kind} {resolution}'] = lambda s=session, x=x: s.predict(x)
+        return contenders
+
+    runs = measure(build, args)
+    rows = []
+    for resolution in resolutions:
+        row = dict(case=f'{name} at {resolution}', plain_ms=median(runs, f'plain {resolution}'))
+        for key in ('control', *KINDS):
+            found = ratio(runs, f'{key} {resolution}', f'plain {resolution}')
+            row.update({key: found['ratio'], f'{key}_range': found['range']})
+        rows.append(dict(row, wanted=WANTED, n=f'{args.builds} x {args.rounds}'))
+    print_table(LATENCY_COLUMNS, rows)
+    return rows
+
+
+def compare_files(name, folder):
+    def megabytes(file):
+        return round(os.path.getsize(f'{folder}/{file}.onnx') / 1e6, 3)
+
+    plain, one, int8, int8_one = (megabytes(name + end) for end in ('-224', '', '-int8', '-int8-one'))
+    return [
+        dict(case=f'{name}: file for five sizes', megabytes=one, scale='plain file of one size',
+             ratio=round(one / plain, 4), wanted=1.03),
+        dict(case=f'{name}: int8 file for five sizes', megabytes=int8, scale='int8 file of one size',
+             ratio=round(int8 / int8_one, 4), wanted=1.05),
+        dict(case=f'{name}: int8 file for five sizes', megabytes=int8, scale='float32 file for five sizes',
+             ratio=round(int8 / one, 4), wanted=0.27),
+    ]
+
+
+def measure_memory(args, name, folder, resolutions):
+    cases = [('plain file of one size', f'{name}-{resolutions[0]}', 'fast')]
+    for what, end in (('float32', ''), ('int8', '-int8')):
+        cases += [(f'{what}, {mode}', name + end, mode) for mode in ('fast', 'low_memory')]
+    rows = []
+    for case, file, mode in cases:
+        command = [sys.executable, '-c', PROGRAM, f'{folder}/{file}.onnx', mode, str(args.threads)]
+        result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        rows.append(dict(case=f'{name} resident: {case}', megabytes=round(float(result.stdout), 1)))
+    return rows
+
+
+if __name__ == '__main__':
+    main()
