@@ -142,7 +142,7 @@ def check_inference(model: nn.Module, device: str) -> None:
         for r in model.resolutions:
             x = torch.randn(BATCH_SIZE, 3, r, r, device=device)
             logits = model(x)
-            if model.resolution != r or logits.shape != (BATCH_SIZE, model.num_classes):
+            if model.resolution != r or logits.shape != (BATCH_SIZE, model.num_classes or model.num_features):
                 raise Failure(f'logits at {r} have the shape {tuple(logits.shape)}')
             if device == 'meta':
                 continue
