@@ -3,7 +3,7 @@
 
 train_rs.py trains rs_test_resnet on handwritten digits for three epochs on the CPU, with mixup, random erasing, drop
 path, a moving average, two loader processes and a recovery checkpoint every second update. Each trial kills it and its
-loader processes after a random time between the end of its start-up and its end, starts it again with --resume auto,
+loader processes at a random moment between its first file and its end, starts it again with --resume auto,
 and compares weights, moving average, optimizer state, best weights and summary.csv, bit for bit.
 
     python benchmarks/kill_resume.py
@@ -41,11 +41,12 @@ def main():
     generator = random.Random(args.seed)
 
     with tempfile.TemporaryDirectory() as root:
-        expected, (begin, end) = train_to_the_end(Path(root) / 'alone')
+        expected, duration = train_to_the_end(Path(root) / 'alone')
         rows = []
         for trial in range(args.trials):
-            output, moment = Path(root) / str(trial), generator.uniform(begin, end)
+            output, moment = Path(root) / str(trial), generator.uniform(0, duration)
             process = start(output)
+            wait_for_start(process, output)
             try:
                 process.wait(moment)
             except subprocess.TimeoutExpired:
@@ -72,13 +73,18 @@ def start(output):
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ, OMP_NUM_THREADS='1'))
 
 
-def train_to_the_end(output):
-    """Return what a run left behind, and when its first file came and when it ended, in seconds."""
-    process, began, first = start(output), time.perf_counter(), None
-    while process.poll() is None:
-        if first is None and (output / 'run' / 'args.yaml').exists():
-            first = time.perf_counter() - began
+def wait_for_start(process, output):
+    while process.poll() is None and not (output / 'run' / 'args.yaml').exists():
         time.sleep(0.02)
+
+
+def train_to_the_end(output):
+    """Return what a run left behind, and how many seconds passed from its first file to its end."""
+    process = start(output)
+    wait_for_start(process, output)
+    began = time.perf_counter()
+    process.wait()
+    duration = time.perf_counter() - began
     if process.returncode:
         raise SystemExit(f'{shlex.join(process.args)} ended with {process.returncode}.')
     folder = output / 'run'
@@ -86,7 +92,7 @@ def train_to_the_end(output):
     best = torch.load(folder / 'model_best.pth.tar', weights_only=False)
     found = {part: last[part] for part in PARTS}
     found.update(best=best['state_dict'], summary=list(csv.reader((folder / 'summary.csv').open())))
-    return found, (first, time.perf_counter() - began)
+    return found, duration
 
 
 def same(a, b):
