@@ -69,11 +69,11 @@ def main():
             latency += compare_latency(args, name, folder, resolutions)
             files += compare_files(name, folder)
             memory += measure_memory(args, name, folder, resolutions)
+            write_results(args, latency + files + memory)
     print()
     for columns, rows in ((FILE_COLUMNS, files), (MEMORY_COLUMNS, memory)):
         print_table(columns, rows)
         print()
-    write_results(args, latency + files + memory)
 
 
 def export_all(name, folder):

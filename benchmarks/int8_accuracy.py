@@ -7,7 +7,7 @@ the 1,000 ImageNet classes, else in the order of the network's classes. Wanted: 
 
     python benchmarks/int8_accuracy.py CHECKPOINT --model mobilenetv2_100 --model-kwargs pad_type=same \
         --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5 --interpolation bilinear --crop-pct 1.0 \
-        --train DIR --val DIR --val-glob 'ILSVRC2012_val_*'
+        --train DIR --val DIR DIR --val-glob 'ILSVRC2012_val_*'
 
 Writes results/int8_accuracy.json: a row per size, with the command and the machine.
 """
@@ -41,7 +41,7 @@ def main():
     add('--interpolation')
     add('--crop-pct', type=float)
     add('--train', required=True, help='folder of images to calibrate on')
-    add('--val', required=True, help='folder of class folders of images to evaluate on')
+    add('--val', required=True, nargs='+', help='folders of class folders of images to evaluate on')
     add('--val-glob', default='*', help='names of the images to evaluate on')
     add('--images', type=int, default=128, help='images to calibrate on (default: %(default)s)')
     args = parser.parse_args()
@@ -49,12 +49,16 @@ def main():
     data = {k: getattr(args, k) for k in ('mean', 'std', 'interpolation', 'crop_pct') if getattr(args, k)}
     model = load_model(
         args.checkpoint, args.model, args.resolutions, model_kwargs=args.model_kwargs, data_config=data).model
-    images = [p for p in find_images(args.val) if fnmatch.fnmatch(os.path.basename(p), args.val_glob)]
-    labels = label(images, args.val, model.num_classes)
+    images = [p for folder in args.val for p in find_images(folder)
+              if fnmatch.fnmatch(os.path.basename(p), args.val_glob)]
+    labels = label(images, model.num_classes)
+    evaluated = set(images)
+    train = [p for p in find_images(args.train) if p not in evaluated]
+    train = [train[i * len(train) // args.images] for i in range(args.images)]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         export_switchable(model, f'{folder}/float32.onnx')
-        export_int8(model, f'{folder}/int8.onnx', find_images(args.train, args.images))
+        export_int8(model, f'{folder}/int8.onnx', train)
         sessions = [Session(f'{folder}/{kind}.onnx', threads=1) for kind in ('float32', 'int8')]
         for resolution in model.resolutions:
             rows.append(evaluate(sessions, images, labels, resolution))
@@ -63,10 +67,10 @@ def main():
     write_results(args, rows)
 
 
-def label(images, root, num_classes):
+def label(images, num_classes):
     """Return the class of each image by its folder."""
-    folders = [os.path.relpath(image, root).split(os.sep)[0] for image in images]
-    names = ImageNetInfo().label_names() if num_classes == 1000 else sorted(set(os.listdir(root)))
+    folders = [os.path.basename(os.path.dirname(image)) for image in images]
+    names = ImageNetInfo().label_names() if num_classes == 1000 else sorted(set(folders))
     index = {name: i for i, name in enumerate(names)}
     return np.array([index[folder] for folder in folders])
 

@@ -364,6 +364,16 @@ def test_int8_of_families(name, photographs, tmp_path):
     assert all(row['error'] < 0.3 for row in found.values())
 
 
+def test_int8_convolutions_pad_themselves(photographs, tmp_path):
+    """'same' padding is computed from the size and takes an operator of its own in float32."""
+    model = rs_model('test_efficientnet', (64, 32), pad_type='same')
+    export_switchable(model, str(tmp_path / 'float.onnx'))
+    export_int8(model, str(tmp_path / 'int8.onnx'), [str(next(photographs.iterdir()))])
+    operators = [{n.op_type for n in onnx.load(tmp_path / f'{n}.onnx').graph.node} for n in ('float', 'int8')]
+    assert 'Pad' in operators[0] and 'Pad' not in operators[1]
+    assert all(operator not in operators[0] for operator in ('Div', 'Ceil', 'Concat'))
+
+
 # What is refused
 
 def test_a_file_that_differs_is_not_written(tiny, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ Activations are uint8, their ranges are measured at every size on real images. W
 operator for, such as SiLU or attention, stays in float32 between conversions.
 """
 import copy
-from collections import Counter, defaultdict
+from collections import defaultdict
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -303,8 +303,3 @@ class _Quantizer:
 
     def _constant(self, name: str, value: np.ndarray) -> str:
         return self._sized(name, [np.asarray(value)] * len(self.graph.resolutions))
-
-
-def count_operators(graph: SizedGraph) -> Counter:
-    """Return how often each operator stands in a graph."""
-    return Counter(node.op_type for node in graph.nodes)
