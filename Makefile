@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
+EXTRAS ?= demo,test,web
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.timm_rs-installed
@@ -16,6 +17,7 @@ help:  ## list the targets and variables
 	@echo "  VENV      the environment, made and filled if it is not there ($(VENV))"
 	@echo "  PIP_ARGS  more arguments for pip install, e.g. where to find a CPU-only torch; plain pip on"
 	@echo "            Linux brings the CUDA build, several gigabytes ($(PIP_ARGS))"
+	@echo "  EXTRAS    what to install of setup.cfg; tests of what is missing are skipped ($(EXTRAS))"
 
 demo: $(INSTALLED)  ## train a small RS-Net on handwritten digits, on the CPU, into output/demo
 	$(BIN)/python examples/digits_demo.py --output output/demo
@@ -37,7 +39,7 @@ clean:  ## remove build leftovers, caches and output/demo; the environment stays
 	find timm_rs tests examples benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): setup.cfg pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[demo,test]'
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[$(EXTRAS)]'
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)

@@ -7,6 +7,7 @@ import argparse
 import os
 import shlex
 import sys
+import warnings
 from dataclasses import dataclass
 from typing import Any, Callable, Optional, Sequence
 
@@ -254,6 +255,87 @@ def _export(args: argparse.Namespace) -> None:
           f'{os.path.getsize(args.output) / 1e6:.1f} MB')
 
 
+def _add_onnx(parser: argparse.ArgumentParser, name: str = 'file') -> None:
+    if name.startswith('--'):
+        parser.add_argument(name, required=True, metavar='FILE.onnx', help='file of timm-rs export')
+    else:
+        parser.add_argument(name, metavar='FILE.onnx', help='file of timm-rs export')
+    parser.add_argument('--threads', type=int, metavar='N', help='threads of an inference (default: all cores)')
+
+
+def _add_predict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders, or - for an image on stdin')
+    _add_onnx(parser, '--model')
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument('--resolution', type=int, metavar='N', help='input size in pixels (default: the largest)')
+    size.add_argument('--budget-ms', type=float, metavar='T', help='take the largest size that keeps so many ms')
+    size.add_argument('--cascade', metavar='FILE', help='take larger sizes for unsure images; file of fit-cascade')
+    add = parser.add_argument
+    add('--mode', default='fast', choices=('fast', 'low_memory'), help='default: %(default)s')
+    add('--top', type=int, default=5, metavar='K', help='classes to print (default: %(default)s)')
+    add('--json', action='store_true', help='print a line of JSON for each image')
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from .deploy.predict import Predictor, predict_all
+
+    if args.top < 1:
+        raise ValueError(f'--top is {args.top}, expected a positive number.')
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f'timm-rs predict: {message}', file=sys.stderr)
+        warnings.simplefilter('always', RuntimeWarning)
+        predictor = Predictor(args.model, args.resolution, args.budget_ms, args.cascade, args.threads, args.mode)
+    if predict_all(predictor, args.images, args.top, args.json):
+        raise SystemExit(1)
+
+
+def _add_fit_cascade(parser: argparse.ArgumentParser) -> None:
+    _add_onnx(parser)
+    add = parser.add_argument
+    add('--data-dir', required=True, metavar='DIR', help='labelled images, in class folders')
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument('--target-accuracy', type=float, metavar='A', help='accuracy in percent to reach, cheaply')
+    target.add_argument('--target-madds', type=float, metavar='M',
+        help='mean multiply-adds of an image to stay below, in millions')
+    add('--start', type=int, metavar='N', help='first input size in pixels (default: fitted)')
+    add('--images', type=int, metavar='N', help='images to use at most (default: all)')
+    add('-o', '--output', required=True, metavar='FILE', help='file to write')
+
+
+def _fit_cascade(args: argparse.Namespace) -> None:
+    from .deploy.predict import fit_cascade
+
+    rows = fit_cascade(
+        args.file,
+        args.data_dir,
+        args.output,
+        None if args.target_accuracy is None else args.target_accuracy / 100,
+        None if args.target_madds is None else args.target_madds * 1e6,
+        args.start,
+        args.images,
+        args.threads,
+    )
+    print('network  accuracy  mean MAdds  mean ms  images through each size')
+    for row in rows:
+        shares = ', '.join(f'{r} px {share:.0%}' for r, share in row['shares'].items())
+        print(f"{row['network']:8} {row['accuracy']:8.2%} {row['madds'] / 1e6:10.1f}M {row['milliseconds']:8.2f}  "
+              f'{shares}')
+    print(f'{args.output}: thresholds of a cascade for {args.file}')
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    _add_onnx(parser)
+    add = parser.add_argument
+    add('--host', default='127.0.0.1', metavar='ADDRESS', help='address to listen at (default: %(default)s)')
+    add('--port', type=int, metavar='N', help='port to listen at (default: a free one from 7860 on)')
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from .deploy.web import serve
+
+    serve(args.file, args.host, args.port, args.threads)
+
+
 def _add_plot(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('runs', nargs='+', metavar='OUTPUT_DIR', help='output folders of train_rs.py')
@@ -275,8 +357,11 @@ def _plot(args: argparse.Namespace) -> None:
 COMMANDS = (
     Command('calibrate', 'add a resolution that was not trained', _add_calibrate, _calibrate),
     Command('convert', 'make a model folder of a checkpoint, or of one resolution of it', _add_convert, _convert),
+    Command('demo', 'open a local web page that answers a picture at every size', _add_demo, _demo),
     Command('export', 'write a file that runs without timm: ONNX, torch.export or TorchScript', _add_export, _export),
+    Command('fit-cascade', 'fit thresholds at which an image goes on to a larger size', _add_fit_cascade, _fit_cascade),
     Command('plot', 'draw figures of training runs', _add_plot, _plot),
+    Command('predict', 'answer images with an exported file', _add_predict, _predict),
     Command('push', 'push a checkpoint to the Hugging Face Hub', _add_push, _push),
 )
 

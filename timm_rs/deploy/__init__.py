@@ -3,7 +3,20 @@
 What is imported here needs NumPy, Pillow and ONNX Runtime alone. Writing such a file (timm_rs.deploy.export) needs
 torch and timm.
 """
+from .adaptive import AdaptiveSession, Controller, Prediction, QueueFullError
+from .cascade import Cascade, CascadePrediction, CascadeSession
 from .preprocess import ImageError, Preprocessing
 from .session import Session
 
-__all__ = ['ImageError', 'Preprocessing', 'Session']
+__all__ = [
+    'AdaptiveSession',
+    'Cascade',
+    'CascadePrediction',
+    'CascadeSession',
+    'Controller',
+    'ImageError',
+    'Prediction',
+    'Preprocessing',
+    'QueueFullError',
+    'Session',
+]

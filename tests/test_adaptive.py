@@ -1,0 +1,284 @@
+"""The session that keeps a budget, on a clock that only moves when the network runs"""
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from conftest import rs_model
+from PIL import Image
+
+pytest.importorskip('onnx')
+pytest.importorskip('onnxruntime')
+
+from timm_rs.deploy import AdaptiveSession, Controller, QueueFullError, Session  # noqa: E402
+from timm_rs.deploy.adaptive import Estimate, measure_latency  # noqa: E402
+from timm_rs.deploy.export import export_switchable  # noqa: E402
+from timm_rs.deploy.preprocess import ImageError, Preprocessing  # noqa: E402
+
+LATENCY = {224: 0.016, 160: 0.008, 96: 0.004}
+PHOTOGRAPH = Image.new('RGB', (8, 8))
+
+
+class SimulatedSession:
+    """Takes the time of LATENCY on its own clock; images are read in no time."""
+    resolutions = (224, 160, 96)
+    mean = (0.5, 0.5, 0.5)
+    batch_size = None
+    num_classes = 2
+
+    def __init__(self):
+        self.now = 0.
+        self.slowdown = 1.
+        self.before = lambda: None
+        self._prepare = Preprocessing((0.5,) * 3, (0.5,) * 3)
+
+    def clock(self):
+        return self.now
+
+    def preprocess(self, image, resolution):
+        return self._prepare(image, resolution)
+
+    def predict(self, batch):
+        self.before()
+        self.now += LATENCY[batch.shape[-1]] * len(batch) * self.slowdown
+        return np.zeros((len(batch), 2), np.float32)
+
+
+def adaptive(budget_ms, **kwargs):
+    session = SimulatedSession()
+    return AdaptiveSession(session, budget_ms, clock=session.clock, **kwargs), session
+
+
+# The controller
+
+def test_the_estimate_is_that_of_tcp():
+    estimate = Estimate(1.)
+    assert estimate.upper(4) == 1
+    for value, mean, deviation in ((3., 1.25, 0.5), (1.25, 1.25, 0.375)):
+        estimate.update(value)
+        assert (estimate.mean, estimate.deviation) == (mean, deviation)
+    assert estimate.upper(2) == 2.
+
+
+@pytest.mark.parametrize('left, counts, resolution', [
+    ([0.017], None, 224),
+    ([0.015], None, 160),
+    ([0.005], None, 96),
+    ([0.001], None, 96),  # late anyway
+    ([0.1, 0.031], None, 160),  # the second would be late at 224
+    ([0.1, 0.033], None, 224),
+    ([0.1] * 6, None, 224),
+    ([0.1] * 7, None, 160),
+    ([0.1] * 13, None, 96),
+    ([0.017], [2], 160),  # two images
+    ([-0.1, 1.], None, 96),
+])
+def test_largest_size_at_which_the_whole_line_is_in_time(left, counts, resolution):
+    assert Controller(LATENCY).choose(left, counts) == resolution
+
+
+def test_down_at_once_up_after_several():
+    controller = Controller(LATENCY, headroom=0.25, patience=3)
+    assert controller.choose([0.005]) == 96
+    # 224 fits in 19 ms, but not with a quarter to spare; 160 does.
+    assert [controller.choose([0.019]) for _ in range(4)] == [96, 96, 160, 160]
+    assert [controller.choose([1.]) for _ in range(2)] == [160, 160]
+    assert controller.choose([0.009]) == 160  # starts counting anew
+    assert [controller.choose([1.]) for _ in range(3)] == [160, 160, 224]
+
+
+def test_a_slowdown_at_one_size_tells_of_all():
+    controller = Controller(LATENCY, margin=0)
+    assert controller.choose([0.03]) == 224
+    for _ in range(100):
+        controller.observe(224, 0.032, overhead=0.)
+    assert controller.slowdown == pytest.approx(2, rel=1e-3)
+    assert controller.expected(96) == pytest.approx(0.008, rel=1e-3)
+    assert controller.choose([0.03]) == 160
+    for _ in range(100):
+        controller.observe(160, 0.016, overhead=0., count=2)
+    assert controller.slowdown == pytest.approx(1, rel=1e-3)
+
+
+def test_reading_images_counts():
+    controller = Controller(LATENCY, overhead=0.01, margin=0)
+    assert controller.expected(224) == pytest.approx(0.026)
+    for _ in range(200):
+        controller.observe(224, 0.032, overhead=0.06, count=2)
+    assert controller.expected(224) == pytest.approx(0.046)
+
+
+def test_jitter_is_reckoned_with():
+    controller = Controller(LATENCY, margin=2)
+    controller.observe(224, 0.032, overhead=0.)
+    assert controller.expected(224) == pytest.approx(0.016 * (1 + 1 / 8 + 2 * 1 / 4))
+
+
+def test_floor():
+    controller = Controller(LATENCY, floor=160)
+    assert controller.resolutions == (224, 160) and controller.choose([0.001]) == 160
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(floor=100), 'Unknown floor 100, expected one of 224, 160, 96'),
+    (dict(patience=0), 'patience 0 is at least 1'),
+    (dict(headroom=-1), 'must not be negative'),
+])
+def test_unusable_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        Controller(LATENCY, **options)
+
+
+# The session
+
+def test_latency_is_measured_at_the_start():
+    session, simulated = adaptive(20)
+    assert session.latency == pytest.approx(LATENCY)
+    assert session.feasible and session.stats()['requests'] == {224: 0, 160: 0, 96: 0}
+    latency, overhead = measure_latency(simulated, rounds=2, clock=simulated.clock)
+    assert latency == pytest.approx(LATENCY) and overhead == 0
+
+
+def test_takes_the_largest_size_of_the_budget():
+    for budget, resolution in ((17, 224), (15, 160), (5, 96)):
+        session, _ = adaptive(budget)
+        answer = session.predict(PHOTOGRAPH)
+        assert answer.resolution == resolution and answer.in_time and answer.logits.shape == (1, 2)
+        assert answer.milliseconds == pytest.approx(1e3 * LATENCY[resolution])
+    session, _ = adaptive(1000)
+    assert session.predict(PHOTOGRAPH, budget_ms=10).resolution == 160
+    assert session.predict([PHOTOGRAPH] * 3).logits.shape == (3, 2)
+
+
+def test_a_budget_below_the_fastest_size():
+    with pytest.warns(RuntimeWarning, match='A budget of 2 ms is below the 4.0 ms that 96 px takes here'):
+        session, _ = adaptive(2)
+    assert not session.feasible
+    answer = session.predict(PHOTOGRAPH)
+    assert answer.resolution == 96 and not answer.in_time and session.stats()['misses'] == 1
+
+
+def test_a_slow_spell_is_noticed_and_gone():
+    session, simulated = adaptive(20, patience=2)
+    assert session.predict(PHOTOGRAPH).resolution == 224
+    simulated.slowdown = 2
+    answers = [session.predict(PHOTOGRAPH) for _ in range(40)]
+    assert [a.in_time for a in answers].count(False) <= 1 and answers[-1].resolution == 160
+    simulated.slowdown = 1
+    assert [session.predict(PHOTOGRAPH) for _ in range(60)][-1].resolution == 224
+
+
+def queue_up(session, simulated, pool, requests):
+    """Let requests stand in line behind one that is served, in this order; return the answers' futures."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait_once():
+        simulated.before = lambda: None
+        inside.set()
+        go_on.wait(10)
+
+    simulated.before = wait_once
+    futures = [pool.submit(session.predict, PHOTOGRAPH)]
+    assert inside.wait(10)
+    for n, image in enumerate(requests, 1):
+        futures.append(pool.submit(session.predict, image))
+        while session.stats()['queue'] < n and not futures[-1].done():
+            pass
+    return futures, go_on
+
+
+def test_a_queue_makes_it_go_down():
+    """Six come while one is served at 224: 84 ms for all six are 14 ms each, 160 px."""
+    session, simulated = adaptive(100, patience=100)
+    with ThreadPoolExecutor(8) as pool:
+        futures, go_on = queue_up(session, simulated, pool, [PHOTOGRAPH] * 6)
+        go_on.set()
+        answers = [f.result(10) for f in futures]
+    assert [a.resolution for a in answers] == [224] + [160] * 6
+    assert [round(a.milliseconds) for a in answers] == [16, 24, 32, 40, 48, 56, 64]
+    stats = session.stats()
+    assert stats['requests'] == {224: 1, 160: 6, 96: 0} and stats['misses'] == stats['queue'] == 0
+
+
+def test_a_burst_misses_nothing_that_the_floor_could_serve():
+    session, simulated = adaptive(100)
+    with ThreadPoolExecutor(24) as pool:
+        futures, go_on = queue_up(session, simulated, pool, [PHOTOGRAPH] * 20)  # 84 ms left: 4.2 ms each
+        go_on.set()
+        assert all(f.result(10).in_time for f in futures)
+
+
+def test_a_full_queue_refuses_one_and_serves_the_others(tmp_path):
+    session, simulated = adaptive(100, max_queue=2)
+    (tmp_path / 'bad.jpg').write_text('nothing')
+    with ThreadPoolExecutor(8) as pool:
+        futures, go_on = queue_up(
+            session, simulated, pool, [PHOTOGRAPH, tmp_path / 'bad.jpg', PHOTOGRAPH, PHOTOGRAPH])
+        go_on.set()
+        errors = [f.exception(10) for f in futures]
+    assert [type(e) for e in errors] == [type(None), type(None), ImageError, QueueFullError, QueueFullError]
+    assert 'bad.jpg is no image' in str(errors[2]) and str(errors[3]).startswith('2 requests are waiting')
+    stats = session.stats()
+    assert (stats['rejected'], stats['failed'], stats['queue']) == (2, 1, 0)
+    assert sum(stats['requests'].values()) == 2
+    assert session.predict(PHOTOGRAPH).logits.shape == (1, 2)
+
+
+def test_a_failure_of_the_runtime_leaves_the_line():
+    session, simulated = adaptive(100)
+
+    def fail():
+        simulated.before = lambda: None
+        raise RuntimeError('Cannot run a batch')
+
+    simulated.before = fail
+    with pytest.raises(RuntimeError, match='Cannot run'):
+        session.predict(PHOTOGRAPH)
+    assert session.predict(PHOTOGRAPH).in_time and session.stats()['failed'] == 1
+
+
+def test_prometheus_text():
+    session, _ = adaptive(20)
+    session.predict(PHOTOGRAPH)
+    lines = session.prometheus().splitlines()
+    for line in ('# TYPE timm_rs_requests_total counter', 'timm_rs_requests_total{resolution="224"} 1',
+                 'timm_rs_requests_total{resolution="96"} 0', 'timm_rs_deadline_misses_total 0',
+                 'timm_rs_queue_length 0', 'timm_rs_budget_seconds 0.02',
+                 'timm_rs_expected_seconds{resolution="160"} 0.008'):
+        assert line in lines, line
+    assert all(line.startswith(('# HELP timm_rs_', '# TYPE timm_rs_', 'timm_rs_')) for line in lines)
+
+
+@pytest.mark.parametrize('budget, kwargs, message', [
+    (0, {}, 'A budget of 0 ms'),
+    (float('nan'), {}, 'expected a positive number'),
+    (10, dict(max_queue=-1), 'max_queue is -1'),
+    (10, dict(floor=64), 'Unknown floor 64'),
+])
+def test_unusable_arguments(budget, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        adaptive(budget, **kwargs)
+
+
+def test_unusable_images():
+    session, _ = adaptive(20)
+    with pytest.raises(ValueError, match='Got no images'):
+        session.predict([])
+    with pytest.raises(ValueError, match='Got an array'):
+        session.predict(np.zeros((1, 3, 96, 96), np.float32))
+    with pytest.raises(ValueError, match='budget of -1'):
+        session.predict(PHOTOGRAPH, budget_ms=-1)
+
+
+def test_an_exported_file_served_to_many_threads(tmp_path):
+    """With time enough every answer is that of the largest size, whoever else asks."""
+    path = str(tmp_path / 'all.onnx')
+    export_switchable(rs_model('resnet10t', channels=[8, 8, 16, 16], stem_width=8), path)
+    session = AdaptiveSession(path, budget_ms=1e6, threads=1)
+    noise = np.random.default_rng(0)
+    pictures = [Image.fromarray(noise.integers(0, 256, (70, 80, 3), np.uint8)) for _ in range(8)]
+    expected = Session(path, threads=1)
+    with ThreadPoolExecutor(8) as pool:
+        for picture, answer in zip(pictures, pool.map(session.predict, pictures)):
+            np.testing.assert_array_equal(answer.logits, expected.predict(picture))
+    assert session.stats()['requests'][64] == 8 and path in repr(session)

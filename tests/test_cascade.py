@@ -1,0 +1,276 @@
+"""Cascades: what they answer, and how thresholds are fitted"""
+import itertools
+import json
+
+import numpy as np
+import pytest
+from conftest import rs_model
+from PIL import Image
+
+pytest.importorskip('onnx')
+pytest.importorskip('onnxruntime')
+
+from timm_rs.cli import main  # noqa: E402
+from timm_rs.deploy import Cascade, CascadeSession, ImageError, Session  # noqa: E402
+from timm_rs.deploy.cascade import (  # noqa: E402
+    collect_logits,
+    evaluate_cascade,
+    fit,
+    label_folders,
+    read_cascade,
+    softmax,
+    sweep,
+    write_cascade,
+)
+from timm_rs.deploy.export import export_switchable  # noqa: E402
+
+RESOLUTIONS = (64, 48, 32)
+MADDS = {96: 1, 160: 3, 224: 6}
+
+
+@pytest.fixture(scope='module')
+def file(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp('cascade') / 'all.onnx')
+    model = rs_model('resnet10t', channels=[8, 8, 16, 16], stem_width=8)
+    model.fc.weight.data.normal_()
+    export_switchable(model, path, ['apple', 'pear', *(f'class {i}' for i in range(8))])
+    return path
+
+
+@pytest.fixture(scope='module')
+def session(file):
+    return Session(file, threads=1)
+
+
+@pytest.fixture(scope='module')
+def photographs(tmp_path_factory):
+    """Return a folder of 12 photographs of two classes."""
+    folder = tmp_path_factory.mktemp('photographs')
+    noise = np.random.default_rng(0)
+    for i in range(12):
+        path = folder / ('pear', 'apple')[i % 2] / f'{i:02}.png'
+        path.parent.mkdir(exist_ok=True)
+        small = Image.fromarray(noise.integers(0, 256, (6, 6, 3), np.uint8))
+        small.resize((80, 70), Image.Resampling.BICUBIC).save(path)
+    return folder
+
+
+def certain(*rows):
+    """Return logits [N, 2] whose softmax is these (probability of class 0)."""
+    p = np.array(rows)
+    return np.log(np.stack([p, 1 - p], -1)).astype(np.float32)
+
+
+# What it answers
+
+@pytest.mark.parametrize('average', (False, True))
+def test_unsure_images_go_on(session, photographs, average):
+    paths, _ = label_folders(photographs, session)
+    logits = collect_logits(session, paths, batch_size=5)
+    thresholds = {32: np.median(softmax(logits[32]).max(-1)), 48: 0.6, 64: 0.}
+    found = CascadeSession(session, Cascade(thresholds, average)).predict(paths)
+    for i in range(len(paths)):  # one image at a time, by hand
+        passed, spent = [], 0
+        for r, threshold in thresholds.items():
+            passed.append(logits[r][i])
+            spent += session.madds[r]
+            answer = np.mean(passed, 0) if average else passed[-1]
+            if np.exp(answer).max() / np.exp(answer).sum() >= threshold:
+                break
+        np.testing.assert_allclose(found.logits[i], answer, rtol=1e-4, atol=1e-4)
+        assert (found.resolutions[i], found.madds[i]) == (r, spent)
+    assert set(found.resolutions) >= {32, 64}
+
+
+def test_a_batch_runs_only_what_is_unsure(session, photographs, monkeypatch):
+    paths, _ = label_folders(photographs, session)
+    sure = softmax(session.predict(paths, 32)).max(-1)
+    threshold = np.sort(sure)[4] - 1e-6  # 4 are below
+    ran = []
+    predict = Session.predict
+    monkeypatch.setattr(
+        Session, 'predict', lambda self, x, r: ran.append((r, len(x))) or predict(self, x, r))
+    CascadeSession(session, {32: threshold, 64: 0.}).predict(paths)
+    assert ran == [(32, 12), (64, 4)]
+    ran.clear()
+    CascadeSession(session, {32: 0., 64: 0.}).predict(paths)
+    assert ran == [(32, 12)]
+
+
+def test_one_image_and_none(session, photographs):
+    cascade = CascadeSession(session, {48: 1., 64: 0.})
+    path = next(iter(photographs.glob('*/*.png')))
+    found = cascade.predict(path)
+    np.testing.assert_allclose(found.logits, session.predict(path, 64), rtol=1e-5)
+    assert found.resolutions.tolist() == [64] and found.madds[0] == session.madds[48] + session.madds[64]
+    assert cascade.predict([]).logits.shape == (0, 10)
+    assert 'thresholds={48: 1.0, 64: 0.0}' in repr(cascade)
+
+
+def test_unusable_images(session, photographs, tmp_path):
+    (tmp_path / 'bad.jpg').write_text('nothing')
+    cascade = CascadeSession(session, {48: 1., 64: 0.})
+    with pytest.raises(ImageError, match='bad.jpg is no image'):
+        cascade.predict([*photographs.glob('*/*.png'), tmp_path / 'bad.jpg'])
+    with pytest.raises(ValueError, match='Got an array'):
+        cascade.predict(np.zeros((1, 3, 48, 48), np.float32))
+
+
+@pytest.mark.parametrize('thresholds, message', [
+    ({}, 'is no cascade, expected rising resolutions'),
+    ({64: 0.5, 32: 0.}, 'expected rising resolutions'),
+    ({32: 0.5, 64: 0.5}, 'the last with threshold 0'),
+    ({32: 1.5, 64: 0.}, 'expected thresholds from 0 to 1'),
+    ({40: 0.5, 64: 0.}, 'Unknown resolution 40'),
+])
+def test_unusable_thresholds(session, thresholds, message):
+    with pytest.raises(ValueError, match=message):
+        CascadeSession(session, thresholds)
+
+
+# How it is fitted
+
+def test_fit_by_hand():
+    """Of four images of class 0 the small size errs on the two that it is unsure of."""
+    logits = {96: certain(.9, .8, .4, .3), 160: certain(.9, .9, .45, .9), 224: certain(.9, .9, .9, .9)}
+    found = fit(logits, np.zeros(4, int), MADDS, target_accuracy=1.)
+    assert found.cascade.resolutions == (96, 224) and not found.cascade.average
+    assert 0.7 < found.cascade.thresholds[96] <= 0.8
+    assert (found.accuracy, found.madds, found.shares) == (1., 1 + 6 / 2, {96: 1., 224: 0.5})
+    found = fit(logits, np.zeros(4, int), MADDS, target_accuracy=0.75)
+    # 96 and, of the two unsure ones, 160 is right on the second only: 1 + 3 / 2.
+    assert found.accuracy == 0.75 and found.madds == 2.5 and found.cascade.resolutions == (96, 160)
+    found = fit(logits, np.zeros(4, int), MADDS, target_madds=1)
+    assert found.accuracy == 0.5 and found.cascade == Cascade({96: 0.})
+    assert fit(logits, np.zeros(4, int), MADDS, target_madds=5.9).accuracy == 1.
+
+
+def test_averaging_is_found_where_it_pays():
+    logits = {96: certain(.9, .3, .4, .6), 224: certain(.4, .9, .9, .35)}
+    found = fit(logits, np.zeros(4, int), MADDS, target_accuracy=1.)
+    assert found.cascade.average or found.madds < 7
+    judged = evaluate_cascade(Cascade({96: 1., 224: 0.}, True), logits, np.zeros(4, int), MADDS)
+    assert judged.accuracy == 1. and judged.madds == 7
+
+
+def test_close_to_the_best_of_all_thresholds():
+    """Two stages are few enough to try every threshold."""
+    noise = np.random.default_rng(0)
+    labels = noise.integers(0, 3, 60)
+    logits = {r: (noise.normal(0, s, (60, 3)) + 2 * np.eye(3)[labels]).astype(np.float32)
+              for r, s in ((96, 1.5), (224, 0.8))}
+    best = {}
+    for average, threshold in itertools.product((False, True), np.append(softmax(logits[96]).max(-1), (0., 1.))):
+        f = evaluate_cascade(Cascade({96: threshold, 224: 0.}, average), logits, labels, MADDS)
+        best[f.madds] = max(best.get(f.madds, 0), f.accuracy)
+    for accuracy in (0.8, 0.85, 0.9):
+        least = min(m for m, a in best.items() if a >= accuracy)
+        found = fit(logits, labels, MADDS, target_accuracy=accuracy)
+        assert found.accuracy >= accuracy and found.madds <= least * 1.1
+
+
+def test_what_a_fit_tells_is_what_the_cascade_does(session, photographs):
+    paths, labels = label_folders(photographs, session)
+    logits = collect_logits(session, paths)
+    for f in sweep(logits, labels, session.madds)[::7]:
+        answer = CascadeSession(session, f.cascade).predict(paths)
+        assert f.accuracy == pytest.approx((answer.logits.argmax(-1) == labels).mean())
+        assert f.madds == pytest.approx(answer.madds.mean())
+        assert evaluate_cascade(f.cascade, logits, labels, session.madds) == f
+
+
+def test_start_is_kept():
+    logits = {r: certain(.9, .4) for r in MADDS}
+    assert {f.cascade.resolutions[0] for f in sweep(logits, np.zeros(2, int), MADDS, start=160)} == {160}
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(), 'one of both'),
+    (dict(target_accuracy=1., target_madds=1), 'one of both'),
+    (dict(target_accuracy=1.), 'No cascade reaches an accuracy of 100.00% on these images, the best has 50.00%'),
+    (dict(target_madds=0.5), 'No cascade stays below 0.5 multiply-adds, the cheapest takes 1'),
+    (dict(target_madds=2, start=64), 'Unknown start 64, expected one of 96, 160, 224'),
+])
+def test_targets_out_of_reach(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        fit({r: certain(.9, .4) for r in MADDS}, np.zeros(2, int), MADDS, **kwargs)
+
+
+def test_unusable_data():
+    logits = {r: certain(.9, .4) for r in MADDS}
+    with pytest.raises(ValueError, match='as many logits as labels'):
+        sweep(logits, np.zeros(3, int), MADDS)
+    with pytest.raises(ValueError, match='Multiply-adds of a resolution are unknown'):
+        sweep(logits, np.zeros(2, int), {224: 6})
+
+
+# Labels
+
+def test_class_folders(session, photographs):
+    paths, labels = label_folders(photographs, session)
+    assert len(paths) == 12 and all((label == 0) == ('apple' in path) for path, label in zip(paths, labels))
+    assert len(label_folders(photographs, session, most=5)[0]) == 5
+
+
+def test_folders_in_the_order_of_classes(session, tmp_path):
+    for i in range(10):
+        (tmp_path / f'{i}x').mkdir()
+        Image.new('RGB', (4, 4)).save(tmp_path / f'{i}x' / 'a.png')
+    assert label_folders(tmp_path, session)[1].tolist() == list(range(10))
+    (tmp_path / 'more').mkdir()
+    with pytest.raises(ValueError, match='0x is no class folder: .* 10 folders .*, found 11 folders'):
+        label_folders(tmp_path, session)
+
+
+def test_wordnet_folders(session, tmp_path):
+    class ImageNet:
+        num_classes, class_names = 1000, None
+
+    (tmp_path / 'n01440764').mkdir()
+    (tmp_path / 'n02102040').mkdir()
+    Image.new('RGB', (4, 4)).save(tmp_path / 'n02102040' / 'a.png')
+    assert label_folders(tmp_path, ImageNet)[1].tolist() == [217]
+    with pytest.raises(ValueError, match='n02102040 is no class folder'):
+        label_folders(tmp_path, session)
+
+
+# Files and the command
+
+def test_a_file_keeps_a_cascade(tmp_path):
+    cascade = Cascade({96: 0.25, 224: 0.}, True)
+    write_cascade(tmp_path / 'c.json', cascade, images=3)
+    assert read_cascade(tmp_path / 'c.json') == cascade
+    assert [p.name for p in tmp_path.iterdir()] == ['c.json']
+
+
+@pytest.mark.parametrize('text', ('no json', '[1]', '{}', '{"thresholds": 3}', '{"thresholds": {"a": 1}}',
+                                  '{"thresholds": {"96": null}}', '{"thresholds": {"96": 0.5}}'))
+def test_other_files_are_refused(text, tmp_path):
+    (tmp_path / 'c.json').write_text(text)
+    with pytest.raises(ValueError, match='c.json is no file of timm-rs fit-cascade'):
+        read_cascade(tmp_path / 'c.json')
+    with pytest.raises(ValueError, match='missing.json does not exist'):
+        read_cascade(tmp_path / 'missing.json')
+
+
+def test_command(file, photographs, tmp_path, capsys):
+    output = tmp_path / 'c.json'
+    main(['fit-cascade', file, '--data-dir', str(photographs), '--target-madds', '100', '--threads', '1', '-o',
+          str(output)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:5]] == ['64', '48', '32', 'cascade']
+    told = json.loads(output.read_text())
+    assert told['images'] == 12 and told['rows'][-1]['network'] == 'cascade'
+    found = CascadeSession(file, output).predict([str(p) for p in sorted(photographs.glob('*/*.png'))])
+    assert told['rows'][-1]['madds'] == pytest.approx(found.madds.mean(), abs=1)
+
+
+def test_command_refuses_in_one_line(file, photographs, tmp_path, capsys):
+    for arguments, message in (
+        (['--target-accuracy', '101'], 'No cascade reaches an accuracy of 101.00%'),
+        (['--target-madds', '1', '--data-dir', str(tmp_path / 'nowhere')], 'nowhere does not exist'),
+    ):
+        with pytest.raises(SystemExit) as e:
+            main(['fit-cascade', file, '--data-dir', str(photographs), *arguments, '-o', str(tmp_path / 'c.json')])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert e.value.code == 1 and message in line and not (tmp_path / 'c.json').exists()

@@ -1,0 +1,132 @@
+"""The command that answers images"""
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+from conftest import rs_model
+from PIL import Image
+
+pytest.importorskip('onnx')
+pytest.importorskip('onnxruntime')
+
+from timm_rs.cli import main  # noqa: E402
+from timm_rs.deploy import Cascade, Session  # noqa: E402
+from timm_rs.deploy.cascade import softmax, write_cascade  # noqa: E402
+from timm_rs.deploy.export import export_switchable  # noqa: E402
+from timm_rs.deploy.predict import top  # noqa: E402
+
+
+@pytest.fixture(scope='module')
+def file(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp('predict') / 'all.onnx')
+    export_switchable(
+        rs_model('resnet10t', channels=[8, 8, 16, 16], stem_width=8), path, [f'class {i}' for i in range(10)])
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return a folder of two photographs and a broken one."""
+    noise = np.random.default_rng(0)
+    for name in ('a.png', 'b.jpg'):
+        Image.fromarray(noise.integers(0, 256, (70, 80, 3), np.uint8)).save(tmp_path / name)
+    (tmp_path / 'broken.jpg').write_bytes((tmp_path / 'b.jpg').read_bytes()[:900])
+    (tmp_path / 'notes.txt').write_text('no image')
+    return tmp_path
+
+
+def predict(capsys, *argv, code=None):
+    """Return lines of stdout and stderr."""
+    argv = ['predict', '--threads', '1', *map(str, argv)]
+    if code is None:
+        main(argv)
+    else:
+        with pytest.raises(SystemExit) as e:
+            main(argv)
+        assert e.value.code == code
+    out, err = capsys.readouterr()
+    return out.splitlines(), err.splitlines()
+
+
+def test_top_classes(file, folder, capsys):
+    lines, errors = predict(capsys, folder / 'a.png', '--model', file, '--resolution', 48, '--top', 3)
+    probabilities = softmax(Session(file, threads=1).predict(folder / 'a.png', 48)[0])
+    assert not errors and lines[0].startswith(f"{folder / 'a.png'}: 48 px, ") and lines[0].endswith(' ms')
+    best = np.argsort(-probabilities)[:3]
+    assert [line.split() for line in lines[1:]] == [[f'{probabilities[i]:.2%}', 'class', str(i)] for i in best]
+
+
+def test_the_largest_size_and_five_classes_by_default(file, folder, capsys):
+    lines, _ = predict(capsys, folder / 'a.png', '--model', file)
+    assert ': 64 px,' in lines[0] and len(lines) == 6
+
+
+def test_one_error_line_for_a_broken_image(file, folder, capsys):
+    lines, (error,) = predict(
+        capsys, folder / 'a.png', folder / 'broken.jpg', folder / 'b.jpg', '--model', file, code=1)
+    assert [line.split(':')[0] for line in lines[::6]] == [str(folder / 'a.png'), str(folder / 'b.jpg')]
+    assert error.startswith('timm-rs predict: error: ') and 'broken.jpg cannot be read as an image' in error
+
+
+def test_folders_and_json(file, folder, capsys):
+    lines, errors = predict(capsys, folder, folder / 'nowhere.jpg', '--json', '--model', file, code=1)
+    rows = [json.loads(line) for line in lines]
+    assert not errors
+    assert [row['image'].rpartition('/')[2] for row in rows] == ['a.png', 'b.jpg', 'broken.jpg', 'nowhere.jpg']
+    assert ['error' in row for row in rows] == [False, False, True, True]
+    assert rows[0]['resolution'] == 64 and rows[0]['milliseconds'] > 0 and len(rows[0]['top']) == 5
+    logits = Session(file, threads=1).predict(folder / 'a.png')[0]
+    assert rows[0]['top'] == top(logits, [f'class {i}' for i in range(10)])
+    assert 'nowhere.jpg does not exist' in rows[3]['error']
+
+
+def test_an_empty_folder_is_an_error(file, tmp_path, capsys):
+    lines, (error,) = predict(capsys, tmp_path, '--model', file, code=1)
+    assert not lines and 'holds no images' in error
+
+
+@pytest.mark.parametrize('content', ('image', 'text'))
+def test_standard_input(file, folder, capsys, monkeypatch, content):
+    name = 'a.png' if content == 'image' else 'notes.txt'
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO((folder / name).read_bytes())))
+    lines, errors = predict(capsys, '-', folder / 'a.png', '--model', file, code=None if content == 'image' else 1)
+    if content == 'image':
+        assert lines[0].startswith('standard input: 64 px') and lines[1:6] == lines[7:]
+    else:
+        assert errors == ['timm-rs predict: error: standard input is no image that Pillow can read.']
+        assert len(lines) == 6
+
+
+def test_budgets(file, folder, capsys):
+    lines, errors = predict(capsys, folder / 'a.png', '--budget-ms', 1e6, '--model', file)
+    assert ': 64 px,' in lines[0] and not errors
+    lines, (told,) = predict(capsys, folder / 'a.png', '--budget-ms', 1e-3, '--model', file)
+    assert ': 32 px,' in lines[0] and len(lines) == 6
+    assert told.startswith('timm-rs predict: A budget of 0.001 ms is below the')
+
+
+def test_cascades(file, folder, capsys, tmp_path):
+    for thresholds, resolution in (({32: 0., 64: 0.}, 32), ({32: 1., 64: 0.}, 64)):
+        write_cascade(tmp_path / 'c.json', Cascade(thresholds))
+        lines, _ = predict(capsys, folder / 'a.png', '--cascade', tmp_path / 'c.json', '--model', file)
+        assert f': {resolution} px,' in lines[0]
+
+
+@pytest.mark.parametrize('arguments, code, message', [
+    (['--resolution', '40'], 1, 'Unknown resolution 40'),
+    (['--budget-ms', '-1'], 1, 'A budget of -1.0 ms'),
+    (['--cascade', 'nowhere.json'], 1, 'nowhere.json does not exist'),
+    (['--top', '0'], 1, '--top is 0'),
+    (['--budget-ms', '5', '--resolution', '64'], 2, 'not allowed with argument'),
+])
+def test_unusable_arguments(file, capsys, arguments, code, message):
+    lines, (error,) = predict(capsys, 'a.png', '--model', file, *arguments, code=code)
+    assert not lines and message in error
+
+
+def test_another_file_is_refused(capsys, tmp_path):
+    (tmp_path / 'text.onnx').write_text('no model')
+    _, (error,) = predict(capsys, 'a.png', '--model', tmp_path / 'text.onnx', code=1)
+    assert 'text.onnx is no ONNX file' in error

@@ -1,0 +1,150 @@
+"""The local web page: what it computes, what its server answers, and what a browser shows"""
+import re
+import shutil
+
+import numpy as np
+import pytest
+from conftest import rs_model
+from PIL import Image
+
+pytest.importorskip('onnx')
+pytest.importorskip('onnxruntime')
+
+from timm_rs.cli import main  # noqa: E402
+from timm_rs.deploy import ImageError, Session  # noqa: E402
+from timm_rs.deploy.cascade import softmax  # noqa: E402
+from timm_rs.deploy.export import export_switchable  # noqa: E402
+from timm_rs.deploy.web import answer_all, build_app, choose, serve  # noqa: E402
+
+SIZES = (64, 48, 32)
+
+
+@pytest.fixture(scope='module')
+def session(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp('web') / 'all.onnx')
+    export_switchable(
+        rs_model('resnet10t', channels=[8, 8, 16, 16], stem_width=8), path, [f'class {i}' for i in range(10)])
+    return Session(path, threads=1)
+
+
+@pytest.fixture(scope='module')
+def photograph(tmp_path_factory):
+    path = tmp_path_factory.mktemp('photograph') / 'a.jpg'
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 80, 3), np.uint8)).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope='module')
+def page(session):
+    """Return the address of the page, served by Gradio."""
+    pytest.importorskip('gradio')
+    app, address = serve(session, block=False)
+    yield address
+    app.close()
+
+
+def expected(session, photograph):
+    """Return size, best class, probability and share of the cost, as the table shows them."""
+    rows = []
+    for r in SIZES:
+        p = softmax(session.predict(photograph, r)[0])
+        rows.append([f'{r} px', f'class {p.argmax()}', f'{p.max():.1%}', f'{session.madds[r] / session.madds[64]:.0%}'])
+    return rows
+
+
+def shown(rows):
+    return [[*row[:3], row[5]] for row in rows]
+
+
+# Without Gradio
+
+def test_answers_at_every_size(session, photograph):
+    rows = answer_all(session, photograph)
+    assert [row['resolution'] for row in rows] == list(SIZES)
+    assert rows[0]['cost'] == 1 and rows[2]['madds'] == session.madds[32]
+    for row in rows:
+        p = softmax(session.predict(photograph, row['resolution'])[0])
+        assert row['name'] == f'class {p.argmax()}' and row['probability'] == pytest.approx(p.max(), abs=1e-6)
+        assert row['milliseconds'] > 0
+    with pytest.raises(ImageError, match='nowhere.jpg does not exist'):
+        answer_all(session, 'nowhere.jpg')
+
+
+@pytest.mark.parametrize('budget, resolution, fits', [(20, 64, True), (19, 48, True), (5, 32, True), (4, 32, False)])
+def test_choice_of_a_budget(budget, resolution, fits):
+    rows = [dict(resolution=r, milliseconds=ms) for r, ms in ((64, 20), (48, 10), (32, 5))]
+    assert choose(rows, budget) == (rows[SIZES.index(resolution)], fits)
+
+
+def test_gradio_is_asked_for(session, monkeypatch):
+    monkeypatch.setitem(__import__('sys').modules, 'gradio', None)
+    with pytest.raises(ImportError, match=r"Gradio: pip install 'timm_rs\[web\]'"):
+        build_app(session)
+
+
+def test_command_refuses_other_files(tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(['demo', str(tmp_path / 'nowhere.onnx')])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert e.value.code == 1 and line.startswith('timm-rs demo: error: ') and 'nowhere.onnx does not exist' in line
+
+
+# Over HTTP
+
+@pytest.fixture(scope='module')
+def client(page):
+    return pytest.importorskip('gradio_client').Client(page, verbose=False)
+
+
+def test_server_answers(client, session, photograph):
+    from gradio_client import handle_file
+
+    table, chosen = client.predict(handle_file(photograph), 1000, api_name='/classify')
+    assert shown(table['data']) == expected(session, photograph)
+    assert chosen.startswith(f'Within 1000 ms: **{table["data"][0][1]}** at 64 px')
+
+
+def test_server_tells_of_a_broken_image(client, session, photograph, tmp_path):
+    from gradio_client import handle_file
+
+    with open(photograph, 'rb') as f:
+        (tmp_path / 'broken.jpg').write_bytes(f.read()[:900])
+    with pytest.raises(Exception, match='broken.jpg cannot be read as an image'):
+        client.predict(handle_file(str(tmp_path / 'broken.jpg')), 1000, api_name='/classify')
+    table, _ = client.predict(handle_file(photograph), 1000, api_name='/classify')
+    assert shown(table['data']) == expected(session, photograph)
+
+
+# In a browser
+
+@pytest.fixture
+def browser():
+    playwright = pytest.importorskip('playwright.sync_api')
+    with playwright.sync_playwright() as p:
+        try:
+            opened = p.chromium.launch(executable_path=shutil.which('chromium'), args=['--no-sandbox'])
+        except playwright.Error:
+            pytest.skip('no browser is installed: playwright install chromium')
+        yield opened
+        opened.close()
+
+
+def test_picture_table_and_slider(page, browser, session, photograph):
+    tab = browser.new_page()
+    asked = []
+    tab.on('request', lambda request: asked.append(request.url))
+    tab.goto(page)
+    tab.locator('input[type=file]').first.set_input_files(photograph)
+    cells = tab.locator('#sizes tbody td')
+    tab.wait_for_function("document.querySelector('#sizes tbody')?.innerText.includes('32 px')", timeout=60000)
+    texts = [text.strip() for text in cells.all_inner_texts() if text.strip()]
+    texts = texts[texts.index('64 px'):]
+    assert shown([texts[i:i + 6] for i in (0, 6, 12)]) == expected(session, photograph)
+    slider = tab.locator('input[type=number]')
+    for budget in (slider.get_attribute('max'), '1'):
+        slider.fill(budget)
+        slider.press('Tab')
+        pattern = re.compile(rf'(Within|No size keeps) {budget} ms')
+        tab.locator('#chosen').get_by_text(pattern).wait_for(timeout=60000)
+        assert re.search(r'class \d at (64|48|32) px', tab.locator('#chosen').inner_text())
+    assert asked and all(url.startswith((page, 'data:', 'blob:')) for url in asked)

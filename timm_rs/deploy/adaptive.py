@@ -1,0 +1,391 @@
+"""A session that keeps a latency budget by choosing the resolution of each request"""
+import statistics
+import threading
+import time
+import warnings
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Callable, Deque, Dict, Iterator, Mapping, Optional, Sequence, Tuple, Union
+
+import numpy as np
+from PIL import Image
+
+from .preprocess import ImageSource, is_image_source
+from .session import Session
+
+__all__ = ['AdaptiveSession', 'Controller', 'Prediction', 'QueueFullError', 'measure_latency']
+
+
+class QueueFullError(RuntimeError):
+    """A request came while as many as are allowed were waiting; it was not served."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer to a request.
+
+    Attributes:
+        logits: Array of float32 [N, num_classes].
+        resolution: Input size in pixels that was chosen.
+        milliseconds: From the call to the answer, the time in the queue included.
+        in_time: Whether that is within the budget.
+    """
+    logits: np.ndarray
+    resolution: int
+    milliseconds: float
+    in_time: bool
+
+
+class Estimate:
+    """A running mean and mean deviation, as TCP estimates round-trip times (RFC 6298).
+
+    Example:
+        >>> estimate = Estimate(8.)
+        >>> estimate.update(16.)
+        >>> estimate.mean, estimate.deviation
+        (9.0, 2.0)
+    """
+
+    def __init__(self, mean: float):
+        self.mean = mean
+        self.deviation = 0.
+
+    def update(self, value: float) -> None:
+        error = value - self.mean
+        self.mean += error / 8
+        self.deviation += (abs(error) - self.deviation) / 4
+
+    def upper(self, margin: float) -> float:
+        """Return the mean and so many deviations."""
+        return self.mean + margin * self.deviation
+
+
+class Controller:
+    """Chooses the size of each request; knows neither threads nor clocks.
+
+    A request costs what is independent of the size (reading the image) and the inference. The latter's latency at each
+    size is what was measured at the start times a slowdown that all sizes share, so that a size which was not used for
+    a while is judged by what the others see.
+
+    It takes the largest size at which the request in turn and all that wait behind it would be in time. It goes down
+    at once, and up only after several requests in a row had room for more.
+
+    Args:
+        latency: Seconds that one image takes at each resolution.
+        overhead: Seconds that reading one image takes.
+        floor: Smallest resolution to use, the smallest one if None.
+        margin: Mean deviations of recent latency that are added to its mean.
+        headroom: Share of time to spare that going up needs.
+        patience: Requests in a row that must have had room for more.
+
+    Attributes:
+        resolutions: Those that are chosen from, largest first.
+        resolution: The one that was chosen last.
+
+    Raises:
+        ValueError: There is no such floor, or a value is not usable.
+
+    Example:
+        >>> controller = Controller({224: 0.016, 96: 0.004})
+        >>> controller.choose([0.1]), controller.choose([0.03, 0.03]), controller.choose([0.1])
+        (224, 96, 96)
+    """
+
+    def __init__(
+            self,
+            latency: Mapping[int, float],
+            overhead: float = 0.,
+            floor: Optional[int] = None,
+            margin: float = 2.,
+            headroom: float = 0.2,
+            patience: int = 4,
+    ):
+        if floor is not None and floor not in latency:
+            raise ValueError(f"Unknown floor {floor!r}, expected one of {', '.join(map(str, latency))}.")
+        if min(margin, headroom) < 0 or patience < 1:
+            raise ValueError(
+                f'margin {margin} and headroom {headroom} must not be negative, patience {patience} is at least 1.')
+        self.resolutions = tuple(sorted((r for r in latency if r >= (floor or 0)), reverse=True))
+        self.resolution = self.resolutions[0]
+        self._latency = dict(latency)
+        self._slowdown = Estimate(1.)
+        self._overhead = Estimate(overhead)
+        self._margin = margin
+        self._headroom = headroom
+        self._patience = patience
+        self._roomy = 0
+
+    def choose(self, left: Sequence[float], counts: Optional[Sequence[int]] = None) -> int:
+        """Return the resolution for the first of the requests in line.
+
+        Args:
+            left: Seconds until the deadline of each, in the order in which they are served.
+            counts: Images of each, one if None.
+        """
+        counts = counts or [1] * len(left)
+        fitting = self._largest(left, counts, 1.)
+        if fitting <= self.resolution:
+            self.resolution, self._roomy = fitting, 0
+            return fitting
+        larger = self._largest(left, counts, 1 + self._headroom)
+        self._roomy = self._roomy + 1 if larger > self.resolution else 0
+        if self._roomy >= self._patience:
+            self.resolution, self._roomy = larger, 0
+        return self.resolution
+
+    def observe(self, resolution: int, inference: float, overhead: float, count: int = 1) -> None:
+        """Learn from a request that was served.
+
+        Args:
+            resolution: Its size.
+            inference: Seconds that the network took.
+            overhead: Seconds that all else took.
+            count: Its images.
+        """
+        self._slowdown.update(inference / max(self._latency[resolution] * count, 1e-9))
+        self._overhead.update(overhead / count)
+
+    def expected(self, resolution: int) -> float:
+        """Return the seconds to reckon with for an image."""
+        return (self._overhead.upper(self._margin)
+                + self._latency[resolution] * self._slowdown.upper(self._margin))
+
+    @property
+    def slowdown(self) -> float:
+        """How many times longer inference takes of late than it did at the start."""
+        return self._slowdown.mean
+
+    def _largest(self, left: Sequence[float], counts: Sequence[int], factor: float) -> int:
+        """Return the largest size at which all would be in time, the floor if there is none."""
+        waiting, pace = 0, float('inf')
+        for seconds, count in zip(left, counts):
+            waiting += count
+            pace = min(pace, seconds / waiting)
+        return next((r for r in self.resolutions if factor * self.expected(r) <= pace), self.resolutions[-1])
+
+
+@dataclass(eq=False)
+class _Request:
+    deadline: float
+    count: int
+    turn: threading.Event = field(default_factory=threading.Event)
+
+
+class AdaptiveSession:
+    """Serves each request at the largest resolution that the budget, the queue and recent latency allow.
+
+    Any number of threads may call predict. Requests are served one after the other, in the order in which they came,
+    each in the thread that called.
+
+    Args:
+        path: File of `timm-rs export --format onnx`, or a Session.
+        budget_ms: Milliseconds from a call of predict to its answer.
+        floor: Smallest resolution to use, the smallest one of the file if None.
+        max_queue: Requests that may wait; one more is refused.
+        threads: Threads of an inference, all cores if None.
+        mode: See Session.
+        clock: Tells the time in seconds.
+        **options: Of the Controller: margin, headroom, patience.
+
+    Attributes:
+        session: The Session.
+        budget_ms: The budget.
+        latency: Seconds that one image takes the network at each resolution, as measured at the start.
+        feasible: Whether the floor, with nothing in the queue, keeps the budget. If not, requests are served at the
+            floor all the same, and a RuntimeWarning says so at the start.
+
+    Raises:
+        ValueError: The file is no export of timm_rs, or an argument is not usable.
+
+    Example:
+        >>> session = AdaptiveSession('model.onnx', budget_ms=50, threads=1)    # doctest: +SKIP
+        >>> answer = session.predict('photo.jpg')    # doctest: +SKIP
+        >>> answer.resolution, answer.in_time    # doctest: +SKIP
+        (224, True)
+        >>> print(session.prometheus())    # doctest: +SKIP
+    """
+
+    def __init__(
+            self,
+            path: Any,
+            budget_ms: float,
+            floor: Optional[int] = None,
+            max_queue: int = 256,
+            threads: Optional[int] = None,
+            mode: str = 'fast',
+            clock: Callable[[], float] = time.perf_counter,
+            **options: Any,
+    ):
+        _check_budget(budget_ms)
+        if max_queue < 0:
+            raise ValueError(f'max_queue is {max_queue}, expected 0 or more.')
+        self.session = path if hasattr(path, 'predict') else Session(path, threads, mode)
+        self.budget_ms = budget_ms
+        self.max_queue = max_queue
+        self._clock = clock
+        self.latency, overhead = measure_latency(self.session, clock=clock)
+        self._controller = Controller(self.latency, overhead, floor, **options)
+        self._lock = threading.Lock()
+        self._line: Deque[_Request] = deque()  # who is served, then who waits
+        self._requests = dict.fromkeys(self._controller.resolutions, 0)
+        self._misses = self._rejected = self._failed = 0
+        smallest = self._controller.resolutions[-1]
+        fastest_ms = 1e3 * self._controller.expected(smallest)
+        self.feasible = fastest_ms <= budget_ms
+        if not self.feasible:
+            warnings.warn(
+                f'A budget of {budget_ms:g} ms is below the {fastest_ms:.1f} ms that {smallest} px takes here: every '
+                f'request is served at {smallest} px, late.', RuntimeWarning, stacklevel=2)
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}({self.session!r}, budget_ms={self.budget_ms:g})'
+
+    def predict(
+            self,
+            images: Union[ImageSource, Sequence[ImageSource]],
+            budget_ms: Optional[float] = None,
+    ) -> Prediction:
+        """Wait for the turn of this request and serve it.
+
+        Args:
+            images: An image or a list of them, see Session.predict; they all get the same resolution.
+            budget_ms: Budget of this request, the session's if None.
+
+        Raises:
+            QueueFullError: Too many requests are waiting.
+            ImageError: A ValueError that names an image that cannot be used.
+            ValueError: There are no images, or they are arrays, whose size is given.
+            RuntimeError: ONNX Runtime fails, for example for lack of memory.
+        """
+        start = self._clock()
+        budget_ms = self.budget_ms if budget_ms is None else _check_budget(budget_ms)
+        if isinstance(images, np.ndarray):
+            raise ValueError('Got an array, whose size is given; expected images (Session.predict takes arrays).')
+        images = [images] if is_image_source(images) else list(images)
+        if not images:
+            raise ValueError('Got no images, expected at least one.')
+        with self._turn(_Request(start + budget_ms / 1e3, len(images))):
+            try:
+                resolution, logits = self._serve(images)
+            except Exception:
+                with self._lock:
+                    self._failed += 1
+                raise
+            milliseconds = 1e3 * (self._clock() - start)
+            with self._lock:
+                self._requests[resolution] += 1
+                self._misses += milliseconds > budget_ms
+        return Prediction(logits, resolution, milliseconds, milliseconds <= budget_ms)
+
+    def stats(self) -> Dict[str, Any]:
+        """Return the counters since the start, and the state now.
+
+        Returns:
+            'requests' (served, by resolution), 'misses' (of these, later than their budget), 'rejected' (the queue was
+            full), 'failed' (of an image or the runtime), 'queue' (waiting now), 'resolution' (chosen last), 'slowdown'
+            (of inference against the start), 'expected_ms' (to reckon with now, by resolution), 'budget_ms',
+            'feasible'.
+        """
+        with self._lock:
+            return dict(
+                requests=dict(self._requests),
+                misses=self._misses,
+                rejected=self._rejected,
+                failed=self._failed,
+                queue=max(len(self._line) - 1, 0),
+                resolution=self._controller.resolution,
+                slowdown=self._controller.slowdown,
+                expected_ms={r: 1e3 * self._controller.expected(r) for r in self._controller.resolutions},
+                budget_ms=self.budget_ms,
+                feasible=self.feasible,
+            )
+
+    def prometheus(self) -> str:
+        """Return the statistics in the text format that Prometheus reads."""
+        stats = self.stats()
+        sizes = stats['requests']
+        lines = []
+        for name, kind, text, values in (
+            ('requests_total', 'counter', 'Requests served, by resolution.',
+             {f'{{resolution="{r}"}}': n for r, n in sizes.items()}),
+            ('deadline_misses_total', 'counter', 'Requests served later than their budget.', {'': stats['misses']}),
+            ('rejected_total', 'counter', 'Requests refused because the queue was full.', {'': stats['rejected']}),
+            ('failed_total', 'counter', 'Requests that an image or the runtime failed.', {'': stats['failed']}),
+            ('queue_length', 'gauge', 'Requests that wait.', {'': stats['queue']}),
+            ('resolution_pixels', 'gauge', 'Resolution chosen last.', {'': stats['resolution']}),
+            ('slowdown_ratio', 'gauge', 'Recent latency of inference against that at the start.',
+             {'': round(stats['slowdown'], 6)}),
+            ('expected_seconds', 'gauge', 'Time to reckon with for an image, by resolution.',
+             {f'{{resolution="{r}"}}': round(ms / 1e3, 9) for r, ms in stats['expected_ms'].items()}),
+            ('budget_seconds', 'gauge', 'Budget of a request.', {'': stats['budget_ms'] / 1e3}),
+        ):
+            lines += [f'# HELP timm_rs_{name} {text}', f'# TYPE timm_rs_{name} {kind}']
+            lines += [f'timm_rs_{name}{labels} {value}' for labels, value in values.items()]
+        return '\n'.join(lines) + '\n'
+
+    def _serve(self, images: Sequence[ImageSource]) -> Tuple[int, np.ndarray]:
+        start = self._clock()
+        with self._lock:
+            line = list(self._line)
+            resolution = self._controller.choose([r.deadline - start for r in line], [r.count for r in line])
+        batch = np.stack([self.session.preprocess(image, resolution) for image in images])
+        prepared = self._clock()
+        logits = self.session.predict(batch)
+        with self._lock:
+            self._controller.observe(resolution, self._clock() - prepared, prepared - start, len(images))
+        return resolution, logits
+
+    @contextmanager
+    def _turn(self, request: _Request) -> Iterator[None]:
+        """Stand in line, and leave it in the end."""
+        with self._lock:
+            if len(self._line) > self.max_queue:
+                self._rejected += 1
+                raise QueueFullError(f'{self.max_queue} requests are waiting, as many as may; try again later.')
+            self._line.append(request)
+            self._line[0].turn.set()
+        try:
+            request.turn.wait()
+            yield
+        finally:
+            with self._lock:
+                self._line.remove(request)
+                if self._line:
+                    self._line[0].turn.set()
+
+
+def measure_latency(
+        session: Session,
+        rounds: int = 7,
+        clock: Callable[[], float] = time.perf_counter,
+) -> Tuple[Dict[int, float], float]:
+    """Measure what one image takes here, the sizes in turns: medians.
+
+    Args:
+        session: The session.
+        rounds: Times that each size runs.
+        clock: Tells the time in seconds.
+
+    Returns:
+        Seconds of the network at each resolution, and seconds to prepare an image of 500x375 at the largest one.
+    """
+    image = Image.effect_noise((500, 375), 64)
+    times = {r: [] for r in session.resolutions}
+    overheads = []
+    for _ in range(rounds):
+        start = clock()
+        session.preprocess(image, session.resolutions[0])
+        overheads.append(clock() - start)
+        for r in session.resolutions:
+            batch = np.zeros((session.batch_size or 1, len(session.mean), r, r), np.float32)
+            start = clock()
+            session.predict(batch)
+            times[r].append((clock() - start) / len(batch))
+    return {r: statistics.median(seconds) for r, seconds in times.items()}, statistics.median(overheads)
+
+
+def _check_budget(budget_ms: float) -> float:
+    if not budget_ms > 0:
+        raise ValueError(f'A budget of {budget_ms} ms was given, expected a positive number.')
+    return budget_ms
