@@ -79,7 +79,7 @@ def test_unsure_images_go_on(session, photographs, average):
                 break
         np.testing.assert_allclose(found.logits[i], answer, rtol=1e-4, atol=1e-4)
         assert (found.resolutions[i], found.madds[i]) == (r, spent)
-    assert set(found.resolutions) >= {32, 64}
+    assert len(set(found.resolutions)) > 1
 
 
 def test_a_batch_runs_only_what_is_unsure(session, photographs, monkeypatch):
@@ -146,27 +146,26 @@ def test_fit_by_hand():
 
 
 def test_averaging_is_found_where_it_pays():
-    logits = {96: certain(.9, .3, .4, .6), 224: certain(.4, .9, .9, .35)}
-    found = fit(logits, np.zeros(4, int), MADDS, target_accuracy=1.)
-    assert found.cascade.average or found.madds < 7
-    judged = evaluate_cascade(Cascade({96: 1., 224: 0.}, True), logits, np.zeros(4, int), MADDS)
-    assert judged.accuracy == 1. and judged.madds == 7
+    """The small size is equally sure where it is right and where the large one is."""
+    logits = {96: certain(.9, .1), 224: certain(.4, .99)}
+    found = fit(logits, np.zeros(2, int), MADDS, target_accuracy=1.)
+    assert found.cascade.average and found.accuracy == 1. and found.madds == 7
 
 
-def test_close_to_the_best_of_all_thresholds():
+def test_the_best_of_all_thresholds_for_a_price_of_cost():
     """Two stages are few enough to try every threshold."""
     noise = np.random.default_rng(0)
     labels = noise.integers(0, 3, 60)
     logits = {r: (noise.normal(0, s, (60, 3)) + 2 * np.eye(3)[labels]).astype(np.float32)
               for r, s in ((96, 1.5), (224, 0.8))}
-    best = {}
-    for average, threshold in itertools.product((False, True), np.append(softmax(logits[96]).max(-1), (0., 1.))):
-        f = evaluate_cascade(Cascade({96: threshold, 224: 0.}, average), logits, labels, MADDS)
-        best[f.madds] = max(best.get(f.madds, 0), f.accuracy)
-    for accuracy in (0.8, 0.85, 0.9):
-        least = min(m for m, a in best.items() if a >= accuracy)
-        found = fit(logits, labels, MADDS, target_accuracy=accuracy)
-        assert found.accuracy >= accuracy and found.madds <= least * 1.1
+    sure = np.append(softmax(logits[96]).max(-1), (0., 1.))
+    every = [evaluate_cascade(Cascade({96: t, 224: 0.}, a), logits, labels, MADDS)
+             for a, t in itertools.product((False, True), sure)]
+    every.append(evaluate_cascade(Cascade({224: 0.}), logits, labels, MADDS))
+    found = sweep(logits, labels, MADDS)
+    for price in np.geomspace(0.01, 3, 60)[::5]:
+        worth = [max(f.accuracy - price * f.madds / MADDS[224] for f in fits) for fits in (every, found)]
+        assert worth[1] == pytest.approx(worth[0])
 
 
 def test_what_a_fit_tells_is_what_the_cascade_does(session, photographs):

@@ -99,9 +99,9 @@ def client(page):
 def test_server_answers(client, session, photograph):
     from gradio_client import handle_file
 
-    table, chosen = client.predict(handle_file(photograph), 1000, api_name='/classify')
+    table, chosen = client.predict(handle_file(photograph), 100, api_name='/classify')
     assert shown(table['data']) == expected(session, photograph)
-    assert chosen.startswith(f'Within 1000 ms: **{table["data"][0][1]}** at 64 px')
+    assert re.match(r'(Within|No size keeps) 100 ms', chosen)
 
 
 def test_server_tells_of_a_broken_image(client, session, photograph, tmp_path):
@@ -110,8 +110,8 @@ def test_server_tells_of_a_broken_image(client, session, photograph, tmp_path):
     with open(photograph, 'rb') as f:
         (tmp_path / 'broken.jpg').write_bytes(f.read()[:900])
     with pytest.raises(Exception, match='broken.jpg cannot be read as an image'):
-        client.predict(handle_file(str(tmp_path / 'broken.jpg')), 1000, api_name='/classify')
-    table, _ = client.predict(handle_file(photograph), 1000, api_name='/classify')
+        client.predict(handle_file(str(tmp_path / 'broken.jpg')), 100, api_name='/classify')
+    table, _ = client.predict(handle_file(photograph), 100, api_name='/classify')
     assert shown(table['data']) == expected(session, photograph)
 
 

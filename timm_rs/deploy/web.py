@@ -85,7 +85,7 @@ def build_app(session: Session, threads_lock: Optional[threading.Lock] = None) -
             image = gradio.Image(type='filepath', image_mode=None, format='png', label='Picture', sources=['upload'])
             with gradio.Column():
                 budget = gradio.Slider(
-                    1, max(10, round(2 * slowest_ms)), max(1, round(slowest_ms)), step=1,
+                    1, max(100, round(2 * slowest_ms)), max(1, round(slowest_ms)), step=1,
                     label='Budget in milliseconds')
                 chosen = gradio.Markdown(elem_id='chosen')
         table = gradio.Dataframe(headers=HEADERS, interactive=False, elem_id='sizes')
