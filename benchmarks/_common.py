@@ -17,8 +17,8 @@ import torch
 import timm_rs
 
 __all__ = [
-    'add_timing_arguments', 'create_parser', 'environment', 'measure', 'median', 'print_table', 'ratio',
-    'shell_command', 'write_results',
+    'add_deployed_arguments', 'add_timing_arguments', 'create_parser', 'environment', 'measure', 'median',
+    'print_table', 'ratio', 'shell_command', 'write_results',
 ]
 
 Contenders = Dict[str, Callable[[], Any]]
@@ -44,6 +44,15 @@ def add_timing_arguments(parser: argparse.ArgumentParser, builds: int, rounds: i
     add('--clock', default='wall', choices=_CLOCKS,
         help='time on the wall, or CPU time of this process: with one thread the same, but that programs which share '
              'the cores do not count (default: %(default)s)')
+
+
+def add_deployed_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a benchmark that runs an exported file on real images."""
+    add = parser.add_argument
+    add('--model', required=True, metavar='FILE.onnx', help='file of timm-rs export')
+    add('--images', required=True, metavar='DIR', help='labelled images, in class folders')
+    add('--most', type=int, default=500, metavar='N', help='images to use (default: %(default)s)')
+    add('--threads', type=int, default=1, metavar='N', help='threads of an inference (default: %(default)s)')
 
 
 def measure(build: Callable[[], Contenders], args: argparse.Namespace, warmup: int = 3) -> List[Seconds]:

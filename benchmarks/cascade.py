@@ -1,0 +1,117 @@
+#!/usr/bin/env python3
+"""Cascades against fixed sizes: accuracy, mean multiply-adds and mean latency on real images
+
+Thresholds are fitted on other images than those that they are judged on: the images are dealt into --folds folds, and
+each fold is answered by the cascade that was fitted on all others (cross-fitting), so that every image counts. Cascades
+are fitted to costs (--targets, in percent of the largest size's multiply-adds). Latency is measured image by image with
+timm_rs.deploy.CascadeSession and Session, the reading of the image included, contenders in turns; a mean over images,
+as it would be paid.
+
+Wanted: the accuracy of the largest size at no more than 60 % of its multiply-adds. Beside the difference to the largest
+size, in points, stands its standard error from image to image, answers being compared in pairs.
+
+    python benchmarks/cascade.py --model FILE.onnx --images DIR --threads 1
+"""
+import time
+
+import numpy as np
+from _common import add_deployed_arguments, create_parser, print_table, write_results
+
+from timm_rs.deploy import CascadeSession, Session
+from timm_rs.deploy.cascade import collect_logits, fit, label_folders
+
+COLUMNS = ('network', 'accuracy', 'difference', 'standard_error', 'madds_M', 'madds_percent', 'mean_ms')
+
+
+def main():
+    parser = create_parser(__doc__)
+    add_deployed_arguments(parser)
+    add = parser.add_argument
+    add('--folds', type=int, default=5, metavar='N')
+    add('--targets', type=float, nargs='+', default=[30, 40, 50, 60, 70, 80], metavar='PERCENT')
+    add('--timed', type=int, default=100, metavar='N', help='images that are timed (default: %(default)s)')
+    args = parser.parse_args()
+
+    session = Session(args.model, args.threads)
+    paths, labels = label_folders(args.images, session, args.most)
+    folds = np.random.default_rng(0).permutation(len(paths)) % args.folds
+    logits = collect_logits(session, paths)
+    right, madds, contenders = {}, {}, {}
+    for r in session.resolutions:
+        name = f'{r} px'
+        right[name], madds[name] = logits[r].argmax(-1) == labels, np.full(len(labels), session.madds[r])
+        contenders[name] = lambda i, r=r: session.predict(paths[i], r)
+    largest, most = f'{session.resolutions[0]} px', session.madds[session.resolutions[0]]
+    fitted = {}
+    for target in args.targets:
+        name = f'cascade {target:g}%'
+        by_fold = [
+            fit({r: found[folds != fold] for r, found in logits.items()}, labels[folds != fold], session.madds,
+                target_madds=target / 100 * most).cascade
+            for fold in range(args.folds)]
+        fitted[name] = [dict(thresholds=c.thresholds, average=c.average) for c in by_fold]
+        cascades = [CascadeSession(session, c) for c in by_fold]
+        right[name], madds[name] = np.zeros(len(labels), bool), np.zeros(len(labels))
+        for fold, cascade in enumerate(cascades):
+            (chosen,) = np.nonzero(folds == fold)
+            answer = cascade.predict([paths[i] for i in chosen])
+            right[name][chosen] = answer.logits.argmax(-1) == labels[chosen]
+            madds[name][chosen] = answer.madds
+        contenders[name] = lambda i, cascades=cascades: cascades[folds[i]].predict(paths[i])
+    seconds = measure(contenders, np.linspace(0, len(paths) - 1, min(args.timed, len(paths))).astype(int))
+    rows = []
+    for name in contenders:
+        difference = right[name].astype(float) - right[largest]
+        rows.append(dict(
+            network=name,
+            accuracy=round(100 * float(right[name].mean()), 2),
+            difference=round(100 * float(difference.mean()), 2),
+            standard_error=round(100 * float(difference.std() / len(difference) ** 0.5), 2),
+            madds_M=round(float(madds[name].mean()) / 1e6, 1),
+            madds_percent=round(100 * float(madds[name].mean()) / most, 1),
+            mean_ms=round(1e3 * float(np.mean(seconds[name])), 2),
+            images=len(labels),
+            timed=len(seconds[name]),
+            **(dict(folds=fitted[name]) if name in fitted else {}),
+        ))
+    print_table(COLUMNS, rows)
+    write_results(args, rows)
+    plot(rows, args)
+
+
+def measure(contenders, indices):
+    """Return seconds of each image by contender, which take turns."""
+    seconds = {name: [] for name in contenders}
+    for i in indices:
+        for name, call in contenders.items():
+            start = time.perf_counter()
+            call(i)
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def plot(rows, args):
+    """Draw accuracy against mean multiply-adds and against mean latency."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout='constrained')
+    for axis, key, label in zip(
+        figure.subplots(1, 2, sharey=True), ('madds_M', 'mean_ms'),
+        ('mean multiply-adds (millions)', 'mean latency (ms)'),
+    ):
+        for kind, marker in (('fixed size', 'o'), ('cascade', 's')):
+            chosen = [r for r in rows if ('cascade' in r['network']) == (kind == 'cascade')]
+            chosen.sort(key=lambda r: r[key])
+            axis.plot([r[key] for r in chosen], [r['accuracy'] for r in chosen], marker=marker, label=kind)
+            for row in chosen if kind == 'fixed size' else ():
+                axis.annotate(row['network'], (row[key], row['accuracy']), textcoords='offset points', xytext=(4, -11),
+                              fontsize=8)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+        axis.legend(loc='lower right')
+    figure.axes[0].set_ylabel('top-1 accuracy (%)')
+    figure.savefig(args.output.with_suffix('.png'), dpi=150)
+
+
+if __name__ == '__main__':
+    main()
