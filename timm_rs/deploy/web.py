@@ -43,7 +43,7 @@ def choose(rows: Sequence[Dict[str, Any]], budget_ms: float) -> Tuple[Dict[str, 
     return (fitting[0], True) if fitting else (rows[-1], False)
 
 
-def build_app(session: Session, threads_lock: Optional[threading.Lock] = None) -> Any:
+def build_app(session: Session) -> Any:
     """Return the page as gradio.Blocks.
 
     Raises:
@@ -53,7 +53,7 @@ def build_app(session: Session, threads_lock: Optional[threading.Lock] = None) -
         import gradio
     except ImportError as e:
         raise ImportError("The page needs Gradio: pip install 'timm_rs[web]'.") from e
-    lock = threads_lock or threading.Lock()  # times of one request at a time
+    lock = threading.Lock()  # what runs at the same time would be measured too
     latency, overhead = measure_latency(session)
     slowest_ms = 1e3 * (overhead + latency[session.resolutions[0]])
 
