@@ -215,7 +215,7 @@ def describe_for_timm(model: nn.Module, label_names: Optional[Sequence[str]] = N
 def ready_to_save(model: nn.Module, packed: bool = False) -> Iterator[nn.Module]:
     """Give a network as timm can save it: the largest resolution active, whose size goes into config.json, and its
     memory contiguous, as safetensors asks for. If packed, its state dict is."""
-    resolution = model.resolution if isinstance(model, SwitchableMixin) else None
+    original, resolution = model, model.resolution if isinstance(model, SwitchableMixin) else None
     hook = None
     try:
         if resolution is not None:
@@ -229,7 +229,7 @@ def ready_to_save(model: nn.Module, packed: bool = False) -> Iterator[nn.Module]
         if hook is not None:
             hook.remove()
         if resolution is not None:
-            model.switch_to(resolution)
+            original.switch_to(resolution)
 
 
 def _pack(module: nn.Module, state_dict: Dict[str, torch.Tensor], *_: Any) -> None:
