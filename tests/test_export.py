@@ -31,7 +31,7 @@ from timm_rs.deploy.export import (  # noqa: E402
 RESOLUTIONS = (64, 48, 32)
 TINY = dict(channels=[8, 16, 24, 32], stem_width=8)
 
-# A small network of some families; results/exports.csv has one of each.
+# A small network of some families.
 FAMILIES = {
     'byobnet': 'test_byobnet',
     'efficientnet': 'test_efficientnet',

@@ -135,7 +135,7 @@ def test_picture_table_and_slider(page, browser, session, photograph):
     tab.on('request', lambda request: asked.append(request.url))
     tab.goto(page)
     tab.locator('input[type=file]').first.set_input_files(photograph)
-    tab.wait_for_function("document.querySelector('#sizes')?.innerText.includes('32 px')", timeout=60000)
+    tab.wait_for_function("document.querySelector('#sizes')?.innerText.includes('32 px')", timeout=240000)
     texts = [text.strip() for text in tab.locator('#sizes').inner_text().splitlines() if text.strip()]
     texts = texts[texts.index('64 px'):]
     assert shown([texts[i:i + 6] for i in (0, 6, 12)]) == expected(session, photograph)
@@ -144,6 +144,6 @@ def test_picture_table_and_slider(page, browser, session, photograph):
         slider.fill(budget)
         slider.press('Tab')
         pattern = re.compile(rf'(Within|No size keeps) {budget} ms')
-        tab.locator('#chosen').get_by_text(pattern).wait_for(timeout=60000)
+        tab.locator('#chosen').get_by_text(pattern).wait_for(timeout=240000)
         assert re.search(r'class \d at (64|48|32) px', tab.locator('#chosen').inner_text())
     assert asked and all(url.startswith((page, 'data:', 'blob:')) for url in asked)
