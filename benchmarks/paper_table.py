@@ -128,6 +128,9 @@ def parse_args(argv=None):
     add('--worker', help=SUPPRESS)
     parser.set_defaults(output=Path('results/paper_table.csv'))
     args = parser.parse_args(argv)
+    for split in ('train', 'val'):
+        if not any(Path(args.data_dir, split).glob('*/*')):
+            parser.error(f'{args.data_dir} holds no {split}/ with a folder of images per class.')
     args.sizes = sorted(set(args.sizes), reverse=True)
     args.side = args.side or 2 * args.sizes[0]
     args.dataset = args.dataset or Path(args.data_dir).resolve().name

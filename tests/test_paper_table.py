@@ -131,3 +131,10 @@ def test_runs_of_two_recipes_do_not_mix(argv):
     paper_table.main([*argv, '--dry-run'])
     with pytest.raises(SystemExit, match='work holds runs with --epochs 2, not 3; choose another --work'):
         paper_table.main([*argv, '--epochs', '3', '--dry-run'])
+
+
+def test_folder_without_images(argv, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        paper_table.main([str(tmp_path), *argv[1:]])
+    assert f'{tmp_path} holds no train/ with a folder of images per class' in capsys.readouterr().err
+    assert not (tmp_path / 'work').exists()

@@ -50,7 +50,7 @@ def read_checkpoint(path: str) -> Any:
         ValueError: There is no such file, it is damaged or no checkpoint, or reading it would run code that it holds.
     """
     if not os.path.isfile(path):
-        raise ValueError(f'{path}: there is no such file.')
+        raise ValueError(f'{path}: there is no such file, expected a checkpoint or a folder with config.json.')
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of the pickle protocol of foreign files
