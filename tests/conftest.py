@@ -20,6 +20,12 @@ def float32_as_written():
     torch.set_float32_matmul_precision('highest')
 
 
+@pytest.fixture(autouse=True, scope='module')
+def seed_module():
+    """What a module's tests share is the same whichever module ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
