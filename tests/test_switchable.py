@@ -148,9 +148,12 @@ def test_selects_by_size():
     ((40, 40), 32),  # 1600 is 704 below 48^2 and 576 above 32^2
     ((128, 32), 64),  # the area of 64^2
     ((32, 48), 32),  # 1536 is 768 below 48^2 and 512 above 32^2
+    ((80, 60), 64),
+    ((30, 30), 32),
 ])
-def test_untrained_size_takes_the_nearest_with_one_warning(shape, resolution):
-    model, x = rs_model(), torch.randn(2, 3, *shape)
+def test_untrained_size_takes_the_nearest_in_training(shape, resolution):
+    model, x = rs_model().train(), torch.randn(2, 3, *shape)
+    twin = copy.deepcopy(model)
     with pytest.warns(UserWarning) as caught:
         output = model(x)
         model(x)
@@ -158,7 +161,35 @@ def test_untrained_size_takes_the_nearest_with_one_warning(shape, resolution):
     assert f'{shape[0]}x{shape[1]}' in str(warning.message) and str(warning.message).endswith(f'serves: {resolution}.')
     assert warning.filename == __file__
     assert model.resolution == resolution
-    assert_equal(output, model.at(resolution)(x))
+    assert_equal(output, twin.at(resolution)(x))
+
+
+@pytest.mark.parametrize('shape, above, below, share', [
+    ((58, 58), 64, 48, (58 ** 2 - 48 ** 2) / (64 ** 2 - 48 ** 2)),
+    ((40, 40), 48, 32, (40 ** 2 - 32 ** 2) / (48 ** 2 - 32 ** 2)),
+    ((32, 48), 48, 32, 0.4),
+])
+@pytest.mark.parametrize('name', NETWORKS)
+def test_untrained_size_takes_what_lies_between_its_neighbours(name, shape, above, below, share):
+    model, x = rs_model(name), torch.randn(2, 3, *shape)
+    expected = model.at(below)
+    mixed = copy.deepcopy(expected)
+    high = model.at(above).state_dict()
+    mixed.load_state_dict({
+        k: torch.lerp(v, high[k], share) if v.is_floating_point() else v for k, v in mixed.state_dict().items()})
+    with pytest.warns(UserWarning, match=f'{shape[0]}x{shape[1]}, one between those of {above} and {below} serves'):
+        output = model(x)
+    torch.testing.assert_close(output, mixed(x))
+    assert (output - expected(x)).abs().max() > 1e-3
+    x = images(48)
+    assert_equal(model(x), model.at(48)(x))
+
+
+@pytest.mark.parametrize('shape, resolution', [((64, 64), 64), ((128, 32), 64), ((80, 60), 64), ((30, 30), 32)])
+@pytest.mark.filterwarnings('ignore:.*no BatchNorm for')
+def test_beyond_the_range_the_nearest_serves(shape, resolution):
+    model, x = rs_model(), torch.randn(2, 3, *shape)
+    assert_equal(model(x), model.at(resolution)(x))
 
 
 def test_each_untrained_size_warns():

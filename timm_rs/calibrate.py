@@ -13,8 +13,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .checkpoint import nearest_resolution
-from .private_bn import PrivateBN
+from .checkpoint import nearest_resolution, neighbours
+from .private_bn import PrivateBN, interpolate
 from .switchable import SwitchableMixin
 
 __all__ = ['METHODS', 'add_resolution', 'measure_statistics', 'tune']
@@ -225,17 +225,12 @@ def _insert(model: nn.Module, resolution: int) -> None:
     """Put in BN layers that lie between those of the neighbouring resolutions."""
     known = model.resolutions
     nearest = nearest_resolution(resolution, resolution, known)
-    above = min((r for r in known if r > resolution), default=nearest)
-    below = max((r for r in known if r < resolution), default=nearest)
-    share = (resolution ** 2 - below ** 2) / (above ** 2 - below ** 2) if above != below else 0.
+    below, above, share = neighbours(resolution, resolution, known)
     resolutions = tuple(sorted((*known, resolution), reverse=True))
     for module in model.modules():
         if isinstance(module, PrivateBN):
             layer = copy.deepcopy(module[nearest])
-            low, high = module[below].state_dict(), module[above].state_dict()
-            layer.load_state_dict({
-                k: torch.lerp(v, high[k], share) if v.is_floating_point() else v for k, v in low.items()
-            })
+            layer.load_state_dict(interpolate(module[below], module[above], share))
             module._modules.update({str(resolution): layer})
             module._modules = type(module._modules)((str(r), module._modules[str(r)]) for r in resolutions)
     index = known.index(nearest)

@@ -25,6 +25,7 @@ __all__ = [
     'has_taken',
     'is_reference',
     'nearest_resolution',
+    'neighbours',
     'pick_state_dict',
     'read_checkpoint',
     'read_weights',
@@ -109,6 +110,24 @@ def nearest_resolution(height: int, width: int, resolutions: Sequence[int]) -> i
         192
     """
     return min(resolutions, key=lambda r: (abs(height * width - r * r), -r))
+
+
+def neighbours(height: int, width: int, resolutions: Sequence[int]) -> Tuple[int, int, float]:
+    """Return the resolutions below and above an input size by area, and how far it is from the one to the other.
+
+    Beside the range both are the nearest one.
+
+    Example:
+        >>> neighbours(200, 200, (224, 192, 160))
+        (192, 224, 0.23557692307692307)
+        >>> neighbours(256, 256, (224, 192, 160))
+        (224, 224, 0.0)
+    """
+    area = height * width
+    below = max((r for r in resolutions if r * r <= area), default=min(resolutions))
+    above = min((r for r in resolutions if r * r >= area), default=max(resolutions))
+    share = (area - below ** 2) / (above ** 2 - below ** 2) if above != below else 0.
+    return below, above, share
 
 
 def state_dict_resolutions(state_dict: Mapping[str, Any]) -> Optional[Tuple[int, ...]]:

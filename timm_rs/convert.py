@@ -72,7 +72,8 @@ def load_model(
 
     Args:
         source: A file of train_rs.py, of timm (weights or training checkpoint, plain or switchable) or of the authors'
-            code; a folder with config.json, or a name for timm.create_model such as hf-hub:user/name.
+            code; a folder with config.json, or a name for timm.create_model such as hf-hub:user/name or that of a
+            pretrained rs_* model.
         name: Name of an rs_* model, or the plain architecture of a plain checkpoint.
         resolutions: Input sizes in pixels. Of a switchable checkpoint the shared ones are taken and others start from
             the nearest; the authors' checkpoints need as many as they hold.
@@ -86,7 +87,8 @@ def load_model(
         ValueError: The checkpoint cannot be read or does not fit the model.
     """
     data_config = data_config or {}
-    if os.path.isdir(source) or (':' in source and not os.path.exists(source)):
+    is_name = not os.path.exists(source) and (':' in source or (source.startswith(PREFIX) and is_model(source)))
+    if os.path.isdir(source) or is_name:
         if name or num_classes or use_ema or model_kwargs:
             raise ValueError(f'{source} tells its model itself, leave out all that describes it but the resolutions.')
         model = _create_from_config(source, resolutions)

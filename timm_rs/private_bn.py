@@ -6,14 +6,16 @@ for Runtime Efficient Image Recognition", ECCV 2020, section 3.2).
 """
 import copy
 from contextlib import contextmanager
-from typing import Any, Iterable, Iterator, Optional, Sequence, Tuple, Union
+from itertools import chain
+from typing import Any, Dict, Iterable, Iterator, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
 from timm.layers import register_notrace_module
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ['PrivateBN', 'UnknownResolutionError', 'check_resolutions', 'is_recomputing']
+__all__ = ['PrivateBN', 'UnknownResolutionError', 'check_resolutions', 'interpolate', 'is_recomputing']
 
 # Dictionaries of hooks that belong to the place in the network and not to the layer that stands there.
 _HOOK_DICTS = (
@@ -74,6 +76,7 @@ class Switch:
         self.resolutions = resolutions
         self.active = resolutions[0]
         self.key = str(self.active)
+        self.between = None  # keys of two resolutions and how far the input is from the one to the other
         self.checkpointing = False  # layers are recomputed in the backward pass
         self.recompute = False  # so are whole resolutions
         self.warned = set()  # untrained input sizes that were warned about
@@ -180,6 +183,9 @@ class PrivateBN(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bn = self._modules[self._switch.key]
+        if self._switch.between is not None:
+            low, high, share = self._switch.between
+            return functional_call(bn, interpolate(self._modules[low], self._modules[high], share), x)
         if self.training and (self._switch.checkpointing or self._switch.recompute) and is_recomputing():
             with _frozen_statistics(bn):
                 return bn(x)
@@ -187,6 +193,18 @@ class PrivateBN(nn.Module):
 
     def extra_repr(self) -> str:
         return f'active={self._switch.active}'
+
+
+def interpolate(low: nn.Module, high: nn.Module, share: float) -> Dict[str, torch.Tensor]:
+    """Return the state of a BN between two others.
+
+    Args:
+        low: BN at share 0, whose count of batches is taken.
+        high: BN at share 1.
+        share: Position between them.
+    """
+    first, second = (dict(chain(bn.named_parameters(), bn.named_buffers())) for bn in (low, high))
+    return {k: torch.lerp(v, second[k], share) if v.is_floating_point() else v for k, v in first.items()}
 
 
 def is_recomputing() -> bool:

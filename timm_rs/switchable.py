@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from .checkpoint import adapt_state_dict, nearest_resolution
+from .checkpoint import adapt_state_dict, nearest_resolution, neighbours
 from .private_bn import PrivateBN, Switch, check_resolutions
 
 __all__ = ['SwitchableMixin', 'make_switchable']
@@ -134,8 +134,9 @@ class SwitchableMixin:
         """Run at the resolution of the input, which becomes the active one.
 
         Args:
-            x: Images [N, C, H, W], or a list of one batch at every resolution, in any order. Images of a size without
-                BN of its own take the nearest by area, with one warning.
+            x: Images [N, C, H, W], or a list of one batch at every resolution, in any order. For a size without BN of
+                its own, with one warning, BN is interpolated by area between the two neighbouring sizes in eval mode;
+                beyond them, in training and with gradient checkpointing the nearest size serves.
 
         Returns:
             What the plain network returns, e.g. logits [N, num_classes]; for a list the list of these in the order
@@ -204,14 +205,15 @@ class SwitchableMixin:
     def _forward_untrained_size(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         height, width = (int(s) for s in x.shape[-2:])
         resolution = nearest_resolution(height, width, self.resolutions)
+        below, above, share = neighbours(height, width, self.resolutions)
+        between = 0 < share < 1 and not self.training and not self._switch.checkpointing
         if (height, width) not in self._switch.warned:
             self._switch.warned.add((height, width))
-            warnings.warn(
-                f'{type(self).__name__} has no BatchNorm for {height}x{width}, '
-                f'the nearest of {self.resolutions} serves: {resolution}.',
-                stacklevel=5,
-            )
+            what = (f'one between those of {above} and {below} serves' if between
+                    else f'the nearest of {self.resolutions} serves: {resolution}')
+            warnings.warn(f'{type(self).__name__} has no BatchNorm for {height}x{width}, {what}.', stacklevel=5)
         self.switch_to(resolution)
+        self._switch.between = (str(below), str(above), share) if between else None
         try:
             return self._prepare_recompute(super().forward(x, *args, **kwargs))
         except RuntimeError as e:
@@ -221,6 +223,8 @@ class SwitchableMixin:
                 f'{type(self).__name__} cannot take an input of {height}x{width}, '
                 f'expected one of {self.resolutions}: {e}'
             ) from e
+        finally:
+            self._switch.between = None
 
     def _prepare_recompute(self, output: Any) -> Any:
         """Have checkpointed layers recompute with the BN of this forward, whatever is active by then."""
