@@ -1,6 +1,7 @@
 """The command that answers images"""
 import io
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -48,6 +49,19 @@ def predict(capsys, *argv, code=None):
         assert e.value.code == code
     out, err = capsys.readouterr()
     return out.splitlines(), err.splitlines()
+
+
+@pytest.mark.parametrize('image, code', [('a.png', 0), ('broken.jpg', 1)])
+def test_runs_where_there_is_no_torch(file, folder, image, code):
+    program = f"""
+import sys
+sys.modules.update(dict.fromkeys(['torch', 'torchvision', 'onnx', 'safetensors', 'huggingface_hub']))
+from timm_rs.cli import main
+main(['predict', {str(folder / image)!r}, '--model', {file!r}, '--threads', '1'])
+"""
+    result = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
+    assert result.returncode == code
+    assert len(result.stdout.splitlines()) == (0 if code else 6) and len(result.stderr.splitlines()) == code
 
 
 def test_top_classes(file, folder, capsys):

@@ -11,8 +11,6 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Callable, Optional, Sequence
 
-from timm.utils import ParseKwargs
-
 from .errors import OneLineParser, one_line_errors
 from .version import __version__
 
@@ -36,9 +34,12 @@ class Command:
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
+    from timm.utils import ParseKwargs
+
     add = parser.add_argument
     add('checkpoint', metavar='CHECKPOINT',
-        help="file of train_rs.py, of timm or of the authors' code, folder with config.json, or hf-hub:user/name")
+        help="file of train_rs.py, of timm or of the authors' code, folder with config.json, hf-hub:user/name, or "
+             'name of a pretrained rs_* model')
     add('--model', metavar='NAME', help='name of an rs_* model (default: what the checkpoint tells)')
     add('--resolutions', type=int, nargs='+', metavar='N',
         help='input sizes in pixels (default: what the checkpoint tells, else 224 192 160 128 96)')
@@ -374,7 +375,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     subparsers = parser.add_subparsers(metavar='COMMAND', required=True)
     for command in COMMANDS:
         subparser = subparsers.add_parser(command.name, help=command.help, description=f'{command.help}.'.capitalize())
-        command.add_arguments(subparser)
+        if argv[:1] == [command.name]:  # the arguments of others may need imports that take seconds
+            command.add_arguments(subparser)
         subparser.set_defaults(command=command, argv=argv)
     args = parser.parse_args(argv)
     with one_line_errors(f'timm-rs {args.command.name}'):

@@ -6,8 +6,6 @@ import textwrap
 from contextlib import contextmanager
 from typing import Iterator
 
-from timm.utils.distributed import world_info_from_env
-
 __all__ = ['OneLineParser', 'TrainingFault', 'one_line_errors']
 
 _logger = logging.getLogger(__name__)
@@ -45,4 +43,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 def _tells() -> bool:
     """Return whether this is the process of its machine that tells what is wrong with the arguments of all."""
+    if 'timm' not in sys.modules:  # it takes seconds to import, and trains nothing here
+        return True
+    from timm.utils.distributed import world_info_from_env
+
     return world_info_from_env()[0] == 0

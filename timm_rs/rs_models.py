@@ -4,11 +4,13 @@ zoo.csv lists timm's architectures, with the reason where one cannot be made swi
 `rs_<name>` builds the network with timm's own entrypoint, keywords and pretrained tags, then makes its BN layers
 private to the resolutions. timm's weights are a start for training: every BN layer is copied to every resolution.
 OTHER_MODELS are beside these: pre-activation ResNets and the quantized networks of section 4.3, without weights.
+The folder weights holds trained networks that come with the package, each with what a tag of its architecture tells.
 
 timm's import may bring this module, amid the import of any other of ours. So those are imported where a model is built.
 """
 import csv
 import difflib
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -80,7 +82,7 @@ def _create_rs(
         base: str,
         name: str,
         pretrained: bool = False,
-        resolutions: Sequence[int] = RESOLUTIONS,
+        resolutions: Optional[Sequence[int]] = None,
         quantization: Optional[Mapping[str, Any]] = None,
         pretrained_cfg: Optional[Union[str, Dict[str, Any], PretrainedCfg]] = None,
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
@@ -95,6 +97,8 @@ def _create_rs(
     if isinstance(pretrained_cfg, PretrainedCfg):
         pretrained_cfg = pretrained_cfg.to_dict()
     cfg = resolve_pretrained_cfg(PREFIX + name, pretrained_cfg, pretrained_cfg_overlay)
+    if resolutions is None:
+        resolutions = _packaged.get(f'{PREFIX}{name}.{cfg.tag}', {}).get('resolutions', RESOLUTIONS)
     weights, bases = split_bases(_foreign_weights(cfg, cache_dir) if pretrained else None)
     cfg = replace(cfg, state_dict=None, architecture=base).to_dict()
     sources = {k: cfg.get(k) for k in _SOURCES}
@@ -181,6 +185,16 @@ def _pretrained_cfgs(base: str) -> Dict[str, PretrainedCfg]:
     return cfgs
 
 
+def _read_packaged() -> Dict[str, Dict[str, Any]]:
+    """Return what is told of the networks that come with the package, `<model>.<tag>`: sizes and configuration."""
+    found = {}
+    for path in sorted(Path(__file__).with_name('weights').glob('*.json')):
+        told = json.loads(path.read_text(encoding='utf-8'))
+        told['pretrained_cfg'].update(file=str(path.with_suffix('.safetensors')))
+        found[path.stem] = told
+    return found
+
+
 def _entrypoint(base: str, name: str, **defaults: Any) -> Callable[..., nn.Module]:
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return _create_rs(base, name, pretrained, **dict(defaults, **kwargs))
@@ -211,8 +225,11 @@ _zoo = _read_zoo()
 RS_MODELS = tuple(name for name, reason in _zoo.items() if not reason)
 _REFUSED = {name: reason for name, reason in _zoo.items() if reason}
 
+_packaged = _read_packaged()
+
 default_cfgs = generate_default_cfgs({
     **{k: v for base in RS_MODELS for k, v in _pretrained_cfgs(base).items()},
+    **{name: told['pretrained_cfg'] for name, told in _packaged.items()},
     **{PREFIX + name: get_pretrained_cfg('preresnet18') for name in OTHER_MODELS},
 })
 for _base in RS_MODELS:

@@ -1,0 +1,88 @@
+#!/usr/bin/env python3
+"""Put a trained network into the package, with its configuration and its card
+
+    python validate_rs.py DIR --model rs_resnet10t --checkpoint FILE --resolutions 48 40 32 24 --num-classes 10 \
+        --crop-pct 1 --interpolation bilinear --results-file metrics.json
+    python tools/package_weights.py FILE --model rs_resnet10t --tag imagenette --resolutions 48 40 32 24 \
+        --data-dir DIR --metrics metrics.json --recipe 'python benchmarks/paper_table.py ...'
+
+Writes timm_rs/weights/<model>.<tag>.safetensors in half precision, .json, what create_model has to know, and .md.
+"""
+import argparse
+import json
+import textwrap
+from pathlib import Path
+
+import timm
+from safetensors.torch import save_file
+from timm.data import ImageNetInfo
+
+import timm_rs
+from timm_rs.checkpoint import read_weights
+from timm_rs.evaluate import ENSEMBLE, count_madds, count_parameters
+from timm_rs.hub import read_metrics
+
+FOLDER = Path(timm_rs.__file__).with_name('weights')
+
+
+def main():
+    parser = argparse.ArgumentParser(description='Put a trained network into the package.')
+    add = parser.add_argument
+    add('weights', metavar='FILE', help='state dict of the network')
+    add('--model', required=True, metavar='NAME', help='rs_* model')
+    add('--tag', required=True, metavar='NAME', help='data set that it was trained on')
+    add('--resolutions', type=int, nargs='+', required=True, metavar='N')
+    add('--data-dir', required=True, metavar='DIR', help='its train/ names the classes, by WordNet id')
+    add('--metrics', required=True, metavar='FILE', help='results of validate_rs.py')
+    add('--recipe', required=True, metavar='COMMAND', help='command that trained it')
+    args = parser.parse_args()
+
+    name = f'{args.model}.{args.tag}'
+    info, synsets = ImageNetInfo(), sorted(p.name for p in Path(args.data_dir, 'train').iterdir())
+    labels = [info.label_name_to_description(s).split(',')[0] for s in synsets]
+    weights = read_weights(args.weights)
+    model = timm.create_model(args.model, num_classes=len(labels), resolutions=args.resolutions)
+    place = {k: model.pretrained_cfg[k] for k in ('first_conv', 'classifier')}
+    FOLDER.mkdir(exist_ok=True)
+    save_file(
+        {k: v.half().contiguous() if v.is_floating_point() else v for k, v in weights.items()},
+        FOLDER / f'{name}.safetensors', metadata=dict(format='pt'))
+    (FOLDER / f'{name}.safetensors').chmod(0o644)
+    told = dict(
+        resolutions=sorted(args.resolutions, reverse=True),
+        pretrained_cfg=dict(
+            num_classes=len(labels), input_size=(3, *[max(args.resolutions)] * 2), pool_size=None,
+            interpolation='bilinear', crop_pct=1., mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
+            label_names=labels, license='apache-2.0', **place))
+    (FOLDER / f'{name}.json').write_text(json.dumps(told, indent=2) + '\n')
+    (FOLDER / f'{name}.md').write_text(card(name, model, labels, read_metrics(args.metrics), args))
+    print(f'{name}: {(FOLDER / f"{name}.safetensors").stat().st_size / 1e6:.1f} MB')
+
+
+def card(name, model, labels, metrics, args):
+    text = textwrap.fill(
+        f'A Resolution Switchable Network of {count_parameters(model):,} parameters, trained from scratch on '
+        f"{args.tag} alone, to try things out without a network. Its classes: {', '.join(labels)}.", 120)
+    rows = '\n'.join(
+        f"| {'ensemble' if key == ENSEMBLE else f'{key} px'} | {row['top1']:.2f} | {row['top5']:.2f} | "
+        f"{'' if key == ENSEMBLE else f'{count_madds(model, key) / 1e6:.0f}M'} |"
+        for key, row in metrics.items())
+    return f"""\
+# {name}
+
+{text}
+
+| size | top-1 (%) | top-5 (%) | MAdds |
+|---|---|---|---|
+{rows}
+
+Whole validation images at each size (`crop_pct` 1), weights in half precision. Trained by
+
+```
+{args.recipe}
+```
+"""
+
+
+if __name__ == '__main__':
+    main()
