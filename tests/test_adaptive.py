@@ -11,7 +11,7 @@ pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 
 from timm_rs.deploy import AdaptiveSession, Controller, QueueFullError, Session  # noqa: E402
-from timm_rs.deploy.adaptive import Estimate, measure_latency  # noqa: E402
+from timm_rs.deploy.adaptive import READ_AHEAD, Estimate, measure_latency  # noqa: E402
 from timm_rs.deploy.export import export_switchable  # noqa: E402
 from timm_rs.deploy.preprocess import ImageError, Preprocessing  # noqa: E402
 
@@ -208,20 +208,45 @@ def test_a_burst_misses_nothing_that_the_floor_could_serve():
         assert all(f.result(10).in_time for f in futures)
 
 
-def test_a_full_queue_refuses_one_and_serves_the_others(tmp_path):
+def test_a_full_queue_refuses_some_and_serves_the_others():
     session, simulated = adaptive(100, max_queue=2)
-    (tmp_path / 'bad.jpg').write_text('nothing')
     with ThreadPoolExecutor(8) as pool:
-        futures, go_on = queue_up(
-            session, simulated, pool, [PHOTOGRAPH, tmp_path / 'bad.jpg', PHOTOGRAPH, PHOTOGRAPH])
+        futures, go_on = queue_up(session, simulated, pool, [PHOTOGRAPH] * 4)
         go_on.set()
         errors = [f.exception(10) for f in futures]
-    assert [type(e) for e in errors] == [type(None), type(None), ImageError, QueueFullError, QueueFullError]
-    assert 'bad.jpg is no image' in str(errors[2]) and str(errors[3]).startswith('2 requests are waiting')
+    assert [type(e) for e in errors] == [type(None)] * 3 + [QueueFullError] * 2
+    assert str(errors[3]).startswith('2 requests are waiting')
     stats = session.stats()
-    assert (stats['rejected'], stats['failed'], stats['queue']) == (2, 1, 0)
-    assert sum(stats['requests'].values()) == 2
+    assert (stats['rejected'], stats['failed'], stats['queue']) == (2, 0, 0)
+    assert sum(stats['requests'].values()) == 3
     assert session.predict(PHOTOGRAPH).logits.shape == (1, 2)
+
+
+def test_a_bad_image_leaves_the_line_before_its_turn(tmp_path):
+    session, simulated = adaptive(100)
+    (tmp_path / 'bad.jpg').write_text('nothing')
+    with ThreadPoolExecutor(8) as pool:
+        futures, go_on = queue_up(session, simulated, pool, [PHOTOGRAPH, PHOTOGRAPH])
+        with pytest.raises(ImageError, match='bad.jpg is no image'):
+            session.predict(tmp_path / 'bad.jpg')
+        assert session.stats()['queue'] == 2
+        go_on.set()
+        assert all(f.result(10).in_time for f in futures)
+    assert session.stats()['failed'] == 1
+
+
+def test_few_images_are_read_ahead(monkeypatch):
+    read = []
+    monkeypatch.setattr('timm_rs.deploy.adaptive.open_image', lambda image, mode: read.append(mode) or image)
+    session, simulated = adaptive(100)
+    with ThreadPoolExecutor(24) as pool:
+        futures, go_on = queue_up(session, simulated, pool, [PHOTOGRAPH] * 10)
+        while len(read) < 1 + READ_AHEAD:
+            pass
+        assert read == ['RGB'] * (1 + READ_AHEAD)
+        go_on.set()
+        assert [f.result(10).logits.shape for f in futures] == [(1, 2)] * 11
+    assert len(read) == 11
 
 
 def test_a_failure_of_the_runtime_leaves_the_line():

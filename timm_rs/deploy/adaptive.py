@@ -6,15 +6,19 @@ import warnings
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Callable, Deque, Dict, Iterator, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from PIL import Image
 
-from .preprocess import ImageSource, is_image_source
+from .preprocess import MODES, ImageSource, is_image_source, open_image
 from .session import Session
 
 __all__ = ['AdaptiveSession', 'Controller', 'Prediction', 'QueueFullError', 'measure_latency']
+
+
+READ_AHEAD = 3  # requests whose images are read while they wait
 
 
 class QueueFullError(RuntimeError):
@@ -169,6 +173,7 @@ class Controller:
 class _Request:
     deadline: float
     count: int
+    near: threading.Event = field(default_factory=threading.Event)  # among the first, whose images are read
     turn: threading.Event = field(default_factory=threading.Event)
 
 
@@ -176,7 +181,8 @@ class AdaptiveSession:
     """Serves each request at the largest resolution that the budget, the queue and recent latency allow.
 
     Any number of threads may call predict. Requests are served one after the other, in the order in which they came,
-    each in the thread that called.
+    each in the thread that called. While one is served the next in line read their images, READ_AHEAD at most, so that
+    memory does not grow with the line.
 
     Args:
         path: File of `timm-rs export --format onnx`, or a Session.
@@ -265,8 +271,11 @@ class AdaptiveSession:
         images = [images] if is_image_source(images) else list(images)
         if not images:
             raise ValueError('Got no images, expected at least one.')
-        with self._turn(_Request(start + budget_ms / 1e3, len(images))):
+        request = _Request(start + budget_ms / 1e3, len(images))
+        with self._in_line(request):
             try:
+                images = [open_image(image, MODES[len(self.session.mean)]) for image in images]
+                request.turn.wait()
                 resolution, logits = self._serve(images)
             except Exception:
                 with self._lock:
@@ -337,22 +346,28 @@ class AdaptiveSession:
         return resolution, logits
 
     @contextmanager
-    def _turn(self, request: _Request) -> Iterator[None]:
-        """Stand in line, and leave it in the end."""
+    def _in_line(self, request: _Request) -> Iterator[None]:
+        """Stand in line until the request is near, and leave it in the end."""
         with self._lock:
             if len(self._line) > self.max_queue:
                 self._rejected += 1
                 raise QueueFullError(f'{self.max_queue} requests are waiting, as many as may; try again later.')
             self._line.append(request)
-            self._line[0].turn.set()
+            self._call_up()
         try:
-            request.turn.wait()
+            request.near.wait()
             yield
         finally:
             with self._lock:
                 self._line.remove(request)
-                if self._line:
-                    self._line[0].turn.set()
+                self._call_up()
+
+    def _call_up(self) -> None:
+        """Tell the first of the line that it is their turn, and the next ones that it will be."""
+        for i, request in enumerate(islice(self._line, 1 + READ_AHEAD)):
+            request.near.set()
+            if i == 0:
+                request.turn.set()
 
 
 def measure_latency(

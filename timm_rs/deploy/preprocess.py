@@ -8,11 +8,11 @@ from typing import IO, List, Optional, Sequence, Tuple, Union
 import numpy as np
 from PIL import Image
 
-__all__ = ['ImageError', 'Preprocessing', 'find_images', 'open_image']
+__all__ = ['MODES', 'ImageError', 'Preprocessing', 'find_images', 'open_image']
 
 ImageSource = Union[str, os.PathLike, IO[bytes], Image.Image]
 
-_MODES = {1: 'L', 3: 'RGB'}
+MODES = {1: 'L', 3: 'RGB'}  # of Pillow, by channels
 _BROKEN = (
     OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError, Image.DecompressionBombError,
     Image.DecompressionBombWarning,  # where warnings are errors
@@ -50,7 +50,7 @@ class Preprocessing:
     crop_mode: str = 'center'
 
     def __post_init__(self):
-        if len(self.mean) != len(self.std) or len(self.mean) not in _MODES:
+        if len(self.mean) != len(self.std) or len(self.mean) not in MODES:
             raise ValueError(f'mean {self.mean} and std {self.std} are not of 1 or 3 channels each.')
         if self.interpolation.upper() not in Image.Resampling.__members__:
             known = ', '.join(Image.Resampling.__members__).lower()
@@ -74,7 +74,7 @@ class Preprocessing:
             ImageError: It is no image, or a broken or too large one.
         """
         name = _name(image)
-        image = open_image(image, _MODES[len(self.mean)])
+        image = open_image(image, MODES[len(self.mean)])
         width, height = self._resized(*image.size, resolution)
         if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise ImageError(f'{name} is {image.width}x{image.height}, too long and thin to be resized.')
@@ -115,9 +115,12 @@ def open_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
     """
     try:
         if isinstance(source, Image.Image):
-            return source.convert(mode)
+            source.load()
+            return source if source.mode == mode else source.convert(mode)
         with Image.open(source) as image:
-            return image.convert(mode)
+            converted = image.convert(mode)
+            converted.filename = _name(source)  # for messages
+            return converted
     except FileNotFoundError as e:
         raise ImageError(f'{_name(source)} does not exist, expected an image.') from e
     except Image.UnidentifiedImageError as e:
