@@ -32,7 +32,7 @@ COLUMNS = ('case', 'ms', 'timm_ms', 'ratio', 'range', 'wanted', 'n')
 def main():
     parser = create_parser(__doc__)
     add_timing_arguments(parser, builds=3, rounds=5)
-    parser.add_argument('--images', default=128, type=int, metavar='N', help='photographs (default: %(default)s)')
+    parser.add_argument('--images', default=512, type=int, metavar='N', help='photographs (default: %(default)s)')
     parser.add_argument('-b', '--batch-size', default=32, type=int, metavar='N', help='images (default: %(default)s)')
     args = parser.parse_args()
 

@@ -103,6 +103,7 @@ def plot(rows, args):
             chosen = [r for r in rows if ('cascade' in r['network']) == (kind == 'cascade')]
             chosen.sort(key=lambda r: r[key])
             axis.plot([r[key] for r in chosen], [r['accuracy'] for r in chosen], marker=marker, label=kind)
+            axis.margins(x=0.12, y=0.12)
             for row in chosen if kind == 'fixed size' else ():
                 axis.annotate(row['network'], (row[key], row['accuracy']), textcoords='offset points', xytext=(4, -11),
                               fontsize=8)

@@ -44,14 +44,16 @@ def main():
         expected, duration = train_to_the_end(Path(root) / 'alone')
         rows = []
         for trial in range(args.trials):
-            output, moment = Path(root) / str(trial), generator.uniform(0, duration)
-            process = start(output)
-            wait_for_start(process, output)
-            try:
-                process.wait(moment)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            for attempt in range(10):  # a run may end before its moment
+                output, moment = Path(root) / f'{trial}-{attempt}', generator.uniform(0, duration)
+                process = start(output)
+                wait_for_start(process, output)
+                try:
+                    process.wait(moment)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+                    break
             files = sorted((output / 'run').glob('*.*'), key=lambda p: p.stat().st_mtime) if output.exists() else []
             last = files[-1].name if files else ''
             found, _ = train_to_the_end(output)

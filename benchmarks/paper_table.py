@@ -39,16 +39,21 @@ import torch
 import torch.nn.functional as F
 from _common import create_parser, environment, shell_command
 from _photographs import MEAN, STD, load_photographs, random_crops
+from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
 
 from timm_rs.evaluate import ENSEMBLE, count_madds, count_parameters
+from timm_rs.private_bn import PrivateBN
+from timm_rs.quant import quantize
 from timm_rs.train import EnsembleDistillationLoss, ResolutionPyramid
 
 METHODS = dict(
     inet='I-Nets', parallel='Parallel', ens='RS-Net, ensemble alone', ens_topdown='RS-Net', random_size='random size')
 RECIPE = (
     'model', 'sizes', 'epochs', 'batch_size', 'weight_decay', 'warmup_epochs', 'scale', 'distill_ramp', 'mean_loss',
-    'zero_init', 'amp', 'channels_last', 'side', 'crop_pct', 'search_epochs')
+    'zero_init', 'amp', 'channels_last', 'side', 'crop_pct', 'search_epochs', 'ema', 'sampled', 'private',
+    'weight_bits', 'activation_bits', 'initial_checkpoint')
 
 
 @dataclass(frozen=True)
@@ -115,12 +120,19 @@ def parse_args(argv=None):
     add('--distill-ramp', type=float, default=0, metavar='N', help='epochs in which distillation comes to its weight')
     add('--mean-loss', action='store_true', help='divide the loss by the number of sizes')
     add('--zero-init', action='store_true', help='start residual branches at zero')
+    add('--ema', type=float, default=0, metavar='D', help='evaluate a moving average of the weights of this decay')
+    add('--sampled', action='store_true', help='steps of the largest, the smallest and one size between, not of all')
+    add('--private', default='both', choices=('both', 'affine', 'statistics'), help='half of BatchNorm that is private')
+    add('--initial-checkpoint', default='', metavar='FILE', help='begin with these weights')
+    add('--weight-bits', type=int, default=32, metavar='K', help='quantize the networks')
+    add('--activation-bits', type=int, default=32, metavar='K')
     add('--side', type=int, metavar='N', help='training images are kept at this size (default: twice the largest)')
     add('--crop-pct', type=float, default=1., metavar='PCT', help='for evaluation (default: %(default)s)')
     add('--dataset', default='', metavar='NAME', help='name in the table (default: that of the folder)')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     add('--amp', action='store_true', help='bfloat16')
     add('--channels-last', action='store_true')
+    add('--torchcompile', action='store_true', help='compile the networks')
     add('--jobs', type=int, default=1, metavar='N', help='runs side by side')
     add('--work', type=Path, default=Path('output/paper_table'), metavar='DIR', help='where runs are kept')
     add('--dry-run', action='store_true', help='show the plan and its cost')
@@ -180,7 +192,8 @@ def cost(run: Run, args: Namespace) -> float:
     """Return the multiply-adds of a run per training image, a backward pass counted as two forward ones."""
     sizes = run.sizes if run.switchable or run.method == 'inet' else args.sizes
     total = 3. * sum(madds(args.model, s) for s in sizes) * (args.search_epochs if run.search else args.epochs)
-    return total / len(sizes) if run.method == 'random_size' else total
+    share = len(choose_levels(run, args, torch.Generator())) / len(run.sizes)
+    return total * share
 
 
 @cache
@@ -237,17 +250,13 @@ def train(run: Run, args: Namespace) -> None:
     count = photographs.num_fit if run.search else len(photographs.train)
     images, labels = photographs.train[:count].to(device), photographs.train_labels[:count].to(device)
     torch.manual_seed(run.seed)
-    kwargs = dict(num_classes=len(photographs.classes))
-    if args.zero_init:
-        kwargs.update(zero_init_last=True)
-    if run.switchable:
-        model = timm.create_model(f'rs_{args.model}', resolutions=run.sizes, **kwargs)
-    else:
-        model = timm.create_model(args.model, **kwargs)
+    model = create_network(run, args, len(photographs.classes))
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     model.to(device, memory_format=layout)
+    network = torch.compile(model) if args.torchcompile else model
     criterion = EnsembleDistillationLoss(run.method if run.method in ('ens', 'ens_topdown') else 'none')
     pyramid = ResolutionPyramid(run.sizes)
+    average = ModelEmaV3(model, decay=args.ema) if args.ema else None
     optimizer = create_optimizer_v2(model, opt='sgd', lr=run.lr, momentum=0.9, weight_decay=args.weight_decay)
     epochs, steps = args.search_epochs if run.search else args.epochs, count // args.batch_size
     partial, epoch, spent = args.work / f'{run.name}.ckpt', 0, 0.
@@ -256,6 +265,8 @@ def train(run: Run, args: Namespace) -> None:
         model.load_state_dict(state['model'])
         optimizer.load_state_dict(state['optimizer'])
         epoch, spent = state['epoch'], state['seconds']
+        if average:
+            average.load_state_dict(state['average'])
 
     def autocast():
         return torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext()
@@ -272,19 +283,21 @@ def train(run: Run, args: Namespace) -> None:
                 group['lr'] = run.lr * min(warm, 0.5 * (1 + math.cos(math.pi * at / epochs)))
             crops = crops.contiguous(memory_format=layout)
             with autocast():
-                if run.switchable:
-                    logits, alpha = model(pyramid(crops)), model.alpha
-                elif run.method == 'random_size':
-                    size = run.sizes[int(torch.randint(len(run.sizes), (), generator=generator))]
-                    logits, alpha = [model(pyramid(crops)[run.sizes.index(size)])], torch.zeros(1, device=device)
+                levels = pyramid(crops)
+                chosen = choose_levels(run, args, generator)
+                if run.switchable and len(chosen) == len(levels):
+                    logits = network(levels)
                 else:
-                    logits, alpha = [model(crops)], torch.zeros(1, device=device)
+                    logits = [network(levels[i]) for i in chosen]
+            alpha = model.alpha[chosen] if run.switchable else torch.zeros(1)
             terms = criterion(logits, labels[indices.to(device)], alpha)
             ramp = min(1., at / args.distill_ramp) if args.distill_ramp else 1.
             loss = terms['classification'] + terms['ensemble'] + ramp * terms['distillation']
             (loss / len(logits) if args.mean_loss else loss).backward()
             optimizer.step()
             optimizer.zero_grad()
+            if average:
+                average.update(model)
             sums += torch.stack([terms[k].detach() for k in ('loss', 'classification', 'ensemble', 'distillation')])
         if not sums.isfinite().all():
             raise SystemExit(f'{run.name}: the loss is not finite in epoch {epoch}.')
@@ -293,9 +306,13 @@ def train(run: Run, args: Namespace) -> None:
         losses, left = '/'.join(f'{v:.3f}' for v in (sums / steps).tolist()), seconds / epoch * (epochs - epoch)
         print(f'{run.name}: epoch {epoch}/{epochs}, loss {losses}, {left / 60:.0f} min to go', flush=True)
         state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch, seconds=seconds)
+        if average:
+            state.update(average=average.state_dict())
         torch.save(state, f'{partial}.tmp')
         os.replace(f'{partial}.tmp', partial)
 
+    if average:
+        model = average.module
     held = (photographs.held_out, photographs.train_labels[count:])
     target = held if run.search else (photographs.val, photographs.val_labels)
     sizes = run.sizes if run.method == 'inet' and (run.search or run.sizes[0] != args.sizes[0]) else args.sizes
@@ -308,6 +325,46 @@ def train(run: Run, args: Namespace) -> None:
     os.replace(args.work / f'{run.name}.tmp', args.work / f'{run.name}.json')
     partial.unlink()
     print(f"{run.name}: {', '.join(f'{s} px {v:.2f}' for s, v in result['top1'].items())}", flush=True)
+
+
+def create_network(run: Run, args: Namespace, num_classes: int) -> torch.nn.Module:
+    kwargs = dict(num_classes=num_classes)
+    if args.zero_init:
+        kwargs.update(zero_init_last=True)
+    quantized = args.weight_bits < 32
+    if not run.switchable and not quantized:
+        model = timm.create_model(args.model, **kwargs)
+    else:
+        sizes = run.sizes if run.switchable else run.sizes[:1]
+        model = timm.create_model(f'rs_{args.model}', resolutions=sizes, **kwargs)
+    if args.initial_checkpoint:
+        load_checkpoint(model, args.initial_checkpoint)
+    if quantized:
+        quantize(model, args.weight_bits, args.activation_bits, trained=bool(args.initial_checkpoint))
+    if args.private != 'both':
+        share_half(model, args.private)
+    return model if run.switchable or not quantized else model.at(run.sizes[0])
+
+
+def share_half(model: torch.nn.Module, private: str) -> None:
+    """Let the BatchNorms of all sizes share what is not private: affine parameters, or running statistics."""
+    shared = ('running_mean', 'running_var') if private == 'affine' else ('weight', 'bias')
+    for layer in model.modules():
+        if isinstance(layer, PrivateBN):
+            first, *others = (layer[r] for r in layer)
+            for bn in others:
+                for name in shared:
+                    setattr(bn, name, getattr(first, name))
+
+
+def choose_levels(run: Run, args: Namespace, generator: torch.Generator) -> List[int]:
+    """Return which of the sizes of a run a step trains."""
+    count = len(run.sizes)
+    if run.method == 'random_size':
+        return [int(torch.randint(count, (), generator=generator))]
+    if args.sampled and count > 3:
+        return [0, 1 + int(torch.randint(count - 2, (), generator=generator)), count - 1]
+    return list(range(count))
 
 
 @torch.inference_mode()

@@ -97,6 +97,50 @@ def test_learning_rate_is_chosen_on_held_out_images(argv):
     assert photographs.num_fit == 36 and len(photographs.held_out[32]) == 4
 
 
+def test_moving_average_of_sampled_sizes(argv):
+    argv = [*argv, '--sizes', '40', '36', '32', '24', '--methods', 'ens_topdown', '--sampled', '--epochs', '1']
+    args = paper_table.parse_args([*argv, '--ema', '1'])
+    run, = paper_table.plan(args, False)
+    for seed in range(4):
+        chosen = paper_table.choose_levels(run, args, torch.Generator().manual_seed(seed))
+        assert chosen in ([0, 1, 3], [0, 2, 3])
+    train_all(args)
+    torch.manual_seed(0)  # an average of decay 1 stays where the network began
+    began = paper_table.create_network(run, args, 2).state_dict()
+    found = torch.load(args.work / f'{run.name}.pth')
+    assert_equal(
+        {k: v for k, v in found.items() if v.is_floating_point()},
+        {k: v.half() for k, v in began.items() if v.is_floating_point()})
+    steps = {size: int(found[f'bn1.{size}.num_batches_tracked']) for size in run.sizes}
+    assert steps[40] == steps[24] == steps[36] + steps[32] == 5
+
+
+@pytest.mark.parametrize('private', ['affine', 'statistics'])
+def test_half_of_batchnorm_is_shared(argv, private):
+    args = paper_table.parse_args([*argv, '--methods', 'ens_topdown', '--private', private, '--epochs', '1'])
+    train_all(args)
+    run, = paper_table.plan(args, False)
+    found = torch.load(args.work / f'{run.name}.pth')
+    same = {key.rpartition('.')[2]: True for key in found if '.32.' in key}
+    for key, value in found.items():
+        if '.32.' in key:
+            same[key.rpartition('.')[2]] &= torch.equal(value, found[key.replace('.32.', '.24.')])
+    shared = ('weight', 'bias') if private == 'statistics' else ('running_mean', 'running_var')
+    assert {key for key, equal in same.items() if equal} == {*shared, 'num_batches_tracked'}
+
+
+def test_quantized_networks(argv):
+    quantized = ['--weight-bits', '2', '--activation-bits', '2', '--methods', 'inet', 'ens_topdown', '--epochs', '1']
+    args = paper_table.parse_args([*argv, *quantized])
+    train_all(args)
+    for run in paper_table.plan(args, False):
+        model = paper_table.create_network(run, args, 2)
+        model.load_state_dict(torch.load(args.work / f'{run.name}.pth'))
+        weight = model.eval().layer1[0].conv2.quantized_weight
+        assert weight[0].unique().numel() <= 4
+        assert type(model).__name__ == ('RSResNet' if run.switchable else 'ResNet')
+
+
 def test_a_stopped_run_goes_on(argv, monkeypatch, tmp_path):
     found = []
     for stop in (False, True):
