@@ -16,8 +16,9 @@ own, on a tenth of the training images that is held out for that; validation ima
     python benchmarks/paper_table.py DIR --model resnet10t --sizes 64 56 48 40 32 --epochs 80 --amp --channels-last
 
 Every finished run leaves a file in --work and is not repeated; one that was stopped goes on at its last epoch. Images
-are decoded once. Written at the end, and with what is there so far by --table-only: results/paper_table.csv, .md (the
-form of the paper's table, gains over the I-Nets in brackets), .png (accuracy against multiply-adds) and .json.
+are decoded once. --include takes over the runs of a table that was published. Written at the end, and with what is
+there so far by --table-only: results/paper_table.csv, .md (the form of the paper's table, gains over the I-Nets in
+brackets), .png (accuracy against multiply-adds) and .json.
 """
 import csv
 import json
@@ -88,6 +89,8 @@ def main(argv=None):
     args = parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
     check_recipe(args)
+    if args.include and not args.worker:
+        take_over(args)
 
     if args.worker:
         return train(Run(**{k: tuple(v) if k == 'sizes' else v for k, v in json.loads(args.worker).items()}), args)
@@ -135,6 +138,7 @@ def parse_args(argv=None):
     add('--torchcompile', action='store_true', help='compile the networks')
     add('--jobs', type=int, default=1, metavar='N', help='runs side by side')
     add('--work', type=Path, default=Path('output/paper_table'), metavar='DIR', help='where runs are kept')
+    add('--include', type=Path, metavar='FILE', help='take over the runs of this results/....json, of the same recipe')
     add('--dry-run', action='store_true', help='show the plan and its cost')
     add('--table-only', action='store_true', help='write the table of the runs that are there')
     add('--worker', help=SUPPRESS)
@@ -143,6 +147,11 @@ def parse_args(argv=None):
     for split in ('train', 'val'):
         if not any(Path(args.data_dir, split).glob('*/*')):
             parser.error(f'{args.data_dir} holds no {split}/ with a folder of images per class.')
+    for key in ('weight_bits', 'activation_bits'):
+        if getattr(args, key) not in (*range(1, 9), 32):
+            parser.error(f'--{key.replace("_", "-")} is 1 to 8, or 32 for float, not {getattr(args, key)}.')
+    if args.weight_bits == 32 > args.activation_bits:
+        parser.error('--activation-bits needs --weight-bits.')
     args.sizes = sorted(set(args.sizes), reverse=True)
     args.side = args.side or 2 * args.sizes[0]
     args.dataset = args.dataset or Path(args.data_dir).resolve().name
@@ -183,9 +192,28 @@ def best_lr(method: str, sizes: Tuple[int, ...], args: Namespace) -> float:
     return max(known, key=known.get) if len(known) == len(args.lrs) else math.nan
 
 
+def take_over(args: Namespace) -> None:
+    """Put the runs of a published table among those that are done."""
+    table = json.loads(args.include.read_text())
+    for key, value in table['recipe'].items():
+        if getattr(args, key) != value:
+            raise SystemExit(
+                f'{args.include} holds runs with --{key.replace("_", "-")} {value}, not {getattr(args, key)}.')
+    for result in table['searches'] + table['runs']:
+        run = Run(**{k: tuple(v) if k == 'sizes' else v for k, v in result.items() if k in Run.__dataclass_fields__})
+        if not read(run, args):
+            write(run, result, args)
+
+
 def read(run: Run, args: Namespace) -> Optional[dict]:
     path = args.work / f'{run.name}.json'
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def write(run: Run, result: dict, args: Namespace) -> None:
+    path = args.work / f'{run.name}.json'
+    path.with_suffix('.tmp').write_text(json.dumps(result, indent=2) + '\n')
+    os.replace(path.with_suffix('.tmp'), path)
 
 
 def cost(run: Run, args: Namespace) -> float:
@@ -321,8 +349,7 @@ def train(run: Run, args: Namespace) -> None:
         cost=cost(run, args), seconds=seconds, device=device_name(device), images_per_second=count * epochs / seconds)
     torch.save({k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()},
                args.work / f'{run.name}.pth')
-    (args.work / f'{run.name}.tmp').write_text(json.dumps(result, indent=2) + '\n')
-    os.replace(args.work / f'{run.name}.tmp', args.work / f'{run.name}.json')
+    write(run, result, args)
     partial.unlink()
     print(f"{run.name}: {', '.join(f'{s} px {v:.2f}' for s, v in result['top1'].items())}", flush=True)
 
@@ -387,12 +414,15 @@ def accuracy(model, sizes, images, labels, device, autocast) -> Dict[str, Dict[s
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    return f"{environment()['cpu']}, {torch.get_num_threads()} threads"
 
 
 def write_table(args: Namespace) -> None:
     """Write what the finished runs come to."""
-    runs = [(run, read(run, args)) for run in plan(args, False)]
+    args = Namespace(**{**vars(args), 'methods': list(METHODS)})
+    searches, runs = ([(run, read(run, args)) for run in plan(args, search)] for search in (True, False))
     runs = [(run, result) for run, result in runs if result]
     rows = []
     largest = args.sizes[0]
@@ -414,7 +444,7 @@ def write_table(args: Namespace) -> None:
     args.output.with_suffix('.md').write_text(markdown(rows, args))
     args.output.with_suffix('.json').write_text(json.dumps(dict(
         command=shell_command(), environment=environment(), recipe={k: getattr(args, k) for k in RECIPE},
-        lrs=args.lrs, runs=[r for _, r in runs]), indent=2) + '\n')
+        lrs=args.lrs, searches=[r for _, r in searches if r], runs=[r for _, r in runs]), indent=2) + '\n')
     plot(rows, args.output.with_suffix('.png'))
     print(markdown(rows, args))
 

@@ -177,6 +177,32 @@ def test_runs_of_two_recipes_do_not_mix(argv):
         paper_table.main([*argv, '--epochs', '3', '--dry-run'])
 
 
+def test_published_runs_are_taken_over(argv, tmp_path):
+    options = ['--methods', 'parallel', '--lrs', '0.01', '0.1', '--search-epochs', '1']
+    args = paper_table.parse_args([*argv, *options])
+    train_all(args, search=True)
+    train_all(args)
+    paper_table.main([*argv, *options, '--table-only'])
+    options += ['--include', str(tmp_path / 'table.json'), '--work', str(tmp_path / 'other')]
+    paper_table.main([*argv, *options, '--dry-run'])
+    found = sorted(path.name for path in (tmp_path / 'work').glob('parallel*.json'))
+    assert len(found) == 3
+    for name in found:
+        assert (tmp_path / 'other' / name).read_text() == (tmp_path / 'work' / name).read_text()
+    with pytest.raises(SystemExit, match='table.json holds runs with --ema 0, not 0.9'):
+        paper_table.main([*argv, *options, '--dry-run', '--ema', '0.9', '--work', str(tmp_path / 'third')])
+
+
+@pytest.mark.parametrize('options,message', [
+    (['--weight-bits', '9'], '--weight-bits is 1 to 8, or 32 for float, not 9'),
+    (['--activation-bits', '2'], '--activation-bits needs --weight-bits'),
+])
+def test_bits(argv, options, message, capsys):
+    with pytest.raises(SystemExit):
+        paper_table.main([*argv, *options, '--dry-run'])
+    assert message in capsys.readouterr().err
+
+
 def test_folder_without_images(argv, capsys, tmp_path):
     with pytest.raises(SystemExit):
         paper_table.main([str(tmp_path), *argv[1:]])
