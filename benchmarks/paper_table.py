@@ -53,8 +53,35 @@ METHODS = dict(
     inet='I-Nets', parallel='Parallel', ens='RS-Net, ensemble alone', ens_topdown='RS-Net', random_size='random size')
 RECIPE = (
     'model', 'sizes', 'epochs', 'batch_size', 'weight_decay', 'warmup_epochs', 'scale', 'distill_ramp', 'mean_loss',
-    'zero_init', 'amp', 'channels_last', 'side', 'crop_pct', 'search_epochs', 'ema', 'sampled', 'private',
+    'zero_init', 'amp', 'channels_last', 'side', 'crop_pct', 'search_epochs', 'ema', 'sampled', 'ensemble', 'private',
     'weight_bits', 'activation_bits', 'initial_checkpoint')
+
+
+class ClassWiseEnsemble(EnsembleDistillationLoss):
+    """The teacher weighs the sizes for each class alone."""
+
+    def __init__(self, mode: str, sizes: int, num_classes: int):
+        super().__init__(mode)
+        self.offset = torch.nn.Parameter(torch.zeros(sizes, num_classes))
+
+    def ensemble(self, logits, alpha):
+        return torch.einsum('sc,snc->nc', (alpha[:, None] + self.offset).softmax(0), logits)
+
+
+class TemperedEnsemble(EnsembleDistillationLoss):
+    """The teacher's logits are scaled as well."""
+
+    def __init__(self, mode: str, sizes: int, num_classes: int):
+        super().__init__(mode)
+        self.scale = torch.nn.Parameter(torch.zeros(()))
+
+    def ensemble(self, logits, alpha):
+        return self.scale.exp() * super().ensemble(logits, alpha)
+
+
+ENSEMBLES = dict(
+    sizes=lambda mode, sizes, num_classes: EnsembleDistillationLoss(mode),
+    classes=ClassWiseEnsemble, temperature=TemperedEnsemble)
 
 
 @dataclass(frozen=True)
@@ -125,6 +152,8 @@ def parse_args(argv=None):
     add('--zero-init', action='store_true', help='start residual branches at zero')
     add('--ema', type=float, default=0, metavar='D', help='evaluate a moving average of the weights of this decay')
     add('--sampled', action='store_true', help='steps of the largest, the smallest and one size between, not of all')
+    add('--ensemble', default='sizes', choices=ENSEMBLES,
+        help='learned weights of the teacher: one per size, one per size and class, or one per size and a temperature')
     add('--private', default='both', choices=('both', 'affine', 'statistics'), help='half of BatchNorm that is private')
     add('--initial-checkpoint', default='', metavar='FILE', help='begin with these weights')
     add('--weight-bits', type=int, default=32, metavar='K', help='quantize the networks')
@@ -150,6 +179,8 @@ def parse_args(argv=None):
     for key in ('weight_bits', 'activation_bits'):
         if getattr(args, key) not in (*range(1, 9), 32):
             parser.error(f'--{key.replace("_", "-")} is 1 to 8, or 32 for float, not {getattr(args, key)}.')
+    if args.sampled and args.ensemble == 'classes':
+        parser.error('--ensemble classes needs all sizes in each step, not --sampled.')
     if args.weight_bits == 32 > args.activation_bits:
         parser.error('--activation-bits needs --weight-bits.')
     args.sizes = sorted(set(args.sizes), reverse=True)
@@ -282,15 +313,19 @@ def train(run: Run, args: Namespace) -> None:
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     model.to(device, memory_format=layout)
     network = torch.compile(model) if args.torchcompile else model
-    criterion = EnsembleDistillationLoss(run.method if run.method in ('ens', 'ens_topdown') else 'none')
+    mode = run.method if run.method in ('ens', 'ens_topdown') else 'none'
+    criterion = ENSEMBLES[args.ensemble](mode, len(run.sizes), len(photographs.classes)).to(device)
     pyramid = ResolutionPyramid(run.sizes)
     average = ModelEmaV3(model, decay=args.ema) if args.ema else None
     optimizer = create_optimizer_v2(model, opt='sgd', lr=run.lr, momentum=0.9, weight_decay=args.weight_decay)
+    if mode != 'none' and any(True for _ in criterion.parameters()):
+        optimizer.add_param_group(dict(params=list(criterion.parameters()), weight_decay=0.))
     epochs, steps = args.search_epochs if run.search else args.epochs, count // args.batch_size
     partial, epoch, spent = args.work / f'{run.name}.ckpt', 0, 0.
     if partial.exists():
         state = torch.load(partial, map_location=device)
         model.load_state_dict(state['model'])
+        criterion.load_state_dict(state['criterion'])
         optimizer.load_state_dict(state['optimizer'])
         epoch, spent = state['epoch'], state['seconds']
         if average:
@@ -333,7 +368,8 @@ def train(run: Run, args: Namespace) -> None:
         seconds = spent + time.perf_counter() - began
         losses, left = '/'.join(f'{v:.3f}' for v in (sums / steps).tolist()), seconds / epoch * (epochs - epoch)
         print(f'{run.name}: epoch {epoch}/{epochs}, loss {losses}, {left / 60:.0f} min to go', flush=True)
-        state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch, seconds=seconds)
+        state = dict(model=model.state_dict(), criterion=criterion.state_dict(), optimizer=optimizer.state_dict(),
+                     epoch=epoch, seconds=seconds)
         if average:
             state.update(average=average.state_dict())
         torch.save(state, f'{partial}.tmp')
@@ -344,9 +380,10 @@ def train(run: Run, args: Namespace) -> None:
     held = (photographs.held_out, photographs.train_labels[count:])
     target = held if run.search else (photographs.val, photographs.val_labels)
     sizes = run.sizes if run.method == 'inet' and (run.search or run.sizes[0] != args.sizes[0]) else args.sizes
+    reached = accuracy(model.eval(), criterion, sizes, *target, device, autocast)
     result = dict(
-        asdict(run), **accuracy(model.eval(), sizes, *target, device, autocast), params=count_parameters(model),
-        cost=cost(run, args), seconds=seconds, device=device_name(device), images_per_second=count * epochs / seconds)
+        asdict(run), **reached, params=count_parameters(model), cost=cost(run, args), seconds=seconds,
+        device=device_name(device), images_per_second=count * epochs / seconds)
     torch.save({k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()},
                args.work / f'{run.name}.pth')
     write(run, result, args)
@@ -395,7 +432,7 @@ def choose_levels(run: Run, args: Namespace, generator: torch.Generator) -> List
 
 
 @torch.inference_mode()
-def accuracy(model, sizes, images, labels, device, autocast) -> Dict[str, Dict[str, float]]:
+def accuracy(model, criterion, sizes, images, labels, device, autocast) -> Dict[str, Dict[str, float]]:
     """Return top-1 and top-5 in percent at each size, and of the ensemble."""
     logits = {}
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in (MEAN, STD))
@@ -404,7 +441,7 @@ def accuracy(model, sizes, images, labels, device, autocast) -> Dict[str, Dict[s
         with autocast():
             logits[str(size)] = torch.cat([model((x.to(device).float() - mean) / std).float() for x in batches])
     if hasattr(model, 'alpha'):
-        logits[ENSEMBLE] = torch.einsum('s,snc->nc', model.alpha.softmax(0), torch.stack(list(logits.values())))
+        logits[ENSEMBLE] = criterion.ensemble(torch.stack(list(logits.values())), model.alpha)
     labels = labels.to(device).view(-1, 1)
     hits = {k: z.topk(min(5, z.shape[1])).indices == labels for k, z in logits.items()}
     return dict(

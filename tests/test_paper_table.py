@@ -115,6 +115,24 @@ def test_moving_average_of_sampled_sizes(argv):
     assert steps[40] == steps[24] == steps[36] + steps[32] == 5
 
 
+@pytest.mark.parametrize('kind', ['classes', 'temperature'])
+def test_learned_ensembles(argv, kind, monkeypatch):
+    made = []
+    ensemble = paper_table.ENSEMBLES[kind]
+    monkeypatch.setitem(paper_table.ENSEMBLES, kind, lambda *args: made.append(ensemble(*args)) or made[0])
+    args = paper_table.parse_args([*argv, '--methods', 'ens_topdown', '--ensemble', kind])
+    train_all(args)
+    (learned,) = made[0].parameters()
+    assert learned.abs().min() > 0  # it began at zero, where the ensemble is the paper's
+    result = paper_table.read(*paper_table.plan(args, False), args)
+    assert result['loss']['ens'] > 0
+    logits, alpha = torch.randn(2, 3, 2), torch.tensor([0.5, -0.5])
+    with torch.no_grad():
+        assert not torch.allclose(made[0].ensemble(logits, alpha), ensemble('ens', 2, 2).ensemble(logits, alpha))
+        expected = paper_table.EnsembleDistillationLoss().ensemble(logits, alpha)
+        torch.testing.assert_close(ensemble('ens', 2, 2).ensemble(logits, alpha), expected)
+
+
 @pytest.mark.parametrize('private', ['affine', 'statistics'])
 def test_half_of_batchnorm_is_shared(argv, private):
     args = paper_table.parse_args([*argv, '--methods', 'ens_topdown', '--private', private, '--epochs', '1'])
@@ -196,8 +214,9 @@ def test_published_runs_are_taken_over(argv, tmp_path):
 @pytest.mark.parametrize('options,message', [
     (['--weight-bits', '9'], '--weight-bits is 1 to 8, or 32 for float, not 9'),
     (['--activation-bits', '2'], '--activation-bits needs --weight-bits'),
+    (['--sampled', '--ensemble', 'classes'], '--ensemble classes needs all sizes in each step, not --sampled'),
 ])
-def test_bits(argv, options, message, capsys):
+def test_options_that_cannot_be(argv, options, message, capsys):
     with pytest.raises(SystemExit):
         paper_table.main([*argv, *options, '--dry-run'])
     assert message in capsys.readouterr().err

@@ -17,7 +17,6 @@ import argparse
 import csv
 import fnmatch
 import json
-import os
 import platform
 import shlex
 import sys
@@ -30,6 +29,7 @@ import timm
 import torch
 import torch.nn as nn
 from _meta import speed_up_batch_norm
+from _table import write_json, write_rows
 from timm.models import model_entrypoint
 from timm.utils import reparameterize_model
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -82,7 +82,8 @@ def main():
         row_seconds = time.process_time() - start
         seconds += row_seconds
         print(f"{row['name']}: {row['status']} ({row['device']}, {row_seconds:.1f} s)", flush=True)
-        write(args.output, rows)
+        done = [rows[name] for name in map(rs_name, RS_MODELS) if name in rows]
+        write_rows(args.output, COLUMNS, done)
         write_json(sidecar, dict(
             command=shlex.join(['python', 'tools/sweep.py', *sys.argv[1:]]),
             versions=versions,
@@ -222,21 +223,6 @@ def without_gradient(model: nn.Module) -> Set[str]:
 def summarize(names: Any) -> str:
     names: List[str] = sorted(names)
     return ', '.join(names[:2]) + (f' and {len(names) - 2} more' if len(names) > 2 else '')
-
-
-def write(path: Path, rows: Dict[str, Dict]) -> None:
-    partial_path = path.with_name(f'{path.name}.part')
-    with open(partial_path, 'w', newline='', encoding='utf-8') as f:
-        writer = csv.DictWriter(f, COLUMNS, lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows[name] for name in map(rs_name, RS_MODELS) if name in rows)
-    os.replace(partial_path, path)
-
-
-def write_json(path: Path, content: Dict[str, Any]) -> None:
-    partial_path = path.with_name(f'{path.name}.part')
-    partial_path.write_text(json.dumps(content, indent=2) + '\n')
-    os.replace(partial_path, path)
 
 
 if __name__ == '__main__':

@@ -71,7 +71,7 @@ class EnsembleDistillationLoss(nn.Module):
             ensemble = distillation = torch.zeros_like(classification)
             if self.mode != 'none':
                 stacked = torch.stack([z.detach() for z in logits])
-                z_ens = torch.einsum('s,snc->nc', alpha.float().softmax(0), stacked)
+                z_ens = self.ensemble(stacked, alpha.float())
                 ensemble = self.criterion(z_ens, target)
                 distillation = self._distillation(logits, z_ens.detach())
         return dict(
@@ -80,6 +80,10 @@ class EnsembleDistillationLoss(nn.Module):
             ensemble=ensemble,
             distillation=distillation,
         )
+
+    def ensemble(self, logits: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+        """Return the teacher's logits [N, C] of those of all resolutions [S, N, C] and of a [S] (equation 3)."""
+        return torch.einsum('s,snc->nc', alpha.softmax(0), logits)
 
     def _distillation(self, logits: List[torch.Tensor], z_ens: torch.Tensor) -> torch.Tensor:
         log_p = [F.log_softmax(z, dim=-1) for z in logits]
