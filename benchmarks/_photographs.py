@@ -90,7 +90,7 @@ def _decode(dataset, transform) -> Tuple[List[torch.Tensor], torch.Tensor]:
 
 def random_crops(
         images: torch.Tensor, order: torch.Tensor, batch_size: int, size: int, scale: Tuple[float, float],
-        generator: torch.Generator,
+        generator: torch.Generator, hflip: float = 0.5,
 ) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
     """Give batches of random resized crops with random flips, normalized, on the images' device.
 
@@ -104,6 +104,7 @@ def random_crops(
         size: Output size in pixels.
         scale: Range of the share of the area that is cropped; aspect ratios are between 3/4 and 4/3.
         generator: Of the CPU, makes the boxes.
+        hflip: Probability of a horizontal flip.
 
     Returns:
         (crops [batch_size, 3, size, size], indices [batch_size]).
@@ -118,7 +119,7 @@ def random_crops(
         ratio = torch.empty(n).uniform_(-0.2877, 0.2877, generator=generator).exp()  # log of 4/3
         lengths = [(area * r).sqrt().clamp(max=1) * side for r in (ratio, 1 / ratio)]
         starts = [torch.rand(n, generator=generator) * (side - length) for length in lengths]
-        flip = torch.rand(n, generator=generator) < 0.5
+        flip = torch.rand(n, generator=generator) < hflip
         rows, columns = (
             resize_matrices(start.to(device), length.to(device), side, size) for start, length in zip(starts, lengths))
         columns = torch.where(flip.to(device).view(-1, 1, 1), columns.flip(1), columns)

@@ -52,9 +52,9 @@ from timm_rs.train import EnsembleDistillationLoss, ResolutionPyramid
 METHODS = dict(
     inet='I-Nets', parallel='Parallel', ens='RS-Net, ensemble alone', ens_topdown='RS-Net', random_size='random size')
 RECIPE = (
-    'model', 'sizes', 'epochs', 'batch_size', 'weight_decay', 'warmup_epochs', 'scale', 'distill_ramp', 'mean_loss',
-    'zero_init', 'amp', 'channels_last', 'side', 'crop_pct', 'search_epochs', 'ema', 'sampled', 'ensemble', 'private',
-    'weight_bits', 'activation_bits', 'initial_checkpoint')
+    'model', 'sizes', 'epochs', 'batch_size', 'weight_decay', 'warmup_epochs', 'scale', 'hflip', 'distill_ramp',
+    'mean_loss', 'zero_init', 'amp', 'channels_last', 'side', 'crop_pct', 'search_epochs', 'ema', 'sampled', 'ensemble',
+    'private', 'weight_bits', 'activation_bits', 'initial_checkpoint')
 
 
 class ClassWiseEnsemble(EnsembleDistillationLoss):
@@ -147,6 +147,7 @@ def parse_args(argv=None):
     add('--weight-decay', type=float, default=5e-4, metavar='W')
     add('--warmup-epochs', type=float, default=2, metavar='N')
     add('--scale', type=float, nargs=2, default=[0.25, 1.], metavar='PCT', help='range of the area of a crop')
+    add('--hflip', type=float, default=0.5, metavar='P', help='probability of a horizontal flip (default: %(default)s)')
     add('--distill-ramp', type=float, default=0, metavar='N', help='epochs in which distillation comes to its weight')
     add('--mean-loss', action='store_true', help='divide the loss by the number of sizes')
     add('--zero-init', action='store_true', help='start residual branches at zero')
@@ -185,6 +186,7 @@ def parse_args(argv=None):
         parser.error('--activation-bits needs --weight-bits.')
     args.sizes = sorted(set(args.sizes), reverse=True)
     args.side = args.side or 2 * args.sizes[0]
+    args.num_classes = sum(path.is_dir() for path in Path(args.data_dir, 'train').iterdir())
     args.dataset = args.dataset or Path(args.data_dir).resolve().name
     args.methods = [m for m in METHODS if m in args.methods]
     return args
@@ -250,14 +252,19 @@ def write(run: Run, result: dict, args: Namespace) -> None:
 def cost(run: Run, args: Namespace) -> float:
     """Return the multiply-adds of a run per training image, a backward pass counted as two forward ones."""
     sizes = run.sizes if run.switchable or run.method == 'inet' else args.sizes
-    total = 3. * sum(madds(args.model, s) for s in sizes) * (args.search_epochs if run.search else args.epochs)
+    total = 3. * sum(madds(args, s) for s in sizes) * (args.search_epochs if run.search else args.epochs)
     share = len(choose_levels(run, args, torch.Generator())) / len(run.sizes)
     return total * share
 
 
 @cache
-def madds(model: str, size: int) -> int:
-    return count_madds(timm.create_model(model, num_classes=10), size)
+def _count(model: str, size: int, num_classes: int) -> int:
+    return count_madds(timm.create_model(model, num_classes=num_classes), size)
+
+
+def madds(args: Namespace, size: int) -> int:
+    """Return the multiply-adds of an image."""
+    return _count(args.model, size, args.num_classes)
 
 
 def show(runs: List[Run], args: Namespace, title: str) -> None:
@@ -338,7 +345,7 @@ def train(run: Run, args: Namespace) -> None:
         generator = torch.Generator().manual_seed(1000003 * run.seed + epoch)
         order, sums = torch.randperm(count, generator=generator), torch.zeros(4, device=device)
         model.train()
-        batches = random_crops(images, order, args.batch_size, run.sizes[0], tuple(args.scale), generator)
+        batches = random_crops(images, order, args.batch_size, run.sizes[0], tuple(args.scale), generator, args.hflip)
         for step, (crops, indices) in enumerate(batches):
             at = epoch + step / steps
             warm = min(1., (at + 1 / steps) / max(args.warmup_epochs, 1e-9))
@@ -494,7 +501,7 @@ def summarize(args: Namespace, method: str, size: int, results: List[dict]) -> L
     return [dict(
         dataset=args.dataset, model=args.model, method=method, resolution=size, seeds=len(results), epochs=args.epochs,
         top1_mean=round(statistics.mean(top1), 2), top1_std=round(statistics.stdev(top1), 2) if len(top1) > 1 else '',
-        top5_mean=round(statistics.mean(top5), 2), madds=madds(args.model, size), params=results[0]['params'])]
+        top5_mean=round(statistics.mean(top5), 2), madds=madds(args, size), params=results[0]['params'])]
 
 
 def markdown(rows: List[dict], args: Namespace) -> str:
@@ -511,7 +518,7 @@ def markdown(rows: List[dict], args: Namespace) -> str:
             value, base = found.get((method, size)), found.get((METHODS['inet'], size))
             gain = f' ({value - base:+.1f})' if None not in (value, base) and method != METHODS['inet'] else ''
             cells.append('' if value is None else f'{value:.1f}{gain}')
-        lines.append(f'| {size} | {madds(args.model, size) / 1e6:.0f}M | ' + ' | '.join(cells) + ' |')
+        lines.append(f'| {size} | {madds(args, size) / 1e6:.0f}M | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines) + '\n'
 
 
