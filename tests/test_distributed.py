@@ -12,10 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from conftest import assert_equal, rs_model
+from hub_server import TOKEN, HubServer
 from PIL import Image
 from processes import Job, free_port, models, outcome, train, train_and_signal
 from timm.layers import convert_sync_batchnorm
@@ -207,6 +209,27 @@ def test_processes_are_equal_and_only_the_first_writes(uninterrupted):
     assert_equal(dict(outcome(output)[0]['state_dict']), dict(first[0]))
     assert_equal(dict(outcome(output)[0]['state_dict_ema']), dict(first[1]))
     assert sorted(p.name for p in output.iterdir()) == ['run']
+
+
+def test_one_process_pushes(images, tmp_path, monkeypatch):
+    hub = HubServer()
+    for name, value in dict(
+        HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, HF_HUB_OFFLINE='0', HF_HUB_DISABLE_XET='1', HF_HOME=str(tmp_path / 'home'),
+    ).items():
+        monkeypatch.setenv(name, value)
+    try:
+        job = start(images, tmp_path, '--epochs', '1', '--push-to-hub', 'user/net')
+        assert job.finish(180) == [0, 0]
+        pushed = hub.files('user/net', 'main')
+        messages = hub.repos['user/net'].messages
+    finally:
+        hub.close()
+    assert messages.count('Add model') == 1 and len(messages) <= 3  # the initial commit, the model, its card
+    (tmp_path / 'model').mkdir()
+    for name in ('config.json', 'model.safetensors'):
+        (tmp_path / 'model' / name).write_bytes(pushed[name])
+    restored = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).state_dict()
+    assert_equal(dict(restored), dict(models(tmp_path)[0][0]))
 
 
 @pytest.mark.parametrize('flags', [
