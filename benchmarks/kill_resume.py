@@ -52,8 +52,8 @@ def main():
                     process.wait(moment)
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-                    break
+                    if process.wait() == -signal.SIGKILL:  # and did not end in that instant
+                        break
             files = sorted((output / 'run').glob('*.*'), key=lambda p: p.stat().st_mtime) if output.exists() else []
             last = files[-1].name if files else ''
             found, _ = train_to_the_end(output)
