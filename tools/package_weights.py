@@ -67,6 +67,7 @@ def card(name, model, labels, metrics, args):
         f"| {'ensemble' if key == ENSEMBLE else f'{key} px'} | {row['top1']:.2f} | {row['top5']:.2f} | "
         f"{'' if key == ENSEMBLE else f'{count_madds(model, key) / 1e6:.0f}M'} |"
         for key, row in metrics.items())
+    command = ' \\\n    '.join(textwrap.wrap(args.recipe, 114, break_on_hyphens=False, break_long_words=False))
     return f"""\
 # {name}
 
@@ -79,7 +80,7 @@ def card(name, model, labels, metrics, args):
 Whole validation images at each size (`crop_pct` 1), weights in half precision. Trained by
 
 ```
-{args.recipe}
+{command}
 ```
 """
 
