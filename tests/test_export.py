@@ -318,6 +318,9 @@ def test_int8(tiny, photographs, tmp_path):
     assert {t.data_type for t in weights} == {onnx.TensorProto.INT8}
     assert {n.op_type for n in model.graph.node} >= {'QLinearConv', 'QLinearAdd', 'QGemm'}
     assert 'Relu' not in {n.op_type for n in model.graph.node}
+    constants = {t.name for t in model.graph.initializer}
+    convolutions = [n for n in model.graph.node if n.op_type == 'QLinearConv']
+    assert not any(n.input[2] in constants and n.input[8] not in constants for n in convolutions)  # see merge.build
 
 
 def of_one_conv(gains, biases, resolutions=(16, 12)):

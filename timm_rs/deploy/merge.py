@@ -74,7 +74,9 @@ def build(graph: SizedGraph) -> onnx.ModelProto:
         node.CopyFrom(original)
         for i, name in enumerate(node.input):
             if name in graph.constants:
-                node.input[i] = constants.add(name, graph.constants[name])
+                # With a constant zero point ONNX Runtime 1.26 and older leave out a bias that is not constant.
+                picked = node.op_type == 'QLinearConv' and i == 2
+                node.input[i] = constants.add(name, graph.constants[name], picked)
         nodes.append(node)
     model = onnx.ModelProto()
     model.CopyFrom(graph.template)
@@ -169,11 +171,11 @@ class _Constants:
         self._packs: Dict[str, Dict[str, np.ndarray]] = {}
         self._picked: Dict[tuple, str] = {}
 
-    def add(self, name: str, values: Sequence[np.ndarray]) -> str:
-        """Return the name of a value that is values[i] at size i."""
+    def add(self, name: str, values: Sequence[np.ndarray], picked: bool = False) -> str:
+        """Return the name of a value that is values[i] at size i; picked by the size even where all are the same."""
         first = values[0]
         same_shape = all(v.shape == first.shape for v in values)
-        if same_shape and all(np.array_equal(v, first) for v in values[1:]):
+        if not picked and same_shape and all(np.array_equal(v, first) for v in values[1:]):
             return self._initializer(name, first)
         if same_shape:
             return self._pick(name, np.stack(values))
