@@ -114,10 +114,12 @@ class Run:
 
 def main(argv=None):
     args = parse_args(argv)
+    published = read_published(args) if args.include and not args.worker else {}
     args.work.mkdir(parents=True, exist_ok=True)
     check_recipe(args)
-    if args.include and not args.worker:
-        take_over(args)
+    for run, result in published.items():
+        if not read(run, args):
+            write(run, result, args)
 
     if args.worker:
         return train(Run(**{k: tuple(v) if k == 'sizes' else v for k, v in json.loads(args.worker).items()}), args)
@@ -186,7 +188,11 @@ def parse_args(argv=None):
         parser.error('--activation-bits needs --weight-bits.')
     args.sizes = sorted(set(args.sizes), reverse=True)
     args.side = args.side or 2 * args.sizes[0]
-    args.num_classes = sum(path.is_dir() for path in Path(args.data_dir, 'train').iterdir())
+    train, val = ({p.name for p in Path(args.data_dir, split).iterdir() if p.is_dir()} for split in ('train', 'val'))
+    if train != val:
+        different = ', '.join(sorted(train ^ val)[:3])
+        parser.error(f'{args.data_dir} holds other classes in train/ than in val/: {different}.')
+    args.num_classes = len(train)
     args.dataset = args.dataset or Path(args.data_dir).resolve().name
     args.methods = [m for m in METHODS if m in args.methods]
     return args
@@ -225,17 +231,20 @@ def best_lr(method: str, sizes: Tuple[int, ...], args: Namespace) -> float:
     return max(known, key=known.get) if len(known) == len(args.lrs) else math.nan
 
 
-def take_over(args: Namespace) -> None:
-    """Put the runs of a published table among those that are done."""
-    table = json.loads(args.include.read_text())
-    for key, value in table['recipe'].items():
+def read_published(args: Namespace) -> Dict[Run, dict]:
+    """Return the runs of a published table, by what they are."""
+    try:
+        table = json.loads(args.include.read_text())
+        recipe, results = dict(table['recipe'], dataset=table['dataset']), table['searches'] + table['runs']
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise SystemExit(f'Cannot read {args.include}, expected a .json that this script wrote: {e!r}') from e
+    for key, value in recipe.items():
         if getattr(args, key) != value:
             raise SystemExit(
                 f'{args.include} holds runs with --{key.replace("_", "-")} {value}, not {getattr(args, key)}.')
-    for result in table['searches'] + table['runs']:
-        run = Run(**{k: tuple(v) if k == 'sizes' else v for k, v in result.items() if k in Run.__dataclass_fields__})
-        if not read(run, args):
-            write(run, result, args)
+    return {
+        Run(**{k: tuple(v) if k == 'sizes' else v for k, v in r.items() if k in Run.__dataclass_fields__}): r
+        for r in results}
 
 
 def read(run: Run, args: Namespace) -> Optional[dict]:
@@ -487,8 +496,9 @@ def write_table(args: Namespace) -> None:
         writer.writerows(rows)
     args.output.with_suffix('.md').write_text(markdown(rows, args))
     args.output.with_suffix('.json').write_text(json.dumps(dict(
-        command=shell_command(), environment=environment(), recipe={k: getattr(args, k) for k in RECIPE},
-        lrs=args.lrs, searches=[r for _, r in searches if r], runs=[r for _, r in runs]), indent=2) + '\n')
+        command=shell_command(), environment=environment(), dataset=args.dataset,
+        recipe={k: getattr(args, k) for k in RECIPE}, lrs=args.lrs,
+        searches=[r for _, r in searches if r], runs=[r for _, r in runs]), indent=2) + '\n')
     plot(rows, args.output.with_suffix('.png'))
     print(markdown(rows, args))
 

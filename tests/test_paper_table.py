@@ -211,6 +211,23 @@ def test_published_runs_are_taken_over(argv, tmp_path):
         paper_table.main([*argv, *options, '--dry-run', '--ema', '0.9', '--work', str(tmp_path / 'third')])
 
 
+    for name, content in (('missing', None), ('broken', '{'), ('foreign', '{"recipe": {}}')):
+        if content:
+            (tmp_path / name).write_text(content)
+        with pytest.raises(SystemExit, match=f'Cannot read .*{name}, expected a .json that this script wrote'):
+            paper_table.main([*argv, '--include', str(tmp_path / name), '--work', str(tmp_path / 'fourth')])
+    with pytest.raises(SystemExit, match='table.json holds runs with --dataset pictures, not pets'):
+        paper_table.main([*argv, *options, '--dataset', 'pets', '--work', str(tmp_path / 'fourth')])
+    assert not (tmp_path / 'third').exists() and not (tmp_path / 'fourth').exists()
+
+
+def test_train_and_val_of_other_classes(argv, tmp_path, capsys):
+    (tmp_path / 'pictures' / 'val' / 'cat').rename(tmp_path / 'pictures' / 'val' / 'cow')
+    with pytest.raises(SystemExit):
+        paper_table.main(argv)
+    assert 'holds other classes in train/ than in val/: cat, cow.' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('options,message', [
     (['--weight-bits', '9'], '--weight-bits is 1 to 8, or 32 for float, not 9'),
     (['--activation-bits', '2'], '--activation-bits needs --weight-bits'),
