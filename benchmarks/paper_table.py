@@ -54,7 +54,7 @@ METHODS = dict(
 RECIPE = (
     'model', 'sizes', 'epochs', 'batch_size', 'weight_decay', 'warmup_epochs', 'scale', 'hflip', 'distill_ramp',
     'mean_loss', 'zero_init', 'amp', 'channels_last', 'side', 'crop_pct', 'search_epochs', 'ema', 'sampled', 'ensemble',
-    'private', 'weight_bits', 'activation_bits', 'initial_checkpoint')
+    'private', 'resample', 'weight_bits', 'activation_bits', 'initial_checkpoint')
 
 
 class ClassWiseEnsemble(EnsembleDistillationLoss):
@@ -158,6 +158,8 @@ def parse_args(argv=None):
     add('--ensemble', default='sizes', choices=ENSEMBLES,
         help='learned weights of the teacher: one per size, one per size and class, or one per size and a temperature')
     add('--private', default='both', choices=('both', 'affine', 'statistics'), help='half of BatchNorm that is private')
+    add('--resample', default='matched', choices=ResolutionPyramid.RESAMPLES,
+        help='how the smaller images of a batch are made of the largest (default: %(default)s)')
     add('--initial-checkpoint', default='', metavar='FILE', help='begin with these weights')
     add('--weight-bits', type=int, default=32, metavar='K', help='quantize the networks')
     add('--activation-bits', type=int, default=32, metavar='K')
@@ -331,7 +333,7 @@ def train(run: Run, args: Namespace) -> None:
     network = torch.compile(model) if args.torchcompile else model
     mode = run.method if run.method in ('ens', 'ens_topdown') else 'none'
     criterion = ENSEMBLES[args.ensemble](mode, len(run.sizes), len(photographs.classes)).to(device)
-    pyramid = ResolutionPyramid(run.sizes)
+    pyramid = ResolutionPyramid(run.sizes, resample=args.resample)
     average = ModelEmaV3(model, decay=args.ema) if args.ema else None
     optimizer = create_optimizer_v2(model, opt='sgd', lr=run.lr, momentum=0.9, weight_decay=args.weight_decay)
     if mode != 'none' and any(True for _ in criterion.parameters()):

@@ -1,8 +1,10 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import assert_equal
 
 from timm_rs.train import ResolutionPyramid
+from timm_rs.train.pyramid import matched_weights
 
 
 def checkerboard(size):
@@ -26,7 +28,7 @@ def test_single_resolution():
 def test_checkerboard_halved_is_grey():
     # The triangle of half width 2 around the middle of two pixels weighs 1/8, 3/8, 3/8, 1/8: on 0, 1, 0, 1 that is
     # 1/2. At the border one pixel is missing: (3 - 3 + 1) / 7 = 1/7 of the amplitude is left in each direction.
-    half = ResolutionPyramid((16, 8))(checkerboard(16))[1][0, 0]
+    half = ResolutionPyramid((16, 8), resample='antialiased')(checkerboard(16))[1][0, 0]
     expected = torch.full((8, 8), 0.5)
     expected[0, 0] = expected[-1, -1] = 0.5 - 0.5 / 49
     expected[0, -1] = expected[-1, 0] = 0.5 + 0.5 / 49
@@ -36,13 +38,51 @@ def test_checkerboard_halved_is_grey():
 def test_checkerboard_at_a_third_is_nearly_grey():
     # Without antialiasing every third pixel is picked, which is a checkerboard again. The triangle of half width 3
     # weighs 1, 2, 3, 2, 1: (3 - 4 + 2) / 9 = 1/9 of the amplitude is left in each direction.
-    third = ResolutionPyramid((24, 8))(checkerboard(24))[1][0, 0, 1:-1, 1:-1]
+    third = ResolutionPyramid((24, 8), resample='antialiased')(checkerboard(24))[1][0, 0, 1:-1, 1:-1]
     expected = 0.5 + (checkerboard(6)[0, 0] - 0.5) / 81
     torch.testing.assert_close(third, expected, rtol=0, atol=1e-6)
 
 
-def test_constant_stays_constant():
-    for y in ResolutionPyramid((20, 13, 7))(torch.full((1, 3, 20, 20), 0.7)):
+@pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic'])
+@pytest.mark.parametrize('sizes', [(48, 40), (48, 24), (224, 192), (224, 96)])
+def test_matched_is_nearer_to_one_resize_of_the_original(sizes, interpolation):
+    # Noise whose amplitude falls with its frequency, as that of photographs does.
+    largest, size = sizes
+    spectrum = torch.fft.rfft2(torch.randn(3, 3, 4 * largest, 4 * largest, generator=torch.Generator().manual_seed(0)))
+    frequency = (torch.fft.fftfreq(4 * largest)[:, None] ** 2 + torch.fft.rfftfreq(4 * largest) ** 2).sqrt()
+    original = torch.fft.irfft2(spectrum / frequency.clamp(min=1e-3))
+    once, x = (F.interpolate(original, (s, s), mode=interpolation, antialias=True) for s in (size, largest))
+    matched, plain = (
+        (ResolutionPyramid(sizes, resample=resample, interpolation=interpolation)(x)[1] - once).square().mean().sqrt()
+        for resample in ('matched', 'antialiased'))
+    assert matched < 0.7 * plain
+
+
+@pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic'])
+def test_matched_weights_leave_the_least_squared_error(interpolation):
+    fine = torch.eye(80, dtype=torch.float64)[None, None]
+    larger, smaller = (
+        F.interpolate(fine, (s, 80), mode=interpolation, antialias=True)[0, 0].float() for s in (10, 7))
+    weights = matched_weights(10, 7, interpolation)
+    torch.testing.assert_close(weights.sum(1), torch.ones(7), rtol=0, atol=1e-6)
+    residual = (weights @ larger - smaller) @ larger.T  # zero but for the scaling of rows
+    assert residual.abs().max() < 0.01 * (smaller @ larger.T).abs().max()
+
+
+def test_matched_is_not_rounded_under_autocast():
+    x, pyramid = torch.rand(2, 3, 16, 16), ResolutionPyramid((16, 8))
+    with torch.autocast('cpu', torch.bfloat16):
+        y = pyramid(x)[1]
+    assert y.dtype == torch.float32 and torch.equal(y, pyramid(x)[1])
+
+
+def test_leaves_nothing_in_checkpoints():
+    assert not ResolutionPyramid((16, 8)).state_dict()
+
+
+@pytest.mark.parametrize('resample', ['matched', 'antialiased'])
+def test_constant_stays_constant(resample):
+    for y in ResolutionPyramid((20, 13, 7), resample=resample)(torch.full((1, 3, 20, 20), 0.7)):
         torch.testing.assert_close(y, torch.full_like(y, 0.7), rtol=0, atol=1e-6)
 
 
@@ -95,9 +135,14 @@ def test_wrong_size(shape):
         ResolutionPyramid((64, 48))(torch.rand(shape))
 
 
-def test_unknown_flip():
-    with pytest.raises(ValueError, match="'both', expected one of shared, independent"):
-        ResolutionPyramid((64, 48), flip='both')
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(flip='both'), "flip policy 'both', expected one of shared, independent"),
+    (dict(resample='nearest'), "resampling 'nearest', expected one of matched, antialiased"),
+    (dict(interpolation='lanczos'), "interpolation 'lanczos', expected one of bilinear, bicubic"),
+])
+def test_unknown_choice(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        ResolutionPyramid((64, 48), **kwargs)
 
 
 @pytest.mark.parametrize('resolutions, message', [((), 'empty'), ((64, 64), 'twice'), ((64, 0), 'holds 0')])

@@ -33,8 +33,7 @@ def gradients(module):
 
 def step_by_hand(model, x, target, mode):
     """Run one step on the plain networks of each resolution, the loss written out from its definition."""
-    pyramid = [x] + [F.interpolate(x, size=(s, s), mode='bilinear', antialias=True) for s in RESOLUTIONS[1:]]
-    z = [model.at(r)(y) for r, y in zip(RESOLUTIONS, pyramid)]
+    z = [model.at(r)(y) for r, y in zip(RESOLUTIONS, ResolutionPyramid(RESOLUTIONS)(x))]
     p = [F.softmax(logits, 1) for logits in z]
 
     def cross_entropy(logits):

@@ -339,3 +339,16 @@ def test_schedules(name, on_updates):
     assert all(math.isfinite(r) and 0 <= r <= 0.01 + 1e-9 for r in top) and max(top) > 0.0005
     if scheduler is not None:
         torch.testing.assert_close(torch.tensor(rates), torch.tensor(top)[:, None] * scales)
+
+
+@pytest.mark.parametrize('flags, expected', [
+    ((), ('matched', 'bilinear')),  # timm draws it anew for each image: then that of evaluation
+    (('--train-interpolation', 'bicubic'), ('matched', 'bicubic')),
+    (('--interpolation', 'bicubic'), ('matched', 'bicubic')),
+    (('--train-interpolation', 'bicubic', '--no-aug'), ('matched', 'bilinear')),
+    (('--interpolation', 'lanczos'), ('matched', 'bicubic')),  # the nearest of the two
+    (('--resample', 'antialiased'), ('antialiased', 'bilinear')),
+])
+def test_pyramid_is_matched_to_how_images_are_resized(flags, expected):
+    pyramid = build(*flags)[1].pyramid
+    assert (pyramid.resample, pyramid.interpolation) == expected

@@ -68,7 +68,8 @@ def create_parser() -> argparse.ArgumentParser:
         help='teachers of a resolution: nobody, the ensemble, or the ensemble and all larger ones (default)')
     add('--flip', default='shared', choices=ResolutionPyramid.FLIPS,
         help='flip an image once for all resolutions (default) or anew for each')
-
+    add('--resample', default='matched', choices=ResolutionPyramid.RESAMPLES,
+        help='make the smaller images as sharp as those of evaluation (default), or by plain antialiased interpolation')
     add('--memory', default='default', choices=('default', 'lean'),
         help='lean: hold the activations of one resolution at a time, for one more forward pass')
 

@@ -306,7 +306,7 @@ def build_task(args: argparse.Namespace, model: nn.Module, device: torch.device)
     return MultiResolutionTask(
         model,
         EnsembleDistillationLoss(args.distill, criterion),
-        ResolutionPyramid(args.resolutions, args.flip, hflip),
+        ResolutionPyramid(args.resolutions, args.flip, hflip, args.resample, _train_interpolation(args, model)),
         device=device,
         verbose=args.rank == 0,
     )
@@ -323,6 +323,13 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.O
         args.lr = args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
         _logger.info(f'Learning rate {args.lr} for {images} images per update ({scale} scaling of {args.lr_base}).')
     return create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+
+
+def _train_interpolation(args: argparse.Namespace, model: nn.Module) -> str:
+    """Return how training images are resized; that of evaluation where it is drawn anew for each image."""
+    names = [] if args.no_aug else [args.train_interpolation]
+    names.append(resolve_input_data_config(model, args=_data_args(args))['interpolation'])
+    return next((name for name in names if name in ResolutionPyramid.INTERPOLATIONS), 'bicubic')
 
 
 def _data_args(args: argparse.Namespace) -> Dict[str, Any]:

@@ -56,7 +56,7 @@ class MultiResolutionTask(ClassificationTask):
         if not isinstance(criterion, EnsembleDistillationLoss):
             raise ValueError(f'Got criterion {type(criterion).__name__}, expected EnsembleDistillationLoss around it.')
         super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose)
-        self.pyramid = pyramid if pyramid is not None else ResolutionPyramid(model.resolutions)
+        self.pyramid = (pyramid if pyramid is not None else ResolutionPyramid(model.resolutions)).to(device)
         self.progress = Progress()
         if self.criterion.mode == 'none':
             model.alpha.requires_grad_(False)  # DistributedDataParallel would wait for its gradient
