@@ -7,6 +7,7 @@ from conftest import assert_equal, images, randomize_bn, rs_model
 
 from timm_rs import PrivateBN, add_resolution, make_switchable
 from timm_rs.calibrate import METHODS
+from timm_rs.resample import downscale
 
 
 class TwoLayers(torch.nn.Module):
@@ -30,7 +31,7 @@ def test_statistics_are_those_of_all_images_at_once():
     model = make_switchable(TwoLayers().eval(), (64, 32))
     batches = [images(64, n=40), images(64, n=30) * 3 + 1]  # the mean of their variances is not the variance
     add_resolution(model, 48, batches, method='statistics')
-    small = torch.nn.functional.interpolate(torch.cat(batches), size=(48, 48), mode='bilinear', antialias=True)
+    small = downscale(torch.cat(batches), 48)
     flat = small.double().transpose(0, 1).flatten(1)
     torch.testing.assert_close(model.bn[48].running_mean.double(), flat.mean(1), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(model.bn[48].running_var.double(), flat.var(1), rtol=1e-5, atol=1e-6)
@@ -80,7 +81,7 @@ def test_tuning_brings_the_new_size_nearer_to_its_teacher():
     model = rs_model(resolutions=(64,))
     batches = loader(64, n=128, batch=64)
     large = torch.cat(batches)
-    small = torch.nn.functional.interpolate(large, size=(40, 40), mode='bilinear', antialias=True)
+    small = downscale(large, 40)
 
     def divergence(network):
         log_p = [z.log_softmax(-1) for z in (network.at(40)(small), network.at(64)(large))]

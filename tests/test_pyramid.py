@@ -1,10 +1,8 @@
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import assert_equal
 
 from timm_rs.train import ResolutionPyramid
-from timm_rs.train.pyramid import matched_weights
 
 
 def checkerboard(size):
@@ -41,39 +39,6 @@ def test_checkerboard_at_a_third_is_nearly_grey():
     third = ResolutionPyramid((24, 8), resample='antialiased')(checkerboard(24))[1][0, 0, 1:-1, 1:-1]
     expected = 0.5 + (checkerboard(6)[0, 0] - 0.5) / 81
     torch.testing.assert_close(third, expected, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic'])
-@pytest.mark.parametrize('sizes', [(48, 40), (48, 24), (224, 192), (224, 96)])
-def test_matched_is_nearer_to_one_resize_of_the_original(sizes, interpolation):
-    # Noise whose amplitude falls with its frequency, as that of photographs does.
-    largest, size = sizes
-    spectrum = torch.fft.rfft2(torch.randn(3, 3, 4 * largest, 4 * largest, generator=torch.Generator().manual_seed(0)))
-    frequency = (torch.fft.fftfreq(4 * largest)[:, None] ** 2 + torch.fft.rfftfreq(4 * largest) ** 2).sqrt()
-    original = torch.fft.irfft2(spectrum / frequency.clamp(min=1e-3))
-    once, x = (F.interpolate(original, (s, s), mode=interpolation, antialias=True) for s in (size, largest))
-    matched, plain = (
-        (ResolutionPyramid(sizes, resample=resample, interpolation=interpolation)(x)[1] - once).square().mean().sqrt()
-        for resample in ('matched', 'antialiased'))
-    assert matched < 0.7 * plain
-
-
-@pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic'])
-def test_matched_weights_leave_the_least_squared_error(interpolation):
-    fine = torch.eye(80, dtype=torch.float64)[None, None]
-    larger, smaller = (
-        F.interpolate(fine, (s, 80), mode=interpolation, antialias=True)[0, 0].float() for s in (10, 7))
-    weights = matched_weights(10, 7, interpolation)
-    torch.testing.assert_close(weights.sum(1), torch.ones(7), rtol=0, atol=1e-6)
-    residual = (weights @ larger - smaller) @ larger.T  # zero but for the scaling of rows
-    assert residual.abs().max() < 0.01 * (smaller @ larger.T).abs().max()
-
-
-def test_matched_is_not_rounded_under_autocast():
-    x, pyramid = torch.rand(2, 3, 16, 16), ResolutionPyramid((16, 8))
-    with torch.autocast('cpu', torch.bfloat16):
-        y = pyramid(x)[1]
-    assert y.dtype == torch.float32 and torch.equal(y, pyramid(x)[1])
 
 
 def test_leaves_nothing_in_checkpoints():

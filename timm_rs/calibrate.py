@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from .checkpoint import nearest_resolution, neighbours
 from .private_bn import PrivateBN, interpolate
+from .resample import INTERPOLATIONS, downscale
 from .switchable import SwitchableMixin
 
 __all__ = ['METHODS', 'add_resolution', 'measure_statistics', 'tune']
@@ -51,7 +52,8 @@ def add_resolution(
         model: A switchable network.
         resolution: Input size in pixels.
         loader: Batches of normalized images [N, C, H, W], or tuples that begin with these, at the largest of all
-            resolutions, the new one included; they are downscaled here with antialiasing.
+            resolutions, the new one included; they are downscaled here, as if the
+            originals had been resized once, by the interpolation of the network's configuration.
         method: One of these.
         epochs: Passes over the loader that tuning takes.
         lr: Learning rate of tuning, AdamW with a cosine schedule.
@@ -139,8 +141,8 @@ def tune(
     for _ in range(epochs):
         for images in _batches(model, loader):
             with torch.no_grad():
-                target = F.log_softmax(teaching(_resize(images, teacher)).float(), dim=-1)
-            log_p = F.log_softmax(model(_resize(images, resolution)).float(), dim=-1)
+                target = F.log_softmax(teaching(_resize(model, images, teacher)).float(), dim=-1)
+            log_p = F.log_softmax(model(_resize(model, images, resolution)).float(), dim=-1)
             loss = F.kl_div(log_p, target, reduction='batchmean', log_target=True)
             for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
                 parameter.grad = gradient  # of these alone, whatever gradients the others hold
@@ -180,7 +182,7 @@ def _measure(
         layer.register_forward_pre_hook(partial(add, i=i)) for i, layer in enumerate(_layers(model, resolution))
     ]
     for images in _batches(model, loader):
-        model(_resize(images, resolution))
+        model(_resize(model, images, resolution))
     for hook in hooks:
         hook.remove()
     return {i: _moments(*values) for i, values in sums.items()}
@@ -248,7 +250,7 @@ def _batches(model: nn.Module, loader: Iterable) -> Iterator[torch.Tensor]:
         yield images.to(device=model.alpha.device, dtype=model.alpha.dtype)
 
 
-def _resize(images: torch.Tensor, size: int) -> torch.Tensor:
-    if images.shape[-1] == size:
-        return images
-    return F.interpolate(images, size=(size, size), mode='bilinear', antialias=True)
+def _resize(model: nn.Module, images: torch.Tensor, size: int) -> torch.Tensor:
+    """Make them as sharp as the images that the network is evaluated on, which its configuration tells."""
+    interpolation = (getattr(model, 'pretrained_cfg', None) or {}).get('interpolation')
+    return downscale(images, size, interpolation if interpolation in INTERPOLATIONS else INTERPOLATIONS[0])
