@@ -47,3 +47,8 @@ def test_keeps_dtype(dtype):
 def test_same_size():
     x = torch.rand(2, 3, 16, 16)
     assert downscale(x, 16) is x
+
+
+def test_is_the_product_with_the_weights():
+    x, weights = torch.rand(2, 3, 56, 56), matched_weights(56, 40)
+    torch.testing.assert_close(downscale(x, 40), weights @ x @ weights.T, rtol=0, atol=1e-5)

@@ -1,5 +1,6 @@
 """Downscale images that were resized before, as if the original had been resized once"""
 from functools import lru_cache
+from typing import Any, List, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -32,15 +33,28 @@ def downscale(images: torch.Tensor, size: int, interpolation: str = 'bilinear') 
         return images
     channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
     dtype = torch.promote_types(images.dtype, torch.float32)
-    weights = _weights_on(images.device, dtype, images.shape[-1], size, interpolation)
+    bands = _bands(images.device, dtype, images.shape[-1], size, interpolation)
     with torch.autocast(images.device.type, enabled=False):
-        resized = (weights @ images.to(dtype) @ weights.T).to(images.dtype)
+        x = images.to(dtype)
+        x = torch.cat([weights @ x[..., columns, :] for columns, weights in bands], -2)
+        x = torch.cat([x[..., columns] @ weights.T for columns, weights in bands], -1)
+    resized = x.to(images.dtype)
     return resized.contiguous(memory_format=torch.channels_last) if channels_last else resized
 
 
 @lru_cache(maxsize=64)
-def _weights_on(device: torch.device, dtype: torch.dtype, *args) -> torch.Tensor:
-    return matched_weights(*args).to(device, dtype)
+def _bands(device: torch.device, dtype: torch.dtype, *args: Any) -> List[Tuple[slice, torch.Tensor]]:
+    """Return the rows of matched_weights in groups, with the columns that matter to each.
+
+    A pixel depends on about ten of the larger image. A CPU leaves the others out; elsewhere one product is faster.
+    """
+    weights = matched_weights(*args)
+    found = []
+    for rows in weights.split(16 if device.type == 'cpu' else len(weights)):
+        (used,) = (rows.abs() > 1e-6).any(0).nonzero(as_tuple=True)
+        columns = slice(int(used[0]), int(used[-1]) + 1)
+        found.append((columns, rows[:, columns].to(device, dtype)))
+    return found
 
 
 def matched_weights(largest: int, size: int, interpolation: str = 'bilinear', oversampling: int = 8) -> torch.Tensor:
