@@ -40,14 +40,14 @@ import torch
 import torch.nn.functional as F
 from _common import create_parser, environment, shell_command
 from _photographs import MEAN, STD, load_photographs, random_crops
+from _variants import ENSEMBLES, share_half
 from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 
 from timm_rs.evaluate import ENSEMBLE, count_madds, count_parameters
-from timm_rs.private_bn import PrivateBN
 from timm_rs.quant import quantize
-from timm_rs.train import EnsembleDistillationLoss, ResolutionPyramid
+from timm_rs.train import ResolutionPyramid
 
 METHODS = dict(
     inet='I-Nets', parallel='Parallel', ens='RS-Net, ensemble alone', ens_topdown='RS-Net', random_size='random size')
@@ -55,33 +55,7 @@ RECIPE = (
     'model', 'sizes', 'epochs', 'batch_size', 'weight_decay', 'warmup_epochs', 'scale', 'hflip', 'distill_ramp',
     'mean_loss', 'zero_init', 'amp', 'channels_last', 'side', 'crop_pct', 'search_epochs', 'ema', 'sampled', 'ensemble',
     'private', 'resample', 'weight_bits', 'activation_bits', 'initial_checkpoint')
-
-
-class ClassWiseEnsemble(EnsembleDistillationLoss):
-    """The teacher weighs the sizes for each class alone."""
-
-    def __init__(self, mode: str, sizes: int, num_classes: int):
-        super().__init__(mode)
-        self.offset = torch.nn.Parameter(torch.zeros(sizes, num_classes))
-
-    def ensemble(self, logits, alpha):
-        return torch.einsum('sc,snc->nc', (alpha[:, None] + self.offset).softmax(0), logits)
-
-
-class TemperedEnsemble(EnsembleDistillationLoss):
-    """The teacher's logits are scaled as well."""
-
-    def __init__(self, mode: str, sizes: int, num_classes: int):
-        super().__init__(mode)
-        self.scale = torch.nn.Parameter(torch.zeros(()))
-
-    def ensemble(self, logits, alpha):
-        return self.scale.exp() * super().ensemble(logits, alpha)
-
-
-ENSEMBLES = dict(
-    sizes=lambda mode, sizes, num_classes: EnsembleDistillationLoss(mode),
-    classes=ClassWiseEnsemble, temperature=TemperedEnsemble)
+BEFORE = dict(resample='antialiased')  # what runs did that do not tell
 
 
 @dataclass(frozen=True)
@@ -237,7 +211,7 @@ def read_published(args: Namespace) -> Dict[Run, dict]:
     """Return the runs of a published table, by what they are."""
     try:
         table = json.loads(args.include.read_text())
-        recipe, results = dict(table['recipe'], dataset=table['dataset']), table['searches'] + table['runs']
+        recipe, results = dict(BEFORE, **table['recipe'], dataset=table['dataset']), table['searches'] + table['runs']
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise SystemExit(f'Cannot read {args.include}, expected a .json that this script wrote: {e!r}') from e
     for key, value in recipe.items():
@@ -426,17 +400,6 @@ def create_network(run: Run, args: Namespace, num_classes: int) -> torch.nn.Modu
     if args.private != 'both':
         share_half(model, args.private)
     return model if run.switchable or not quantized else model.at(run.sizes[0])
-
-
-def share_half(model: torch.nn.Module, private: str) -> None:
-    """Let the BatchNorms of all sizes share what is not private: affine parameters, or running statistics."""
-    shared = ('running_mean', 'running_var') if private == 'affine' else ('weight', 'bias')
-    for layer in model.modules():
-        if isinstance(layer, PrivateBN):
-            first, *others = (layer[r] for r in layer)
-            for bn in others:
-                for name in shared:
-                    setattr(bn, name, getattr(first, name))
 
 
 def choose_levels(run: Run, args: Namespace, generator: torch.Generator) -> List[int]:

@@ -1,5 +1,6 @@
 """The paper's comparison on a folder of images: its crops, its runs and its table"""
 import csv
+import json
 import random
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
 import _photographs
 import paper_table
 from _photographs import random_crops, resize_matrices
+
+from timm_rs.train import EnsembleDistillationLoss
 
 
 def test_crop_of_the_whole_image_is_an_antialiased_resize():
@@ -129,7 +132,7 @@ def test_learned_ensembles(argv, kind, monkeypatch):
     logits, alpha = torch.randn(2, 3, 2), torch.tensor([0.5, -0.5])
     with torch.no_grad():
         assert not torch.allclose(made[0].ensemble(logits, alpha), ensemble('ens', 2, 2).ensemble(logits, alpha))
-        expected = paper_table.EnsembleDistillationLoss().ensemble(logits, alpha)
+        expected = EnsembleDistillationLoss().ensemble(logits, alpha)
         torch.testing.assert_close(ensemble('ens', 2, 2).ensemble(logits, alpha), expected)
 
 
@@ -209,13 +212,17 @@ def test_published_runs_are_taken_over(argv, tmp_path):
         assert (tmp_path / 'other' / name).read_text() == (tmp_path / 'work' / name).read_text()
     with pytest.raises(SystemExit, match='table.json holds runs with --ema 0, not 0.9'):
         paper_table.main([*argv, *options, '--dry-run', '--ema', '0.9', '--work', str(tmp_path / 'third')])
-
-
     for name, content in (('missing', None), ('broken', '{'), ('foreign', '{"recipe": {}}')):
         if content:
             (tmp_path / name).write_text(content)
         with pytest.raises(SystemExit, match=f'Cannot read .*{name}, expected a .json that this script wrote'):
             paper_table.main([*argv, '--include', str(tmp_path / name), '--work', str(tmp_path / 'fourth')])
+    table = json.loads((tmp_path / 'table.json').read_text())
+    del table['recipe']['resample']
+    (tmp_path / 'before.json').write_text(json.dumps(table))
+    with pytest.raises(SystemExit, match='before.json holds runs with --resample antialiased, not matched'):
+        paper_table.main(
+            [*argv, *options, '--include', str(tmp_path / 'before.json'), '--work', str(tmp_path / 'fourth')])
     with pytest.raises(SystemExit, match='table.json holds runs with --dataset pictures, not pets'):
         paper_table.main([*argv, *options, '--dataset', 'pets', '--work', str(tmp_path / 'fourth')])
     assert not (tmp_path / 'third').exists() and not (tmp_path / 'fourth').exists()
