@@ -427,6 +427,14 @@ def test_ema():
     assert (ema.module.resolution, model.resolution) == (48, 32)
 
 
+def test_compile_with_dynamic_shapes():
+    model, pyramid = rs_model(), images(*RESOLUTIONS)
+    with torch.no_grad():
+        torch.compiler.reset()
+        compiled = torch.compile(model, backend='eager', dynamic=True, fullgraph=True)
+        assert_equal(compiled(pyramid), model(pyramid))
+
+
 def test_compile():
     model, pyramid = rs_model(), images(*RESOLUTIONS)
     with torch.no_grad():

@@ -190,8 +190,8 @@ class SwitchableMixin:
         self._switch.recompute = enable
 
     def _forward_pyramid(self, pyramid: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> List[Any]:
-        sizes = [tuple(x.shape[-2:]) for x in pyramid]
-        if sorted(sizes, reverse=True) != [(r, r) for r in self.resolutions]:
+        sizes = [tuple(x.shape[-2:]) for x in pyramid]  # dynamic ones, which do not sort, under a compiler
+        if len(sizes) != len(self.resolutions) or not all((r, r) in sizes for r in self.resolutions):
             got = ', '.join(f'{h}x{w}' for h, w in sizes) or 'none'
             raise ValueError(f'Got a list of {len(sizes)} sizes ({got}), expected each of {self.resolutions} once.')
         before = self.resolution
