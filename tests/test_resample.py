@@ -52,3 +52,9 @@ def test_same_size():
 def test_is_the_product_with_the_weights():
     x, weights = torch.rand(2, 3, 56, 56), matched_weights(56, 40)
     torch.testing.assert_close(downscale(x, 40), weights @ x @ weights.T, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('shape, size', [((1, 3, 16, 16), 24), ((1, 3, 16, 12), 8), ((1, 3, 16, 16), 0)])
+def test_images_that_cannot_be_downscaled(shape, size):
+    with pytest.raises(ValueError, match=f'{shape[2]}x{shape[3]} to {size}, expected square ones'):
+        downscale(torch.rand(shape), size)

@@ -25,15 +25,22 @@ def downscale(images: torch.Tensor, size: int, interpolation: str = 'bilinear') 
     Returns:
         Images [N, C, size, size] in the dtype and memory layout of the input.
 
+    Raises:
+        ValueError: The images are not square, or smaller.
+
     Example:
         >>> downscale(torch.rand(2, 3, 64, 64), 48).shape
         torch.Size([2, 3, 48, 48])
     """
-    if images.shape[-1] == size:
+    height, width = images.shape[-2:]
+    if not 0 < size <= height == width:
+        raise ValueError(
+            f'Cannot downscale images of {height}x{width} to {size}, expected square ones of that size at least.')
+    if size == width:
         return images
     channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
     dtype = torch.promote_types(images.dtype, torch.float32)
-    bands = _bands(images.device, dtype, images.shape[-1], size, interpolation)
+    bands = _bands(images.device, dtype, width, size, interpolation)
     with torch.autocast(images.device.type, enabled=False):
         x = images.to(dtype)
         x = torch.cat([weights @ x[..., columns, :] for columns, weights in bands], -2)
