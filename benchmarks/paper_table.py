@@ -367,12 +367,13 @@ def train(run: Run, args: Namespace) -> None:
         torch.save(state, f'{partial}.tmp')
         os.replace(f'{partial}.tmp', partial)
 
-    if average:
-        model = average.module
     held = (photographs.held_out, photographs.train_labels[count:])
     target = held if run.search else (photographs.val, photographs.val_labels)
     sizes = run.sizes if run.method == 'inet' and (run.search or run.sizes[0] != args.sizes[0]) else args.sizes
     reached = accuracy(model.eval(), criterion, sizes, *target, device, autocast)
+    if average:
+        model, last = average.module, reached
+        reached = dict(accuracy(model.eval(), criterion, sizes, *target, device, autocast), without_average=last)
     result = dict(
         asdict(run), **reached, params=count_parameters(model), cost=cost(run, args), seconds=seconds,
         device=device_name(device), images_per_second=count * epochs / seconds)
