@@ -10,6 +10,7 @@ from PIL import Image
 from timm import data as timm_data
 from timm.data.loader import fast_collate
 
+from ._exact_resize import ResizeAndCrop, to_planes
 from .private_bn import check_resolutions
 
 _PACKAGES = dict(wds='webdataset', hfds='datasets', hfids='datasets', tfds='tensorflow_datasets')
@@ -154,9 +155,14 @@ class PyramidTransform:
 
     def __init__(self, transforms: Sequence[Callable]):
         self.transforms = transforms
+        self.faster = [ResizeAndCrop.of(transform) for transform in transforms]
 
     def __call__(self, image: Image.Image) -> List[Any]:
-        return [transform(image) for transform in self.transforms]
+        fits = [faster is not None and faster.fits(image) for faster in self.faster]
+        planes = to_planes(image) if any(fits) else None
+        return [
+            faster(planes) if fit else transform(image)
+            for transform, faster, fit in zip(self.transforms, self.faster, fits)]
 
 
 def _collate_pyramid(batch: Sequence[Tuple[List[Any], int]]) -> Tuple[List[torch.Tensor], torch.Tensor]:
