@@ -1,13 +1,13 @@
 """A cascade: unsure images go on to a larger resolution
 
 A small size answers first. Where its confidence, the largest softmax probability, is below a threshold, the next size
-answers. Thresholds are fitted on labelled images to a target accuracy or a target cost.
+answers. Sizes and thresholds are fitted on labelled images to a target accuracy or a target cost.
 """
 import itertools
 import json
 import os
 from dataclasses import asdict, dataclass
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -27,8 +27,7 @@ __all__ = [
     'write_cascade',
 ]
 
-_PENALTIES = 60  # trade-offs of accuracy against cost that are tried
-_PASSES = 3  # over the thresholds of a cascade
+_STEPS = 256  # thresholds that are tried
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,9 @@ def fit(
     if not good:
         least = min(f.madds for f in found)
         raise ValueError(f'No cascade stays below {target_madds:.4g} multiply-adds, the cheapest takes {least:.4g}.')
-    return max(good, key=lambda f: (f.accuracy, -f.madds))
+    # Of the same sizes the one that spends most: the others are better by chance alone.
+    spent = {(f.cascade.resolutions, f.cascade.average): f for f in sorted(good, key=lambda f: f.madds)}
+    return max(spent.values(), key=lambda f: (f.accuracy, -f.madds))
 
 
 def sweep(
@@ -209,10 +210,10 @@ def sweep(
         madds: Mapping[int, int],
         start: Optional[int] = None,
 ) -> List[Fit]:
-    """Return cascades of every set of sizes, with thresholds for many trade-offs of accuracy against cost.
+    """Return cascades of every set of sizes, with many thresholds.
 
-    For one trade-off, accuracy - penalty * cost is maximized over one threshold at a time, the others held, which a
-    sorting of the images by their confidence solves.
+    A cascade has the same threshold at all sizes but the last: a threshold of each, fitted to the answers, gains on the
+    images that it is fitted on and loses on others (docs/findings.md).
 
     Args: See fit.
 
@@ -226,18 +227,18 @@ def sweep(
         raise ValueError('Multiply-adds of a resolution are unknown, expected a file that tells them.')
     if not len(labels) or any(len(logits[r]) != len(labels) for r in sizes):
         raise ValueError('Expected as many logits as labels, at least one.')
-    scale = max(madds[r] for r in sizes)
     found = []
     for length in range(1, len(sizes) + 1):
         for chosen in itertools.combinations(sizes, length):
             if start is not None and chosen[0] != start:
                 continue
-            cost = np.array([madds[r] / scale for r in chosen])
+            cost = np.array([madds[r] for r in chosen])
             for average in (False, True)[:length]:  # of one size there is no mean
                 confidence, right = _stages([logits[r] for r in chosen], labels, average)
-                for thresholds in _trade_offs(confidence, right, cost):
-                    found.append(_judge(chosen, thresholds, average, confidence, right, cost * scale))
-    return list({tuple(f.cascade.thresholds.items()) + (f.cascade.average,): f for f in found}.values())
+                for threshold in _candidates(confidence):
+                    thresholds = np.append(np.full(length - 1, threshold), 0.)
+                    found.append(_judge(chosen, thresholds, average, confidence, right, cost))
+    return found
 
 
 def _stages(logits: Sequence[np.ndarray], labels: np.ndarray, average: bool) -> Tuple[np.ndarray, np.ndarray]:
@@ -251,45 +252,11 @@ def _stages(logits: Sequence[np.ndarray], labels: np.ndarray, average: bool) -> 
     return np.stack(confidence), np.stack(right)
 
 
-def _trade_offs(confidence: np.ndarray, right: np.ndarray, cost: np.ndarray) -> Iterable[np.ndarray]:
-    if len(cost) == 1:
-        yield np.zeros(1)
-        return
-    for penalty in np.geomspace(0.01, 3, _PENALTIES):
-        thresholds = np.append(np.ones(len(cost) - 1), 0.)
-        for _ in range(_PASSES):
-            before = thresholds.copy()
-            for stage in reversed(range(len(cost) - 1)):
-                thresholds[stage] = _best_threshold(stage, thresholds, confidence, right, cost, penalty)
-            if (thresholds == before).all():
-                break
-        yield thresholds
-
-
-def _best_threshold(
-        stage: int,
-        thresholds: np.ndarray,
-        confidence: np.ndarray,
-        right: np.ndarray,
-        cost: np.ndarray,
-        penalty: float,
-) -> float:
-    """Return the threshold of one stage that gives the most, the others held."""
-    reached = (confidence[:stage] < thresholds[:stage, None]).all(0)
-    if not reached.any():
-        return thresholds[stage]
-    confidence, right = confidence[stage:, reached], right[stage:, reached]
-    last, spent = _follow(confidence[1:], thresholds[stage + 1:], cost[stage + 1:])
-    going_on = right[1:][last, np.arange(right.shape[1])] - penalty * spent
-    order = np.argsort(-confidence[0], kind='stable')
-    gain = np.append(0., np.cumsum((right[0] - going_on)[order]))  # of stopping the k most confident images
-    values = confidence[0][order]
-    possible = np.append(np.append(True, values[:-1] > values[1:]), True)  # equal ones stop together
-    k = int(np.argmax(np.where(possible, gain, -np.inf)))
-    if k == len(values):
-        return 0.
-    above = values[k - 1] if k else 1.
-    return float((above + values[k]) / 2)
+def _candidates(confidence: np.ndarray) -> np.ndarray:
+    """Return thresholds from 0 to 1, close together where many images are, given their confidences [S, N]."""
+    if len(confidence) == 1:
+        return np.zeros(1)
+    return np.unique(np.concatenate([[0., 1.], np.quantile(confidence[:-1], np.linspace(0, 1, _STEPS))]))
 
 
 def _follow(confidence: np.ndarray, thresholds: np.ndarray, cost: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
