@@ -101,6 +101,25 @@ def test_low_memory_keeps_channels_blocked(file, monkeypatch):
         np.testing.assert_allclose(again.predict(x), logits, rtol=1e-5, atol=1e-5)
 
 
+def test_low_memory_of_depthwise_convolutions(tmp_path):
+    """Their weights have a row for each size, so that the BatchNorm behind them is no operator of its own."""
+    from timm_rs.deploy import low_memory
+
+    model = rs_model('mobilenetv2_035')
+    path = str(tmp_path / 'depthwise.onnx')
+    export_switchable(model, path)
+    opened = Session(path, threads=1, mode='low_memory')
+    for x in images(*RESOLUTIONS, n=2):
+        np.testing.assert_allclose(opened.predict(x.numpy()), expected(model, x), rtol=1e-4, atol=1e-4)
+    blocked = low_memory.blocked_model(path)
+    if blocked is not None:
+        graph = pytest.importorskip('onnx').load_from_string(blocked).graph
+        convs = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+        depthwise = [m for m in convs if m.groups > 1]
+        assert len(depthwise) == 17
+        assert [n.op_type for n in graph.node].count('Conv') == 2 * len(convs) - len(depthwise)
+
+
 def test_without_onnx_low_memory_works(file, monkeypatch):
     monkeypatch.setitem(sys.modules, 'timm_rs.deploy.low_memory', None)
     x = images(48).numpy()
