@@ -16,7 +16,7 @@ Contenders take turns (A B A B ...). n: 3 loads of all files, 20 rounds with eac
 median over loads of the median ratio within a round, with its range over loads. A second session of the plain file is a
 control: its ratio to the first, ideally 1, shows what the machine can tell apart.
 
-    python benchmarks/bench_deploy.py --clock cpu
+    python benchmarks/bench_deploy.py
     python benchmarks/bench_deploy.py --threads 2 --output results/bench_deploy_2threads.json
 
 One run takes about five minutes. Needs Linux for the memory.
