@@ -62,3 +62,15 @@ def test_pyramid_of_any_mode(mode):
     image = create_image(90, 70).convert(mode)
     for found, transform in zip(PyramidTransform(transforms)(image), transforms):
         assert torch.equal(found, transform(image))
+
+
+def test_not_in_a_lower_precision():
+    faster = ResizeAndCrop.of(create_timm_transform(32, interpolation='bicubic'))
+    image = create_image(90, 70)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision('medium')
+        assert not faster.fits(image)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert faster.fits(image)

@@ -64,7 +64,12 @@ class ResizeAndCrop:
         return cls(resize.size, tuple(crop.size), resize.interpolation)
 
     def fits(self, image: Image.Image) -> bool:
-        """Return whether an image can be resized here: one in RGB that does not shrink beyond measure."""
+        """Return whether an image can be resized here: one in RGB that does not shrink beyond measure.
+
+        None can where torch is allowed to multiply float32 in a lower precision.
+        """
+        if torch.get_float32_matmul_precision() != 'highest':
+            return False
         return image.mode == 'RGB' and _REACH[self.interpolation] * min(image.size) / self.size < _MAX_TAPS / 2 - 2
 
     @torch.no_grad()
