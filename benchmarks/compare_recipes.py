@@ -3,7 +3,8 @@
 
 Takes the --work folders of paper_table.py, each under a name, and writes what their finished runs reach at every size:
 a .csv of the columns of results/paper_table.csv, a .md with a line per recipe and method, and a .json with the recipes
-and all runs. Runs of a moving average of the weights (--ema) give a second line, of the last weights themselves.
+and all runs. The first recipe is what the others are compared with. Runs of a moving average of the weights (--ema)
+give two lines, of the last weights and of their average.
 
     python benchmarks/compare_recipes.py float=output/float 2/32=output/w2a32 2/2=output/w2a2
 """
@@ -13,7 +14,7 @@ import statistics
 from pathlib import Path
 
 from _common import create_parser, environment, shell_command
-from paper_table import METHODS
+from paper_table import METHODS, cell, gain, top1
 
 
 def main(argv=None):
@@ -35,13 +36,17 @@ def main(argv=None):
     sizes = recipes[next(iter(named))]['sizes']
     if any(recipe['sizes'] != sizes for recipe in recipes.values()):
         parser.error('The folders are of different --sizes.')
-    rows = [row for name in named for row in summarize(name, recipes[name], runs[name])]
+    rows, scores = [], {}
+    for name, recipe in recipes.items():
+        for (title, method, size), chosen in group(name, recipe, runs[name]).items():
+            rows.append(row_of(title, method, size, chosen, recipe))
+            scores[title, METHODS[method], size] = top1(chosen, size)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with open(args.output, 'w', newline='') as f:
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    table = markdown(rows, sizes)
+    table = markdown(scores, sizes)
     args.output.with_suffix('.md').write_text(table)
     args.output.with_suffix('.json').write_text(json.dumps(dict(
         command=shell_command(), environment=environment(), recipes=recipes, runs=runs), indent=2) + '\n')
@@ -53,44 +58,50 @@ def read_runs(folder):
     return [run for run in found if not run['search']]
 
 
-def summarize(name, recipe, runs):
-    """Return the rows of a recipe, one for each method and size."""
+def group(name, recipe, runs):
+    """Return the runs of a recipe by title, method and size, in the order of the table."""
     kinds = {name: runs}
     last = [dict(run, **run['without_average']) for run in runs if 'without_average' in run]
     if last:
-        kinds = {f'{name}, moving average': runs, f'{name}, last weights': last}
-    rows = []
-    for title, chosen in kinds.items():
-        for method in METHODS:
-            for size in recipe['sizes']:
-                fitting = [r for r in chosen if r['method'] == method and (method != 'inet' or r['sizes'] == [size])]
-                if fitting:
-                    rows.append(row_of(title, recipe, method, size, fitting))
-    return rows
+        kinds = {f'{name}, last weights': last, f'{name}, moving average': runs}
+    found = {
+        (title, method, size): [
+            r for r in chosen if r['method'] == method and (method != 'inet' or r['sizes'] == [size])]
+        for title, chosen in kinds.items() for method in METHODS for size in recipe['sizes']}
+    return {key: chosen for key, chosen in found.items() if chosen}
 
 
-def row_of(title, recipe, method, size, runs):
-    top1, top5 = ([run[key][str(size)] for run in runs] for key in ('top1', 'top5'))
+def row_of(title, method, size, runs, recipe):
+    first, fifth = ([run[key][str(size)] for run in runs] for key in ('top1', 'top5'))
     return dict(
         recipe=title, model=recipe['model'], method=METHODS[method], resolution=size, seeds=len(runs),
-        epochs=recipe['epochs'], top1_mean=round(statistics.mean(top1), 2),
-        top1_std=round(statistics.stdev(top1), 2) if len(top1) > 1 else '', top5_mean=round(statistics.mean(top5), 2),
+        epochs=recipe['epochs'], top1_mean=round(statistics.mean(first), 2),
+        top1_std=round(statistics.stdev(first), 2) if first[1:] else '', top5_mean=round(statistics.mean(fifth), 2),
         lr=runs[0]['lr'], params=runs[0]['params'])
 
 
-def markdown(rows, sizes):
-    """Return a line per recipe and method; of methods beside the I-Nets of a recipe, gains over them in brackets."""
-    found = {(row['recipe'], row['method'], row['resolution']): row['top1_mean'] for row in rows}
-    heads = ['recipe', 'method', *(f'{s} px' for s in sizes), 'mean']
+def markdown(scores, sizes):
+    """Return a line per recipe and method.
+
+    Args:
+        scores: Top-1 accuracy in percent by recipe, method and size, and in it by seed.
+        sizes: In pixels.
+
+    In brackets stand gains over the I-Nets of the recipe; the last column has the mean gain over the first recipe
+    by the same method. Both are of the seeds that both have.
+    """
+    reference = next(iter(scores))[0]
+    heads = ['recipe', 'method', 'seeds', *(f'{s} px' for s in sizes), 'mean', f'over {reference}']
     lines = ['| ' + ' | '.join(heads) + ' |', '|---' * len(heads) + '|']
-    for title, method in dict.fromkeys((row['recipe'], row['method']) for row in rows):
-        values = [found.get((title, method, s)) for s in sizes]
-        bases = [found.get((title, METHODS['inet'], s)) if method != METHODS['inet'] else None for s in sizes]
-        cells = [
-            '' if v is None else f'{v:.1f}' + (f' ({v - b:+.1f})' if b is not None else '')
-            for v, b in zip(values, bases)]
-        mean = '' if None in values else f'{statistics.mean(values):.1f}'
-        lines.append(f'| {title} | {method} | ' + ' | '.join([*cells, mean]) + ' |')
+    for title, method in dict.fromkeys(key[:2] for key in scores):
+        found = [scores.get((title, method, s), {}) for s in sizes]
+        plain = [scores.get((title, METHODS['inet'], s), {}) if method != METHODS['inet'] else {} for s in sizes]
+        values = [cell(f, p) if f else '' for f, p in zip(found, plain)]
+        mean = f'{statistics.mean(statistics.mean(f.values()) for f in found):.1f}' if all(found) else ''
+        seeds = ', '.join(str(seed) for seed in sorted(set().union(*found)))
+        gains = [gain(f, scores.get((reference, method, s), {})) for f, s in zip(found, sizes)]
+        over = '' if title == reference or None in gains else f'{statistics.mean(gains):+.1f}'
+        lines.append(f'| {title} | {method} | {seeds} | ' + ' | '.join([*values, mean, over]) + ' |')
     return '\n'.join(lines) + '\n'
 
 

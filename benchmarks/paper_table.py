@@ -443,57 +443,78 @@ def write_table(args: Namespace) -> None:
     args = Namespace(**{**vars(args), 'methods': list(METHODS)})
     searches, runs = ([(run, read(run, args)) for run in plan(args, search)] for search in (True, False))
     runs = [(run, result) for run, result in runs if result]
-    rows = []
+    found = {}  # runs by method and size, in the order of the table
     largest = args.sizes[0]
     for method, title in METHODS.items():
         for size in args.sizes:
-            chosen = [r for run, r in runs if run.method == method and (method != 'inet' or run.sizes == (size,))]
-            rows.extend(summarize(args, title, size, chosen))
+            found[title, size] = [
+                r for run, r in runs if run.method == method and (method != 'inet' or run.sizes == (size,))]
         if method == 'inet':
             chosen = [r for run, r in runs if run.method == 'inet' and run.sizes == (largest,)]
-            for size in args.sizes:
-                rows.extend(summarize(args, f'I-{largest}', size, chosen))
-    if not rows:
+            found.update({(f'I-{largest}', size): chosen for size in args.sizes})
+    found = {key: results for key, results in found.items() if results}
+    if not found:
         raise SystemExit(f'{args.work} holds no finished run of these.')
+    rows = [summarize(args, *key, results) for key, results in found.items()]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with open(args.output, 'w', newline='') as f:
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    args.output.with_suffix('.md').write_text(markdown(rows, args))
+    table = markdown(rows, {(title, size): top1(results, size) for (title, size), results in found.items()}, args)
+    args.output.with_suffix('.md').write_text(table)
     args.output.with_suffix('.json').write_text(json.dumps(dict(
         command=shell_command(), environment=environment(), dataset=args.dataset,
         recipe={k: getattr(args, k) for k in RECIPE}, lrs=args.lrs,
         searches=[r for _, r in searches if r], runs=[r for _, r in runs]), indent=2) + '\n')
     plot(rows, args.output.with_suffix('.png'))
-    print(markdown(rows, args))
+    print(table)
 
 
-def summarize(args: Namespace, method: str, size: int, results: List[dict]) -> List[dict]:
-    """Return a row of the table, or none where nothing has finished."""
-    if not results:
-        return []
-    top1, top5 = ([r[k][str(size)] for r in results] for k in ('top1', 'top5'))
-    return [dict(
+def top1(results: List[dict], size: int) -> Dict[int, float]:
+    """Return the top-1 accuracy of runs by seed."""
+    return {r['seed']: r['top1'][str(size)] for r in results}
+
+
+def gain(scores: Dict[int, float], base: Dict[int, float]) -> Optional[float]:
+    """Return the mean difference over the seeds that both have, or None where they share none."""
+    seeds = scores.keys() & base.keys()
+    return statistics.mean(scores[seed] - base[seed] for seed in seeds) if seeds else None
+
+
+def cell(scores: Dict[int, float], base: Optional[Dict[int, float]] = None) -> str:
+    """Return mean, standard deviation where there are several seeds, and in brackets the gain."""
+    spread = f' ± {statistics.stdev(scores.values()):.1f}' if len(scores) > 1 else ''
+    difference = gain(scores, base or {})
+    return f'{statistics.mean(scores.values()):.1f}{spread}' + ('' if difference is None else f' ({difference:+.1f})')
+
+
+def summarize(args: Namespace, method: str, size: int, results: List[dict]) -> dict:
+    """Return a row of the table."""
+    first, fifth = ([r[k][str(size)] for r in results] for k in ('top1', 'top5'))
+    return dict(
         dataset=args.dataset, model=args.model, method=method, resolution=size, seeds=len(results), epochs=args.epochs,
-        top1_mean=round(statistics.mean(top1), 2), top1_std=round(statistics.stdev(top1), 2) if len(top1) > 1 else '',
-        top5_mean=round(statistics.mean(top5), 2), madds=madds(args, size), params=results[0]['params'])]
+        top1_mean=round(statistics.mean(first), 2), top1_std=round(statistics.stdev(first), 2) if first[1:] else '',
+        top5_mean=round(statistics.mean(fifth), 2), madds=madds(args, size), params=results[0]['params'])
 
 
-def markdown(rows: List[dict], args: Namespace) -> str:
+def markdown(rows: List[dict], scores: Dict[Tuple[str, int], Dict[int, float]], args: Namespace) -> str:
     """Return the table in the paper's form."""
-    found = {(row['method'], row['resolution']): row['top1_mean'] for row in rows}
+    seeds = {row['method']: row['seeds'] for row in rows}
+    heads, most = list(seeds), max(seeds.values())
+    if len(set(seeds.values())) > 1:
+        heads = [f'{method}, {n} seed{"s" * (n > 1)}' for method, n in seeds.items()]
     lines = [
-        f'Top-1 accuracy of {args.model} on {args.dataset}, {args.epochs} epochs, mean of {rows[0]["seeds"]} seed(s); '
-        f'in brackets the gain over the I-Net of that size.', '',
-        '| size | MAdds | ' + ' | '.join(dict.fromkeys(row['method'] for row in rows)) + ' |',
-        '|---' * (2 + len({row['method'] for row in rows})) + '|']
+        f'Top-1 accuracy of {args.model} on {args.dataset}, {args.epochs} epochs, ' + (
+            f'mean and standard deviation over {most} seeds; in brackets the gain over the I-Net of that size and seed.'
+            if most > 1 else 'one seed; in brackets the gain over the I-Net of that size.'), '',
+        '| size | MAdds | ' + ' | '.join(heads) + ' |', '|---' * (2 + len(heads)) + '|']
     for size in args.sizes:
+        base = scores.get((METHODS['inet'], size))
         cells = []
-        for method in dict.fromkeys(row['method'] for row in rows):
-            value, base = found.get((method, size)), found.get((METHODS['inet'], size))
-            gain = f' ({value - base:+.1f})' if None not in (value, base) and method != METHODS['inet'] else ''
-            cells.append('' if value is None else f'{value:.1f}{gain}')
+        for method in seeds:
+            found = scores.get((method, size))
+            cells.append('' if found is None else cell(found, None if method == METHODS['inet'] else base))
         lines.append(f'| {size} | {madds(args, size) / 1e6:.0f}M | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines) + '\n'
 
@@ -504,9 +525,10 @@ def plot(rows: List[dict], path: Path) -> None:
     figure = Figure(figsize=(6, 4), layout='constrained')
     axis = figure.subplots()
     for method in dict.fromkeys(row['method'] for row in rows):
-        points = [(row['madds'] / 1e6, row['top1_mean']) for row in rows if row['method'] == method]
+        chosen = [row for row in rows if row['method'] == method]
+        points = [(row['madds'] / 1e6, row['top1_mean'], row['top1_std'] or 0) for row in chosen]
         style = dict(marker='s', linestyle='') if method == METHODS['inet'] else dict(marker='o')
-        axis.plot(*zip(*points), label=method, **style)
+        axis.errorbar(*zip(*points), label=method, capsize=2, **style)
     axis.set(xlabel='multiply-adds (millions)', ylabel='top-1 accuracy (%)',
              title=f"{rows[0]['model']} on {rows[0]['dataset']}, {rows[0]['epochs']} epochs")
     axis.grid(alpha=0.3)

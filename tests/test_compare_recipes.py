@@ -35,10 +35,11 @@ def test_table(tmp_path):
     output = tmp_path / 'results' / 'recipes.csv'
     compare_recipes.main([f'2/32={first}', f'mean={second}', '--output', str(output)])
     assert output.with_suffix('.md').read_text().splitlines() == [
-        '| recipe | method | 32 px | 24 px | mean |', '|---|---|---|---|---|',
-        '| 2/32 | I-Nets | 80.0 | 70.0 | 75.0 |', '| 2/32 | RS-Net | 83.0 (+3.0) | 75.5 (+5.5) | 79.2 |',
-        '| mean, moving average | RS-Net | 62.0 | 53.0 | 57.5 |',
-        '| mean, last weights | RS-Net | 60.0 | 50.0 | 55.0 |']
+        '| recipe | method | seeds | 32 px | 24 px | mean | over 2/32 |', '|---|---|---|---|---|---|---|',
+        '| 2/32 | I-Nets | 0 | 80.0 | 70.0 | 75.0 |  |',
+        '| 2/32 | RS-Net | 0, 1 | 83.0 ± 1.4 (+2.0) | 75.5 ± 0.7 (+5.0) | 79.2 |  |',
+        '| mean, last weights | RS-Net | 0 | 60.0 | 50.0 | 55.0 | -23.5 |',
+        '| mean, moving average | RS-Net | 0 | 62.0 | 53.0 | 57.5 | -21.0 |']
     rows = list(csv.DictReader(output.open()))
     assert [(r['resolution'], r['seeds'], r['top1_mean'], r['top1_std']) for r in rows[2:4]] == [
         ('32', '2', '83.0', '1.41'), ('24', '2', '75.5', '0.71')]

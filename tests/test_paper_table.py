@@ -88,6 +88,25 @@ def test_table(argv, tmp_path, capsys):
     assert capsys.readouterr().out.count('done') == 6
 
 
+def test_gains_are_of_the_same_seeds(argv, tmp_path, monkeypatch):
+    args = paper_table.parse_args([*argv, '--seeds', '0', '1', '--methods', 'inet', 'parallel', 'ens_topdown'])
+    args.work.mkdir()
+    reached = dict(inet={0: (80, 70), 1: (84, 71)}, parallel={1: (85, 70)}, ens_topdown={0: (82, 75), 1: (85, 76)})
+    for run in paper_table.plan(args, False):
+        values = dict(zip(('32', '24'), reached[run.method].get(run.seed, ())))
+        if values:
+            result = dict(method=run.method, sizes=run.sizes, seed=run.seed, params=5, seconds=1., cost=1.)
+            paper_table.write(run, dict(result, top1=values, top5=values), args)
+    paper_table.main([*argv, '--seeds', '0', '1', '--table-only'])
+    caption, _, heads, _, *lines = (tmp_path / 'table.md').read_text().splitlines()
+    assert caption.endswith(
+        'mean and standard deviation over 2 seeds; in brackets the gain over the I-Net of that size and seed.')
+    assert heads == '| size | MAdds | I-Nets, 2 seeds | I-32, 2 seeds | Parallel, 1 seed | RS-Net, 2 seeds |'
+    assert [line.split(' | ')[2:] for line in lines] == [
+        ['82.0 ± 2.8', '82.0 ± 2.8 (+0.0)', '85.0 (+1.0)', '83.5 ± 2.1 (+1.5) |'],
+        ['70.5 ± 0.7', '70.5 ± 0.7 (+0.0)', '70.0 (-1.0)', '75.5 ± 0.7 (+5.0) |']]
+
+
 def test_learning_rate_is_chosen_on_held_out_images(argv):
     args = paper_table.parse_args([*argv, '--lrs', '0.01', '0.1', '--search-epochs', '1', '--methods', 'ens'])
     train_all(args, search=True)
