@@ -1,4 +1,5 @@
 """The session that keeps a budget, on a clock that only moves when the network runs"""
+import io
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -233,6 +234,40 @@ def test_a_bad_image_leaves_the_line_before_its_turn(tmp_path):
         go_on.set()
         assert all(f.result(10).in_time for f in futures)
     assert session.stats()['failed'] == 1
+
+
+def test_a_slow_client_holds_up_nobody():
+    session, simulated = adaptive(100)
+    reading, sent = threading.Event(), threading.Event()
+    data = io.BytesIO()
+    PHOTOGRAPH.save(data, 'png')
+
+    class Upload:
+        def read(self):
+            reading.set()
+            assert sent.wait(10)
+            return data.getvalue()
+
+    with ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(session.predict, Upload())
+        assert reading.wait(10)
+        assert session.predict(PHOTOGRAPH).in_time
+        assert not slow.done()
+        sent.set()
+        assert slow.result(10).in_time
+
+
+def test_a_client_that_breaks_off():
+    class Upload:
+        name = 'photo.jpg'
+
+        def read(self):
+            raise ConnectionResetError('gone')
+
+    session, _ = adaptive(100)
+    with pytest.raises(ImageError, match='photo.jpg cannot be read: gone'):
+        session.predict(Upload())
+    assert session.stats()['failed'] == 1 and session.predict(PHOTOGRAPH).in_time
 
 
 def test_few_images_are_read_ahead(monkeypatch):

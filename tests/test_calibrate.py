@@ -94,6 +94,25 @@ def test_tuning_brings_the_new_size_nearer_to_its_teacher():
         assert divergence(tuned) < 0.9 * measured
 
 
+@pytest.mark.parametrize('method', [m for m in METHODS if m != 'copy'])
+def test_failure_on_the_way_leaves_the_network_alone(method):
+    model = randomize_bn(rs_model(resolutions=(64, 32))).train()
+    model.bn1.eval()  # a frozen layer
+    model.switch_to(32)
+    before = copy.deepcopy(model)
+    modes = [m.training for m in model.modules()]
+    with pytest.raises(RuntimeError, match='channels'):
+        add_resolution(model, 48, [*loader(64), torch.rand(4, 1, 64, 64)], method=method)
+    assert_equal(dict(model.state_dict()), dict(before.state_dict()))
+    assert [m.training for m in model.modules()] == modes
+    assert model.resolutions == (64, 32) and model.resolution == 32
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert model(torch.rand(2, 3, 32, 32)).isfinite().all()
+    add_resolution(model, 48, loader(64), method=method)
+    assert [m.training for m in model.modules() if not isinstance(m, torch.nn.BatchNorm2d)] == [
+        m.training for m in before.modules() if not isinstance(m, torch.nn.BatchNorm2d)]
+
+
 @pytest.mark.parametrize('resolution,batches,kwargs,message', [
     (64, None, {}, 'expected a new size'),
     (0, None, {}, 'expected a new size'),
@@ -101,6 +120,8 @@ def test_tuning_brings_the_new_size_nearer_to_its_teacher():
     (48, [torch.rand(8, 3, 64, 64)], {}, 'gives 8 images, expected at least 64'),
     (48, [torch.rand(64, 3, 48, 48)], {}, 'images of 48x48, expected 64x64'),
     (48, None, dict(method='magic'), "Unknown method 'magic'"),
+    (48, iter([torch.rand(64, 3, 64, 64)]), {}, 'The loader is an iterator'),
+    (48, [torch.rand(64, 3, 64, 64)], dict(epochs=0), 'epochs is 0'),
 ])
 def test_bad_input_leaves_the_network_alone(resolution, batches, kwargs, message):
     model = randomize_bn(rs_model(resolutions=(64, 32)))

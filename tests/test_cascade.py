@@ -1,12 +1,14 @@
 """Cascades: what they answer, and how thresholds are fitted"""
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 from conftest import images, rs_model
 from PIL import Image
+from timm.data import create_dataset
 
 pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
@@ -24,6 +26,7 @@ from timm_rs.deploy.cascade import (  # noqa: E402
     write_cascade,
 )
 from timm_rs.deploy.export import export_switchable  # noqa: E402
+from timm_rs.deploy.predict import compare, measure_images  # noqa: E402
 
 RESOLUTIONS = (64, 48, 32)
 MADDS = {96: 1, 160: 3, 224: 6}
@@ -220,9 +223,46 @@ def test_folders_in_the_order_of_classes(session, tmp_path):
         (tmp_path / f'{i}x').mkdir()
         Image.new('RGB', (4, 4)).save(tmp_path / f'{i}x' / 'a.png')
     assert label_folders(tmp_path, session)[1].tolist() == list(range(10))
+    (tmp_path / '.empty').mkdir()
+    assert label_folders(tmp_path, session)[1].tolist() == list(range(10))
     (tmp_path / 'more').mkdir()
+    Image.new('RGB', (4, 4)).save(tmp_path / 'more' / 'a.png')
     with pytest.raises(ValueError, match='0x is no class folder: .* 10 folders .*, found 11 folders'):
         label_folders(tmp_path, session)
+    Image.new('RGB', (4, 4)).save(tmp_path / 'a.png')
+    with pytest.raises(ValueError, match='a.png is in no class folder'):
+        label_folders(tmp_path, session)
+
+
+def test_folders_stand_for_the_classes_that_training_sees(tmp_path):
+    class Twelve:
+        num_classes, class_names = 12, None
+
+    names = [*map(str, range(8, 18)), 'Birch', 'ash']
+    for name in names:
+        (tmp_path / 'data' / 'more' / name).mkdir(parents=True)
+        Image.new('RGB', (4, 4)).save(tmp_path / 'data' / 'more' / name / 'a.png')
+    (tmp_path / 'data' / 'more' / 'ash').rename(tmp_path / 'ash')
+    (tmp_path / 'data' / 'more' / 'ash').symlink_to(tmp_path / 'ash')
+    (tmp_path / 'data' / 'more' / '9' / 'round').symlink_to(tmp_path / 'data')
+    reader = create_dataset('', str(tmp_path / 'data')).reader
+    expected = {os.path.basename(os.path.dirname(path)): target for path, target in reader.samples}
+    for most in (None, 5):
+        paths, labels = label_folders(tmp_path / 'data', Twelve, most)
+        assert {os.path.basename(os.path.dirname(path)): label for path, label in zip(paths, labels)}.items() <= (
+            expected.items())
+    assert len(expected) == 12 and len(paths) == 5
+
+
+def test_one_folder_is_none_of_the_known_classes(tmp_path):
+    class Named:
+        num_classes, class_names = 3, ['church', 'dog', 'tench']
+
+    for name in ('Church', 'dog', 'tench'):
+        (tmp_path / name).mkdir()
+        Image.new('RGB', (4, 4)).save(tmp_path / name / 'a.png')
+    with pytest.raises(ValueError, match='Church is no class folder: expected the names of classes, as dog is one'):
+        label_folders(tmp_path, Named)
 
 
 def test_wordnet_folders(session, tmp_path):
@@ -268,8 +308,42 @@ def test_command(file, photographs, tmp_path, capsys):
     assert told['rows'][-1]['madds'] == pytest.approx(found.madds.mean(), abs=1)
 
 
+def test_command_overwrites_nothing(file, photographs, tmp_path, capsys):
+    before = open(file, 'rb').read()
+    for output, message in ((file, 'exists and is not overwritten'), (tmp_path / 'no' / 'c.json', 'no does not exist')):
+        with pytest.raises(SystemExit):
+            main(['fit-cascade', 'nowhere.onnx', '--data-dir', str(photographs), '--target-madds', '9', '-o',
+                  str(output)])
+        assert message in capsys.readouterr().err
+    assert open(file, 'rb').read() == before
+
+
+def test_told_latency_is_that_of_answers(session, photographs, monkeypatch):
+    """Each size takes a second per pixel, reading takes half a second."""
+    now = [0.]
+
+    def predict(image, resolution):
+        now[0] += resolution
+
+    def read(name, mode):
+        now[0] += 0.5
+
+    monkeypatch.setattr('timm_rs.deploy.predict.time.perf_counter', lambda: now[0])
+    monkeypatch.setattr('timm_rs.deploy.predict.open_image', read)
+    monkeypatch.setattr(session, 'predict', predict)
+    latency, reading = measure_images(session, ['a.png', 'b.png'])
+    assert latency == {64: 64., 48: 48., 32: 32.} and reading == 0.5
+    monkeypatch.undo()
+    paths, labels = label_folders(photographs, session)
+    logits = collect_logits(session, paths)
+    always = Cascade({32: 1., 64: 0.})
+    rows = compare(session, always, logits, labels, latency, reading)
+    assert [row['milliseconds'] for row in rows] == [64500., 48500., 32500., 96500.]
+
+
 def test_command_refuses_in_one_line(file, photographs, tmp_path, capsys):
     for arguments, message in (
+        (['--target-madds', '100', '--images', '0'], '0 images are asked for'),
         (['--target-accuracy', '101'], 'No cascade reaches an accuracy of 101.00%'),
         (['--target-madds', '1', '--data-dir', str(tmp_path / 'nowhere')], 'nowhere does not exist'),
     ):

@@ -1,5 +1,6 @@
 """Preprocessing against timm's own, on files as people have them"""
 import io
+import math
 import warnings
 
 import numpy as np
@@ -141,6 +142,9 @@ def test_long_and_thin(tmp_path):
     (dict(interpolation='random'), "'random'"),
     (dict(crop_mode='middle'), "'middle'"),
     (dict(crop_pct=0), 'crop_pct is 0'),
+    (dict(crop_pct=87.5), 'crop_pct is 87.5, expected a share'),
+    (dict(std=(0., 1., 1.)), 'positive deviations'),
+    (dict(mean=(math.nan,) * 3), 'are no means'),
 ])
 def test_unusable_settings(config, message):
     with pytest.raises(ValueError, match=message):
@@ -158,6 +162,28 @@ def test_find_images(tmp_path):
         find_images((tmp_path / 'c').mkdir() or tmp_path / 'c')
     with pytest.raises(ImageError, match='does not exist'):
         find_images(tmp_path / 'd')
+
+
+@pytest.mark.parametrize('error', [
+    AttributeError, IndexError, NotImplementedError, OverflowError, RuntimeError, SyntaxError])
+def test_whatever_a_reader_raises_names_the_image(error, tmp_path, monkeypatch):
+    path = saved(tmp_path / 'a.png', Image.new('RGB', (4, 4)))
+
+    def fail(*args):
+        raise error('deep inside')
+
+    monkeypatch.setattr(Image.Image, 'convert', fail)
+    with pytest.raises(ImageError, match='a.png cannot be read as an image: deep inside'):
+        open_image(path, 'L')
+
+
+def test_bytes_and_what_is_no_image(tmp_path):
+    path = saved(tmp_path / 'a.png', Image.effect_noise((9, 7), 50))
+    with open(path, 'rb') as f:
+        assert open_image(f.read()).tobytes() == open_image(path).tobytes()
+    for nothing in (3, None, ['a.png']):
+        with pytest.raises(ImageError, match=f'Got {type(nothing).__name__}, expected the name of an image'):
+            open_image(nothing)
 
 
 def test_warnings_of_pillow_are_left_to_the_user(tmp_path, monkeypatch):

@@ -1,4 +1,7 @@
 """Crops of resized images equal Pillow's byte for byte"""
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,9 @@ from timm.data import create_transform
 
 from timm_rs._exact_resize import ResizeAndCrop, to_planes
 from timm_rs.data import PyramidTransform
+
+of_new_torch = pytest.mark.skipif(
+    not hasattr(getattr(torch.backends.mkldnn, 'matmul', None), 'fp32_precision'), reason='needs torch 2.9')
 
 
 def create_image(width, height, seed=0, kind='smooth'):
@@ -64,13 +70,26 @@ def test_pyramid_of_any_mode(mode):
         assert torch.equal(found, transform(image))
 
 
-def test_not_in_a_lower_precision():
-    faster = ResizeAndCrop.of(create_timm_transform(32, interpolation='bicubic'))
-    image = create_image(90, 70)
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision('medium')
-        assert not faster.fits(image)
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert faster.fits(image)
+def fits_after(code):
+    """Return what `fits` says in a process of its own, whose precision cannot outlive the test."""
+    script = f'''if True:
+        import torch
+        from PIL import Image
+        from timm.data import create_transform
+        from timm_rs._exact_resize import ResizeAndCrop
+        transform = create_transform((3, 32, 32), use_prefetcher=True, interpolation='bicubic')
+        {code}
+        print(ResizeAndCrop.of(transform).fits(Image.new('RGB', (90, 70))))'''
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True)
+    return {'True': True, 'False': False}[done.stdout.strip()]
+
+
+@pytest.mark.parametrize('code,expected', [
+    ("torch.set_float32_matmul_precision('medium')", False),
+    ("torch.set_float32_matmul_precision('highest')", True),
+    pytest.param('torch.backends.cuda.matmul.allow_tf32 = True', True, marks=of_new_torch),
+    pytest.param("torch.backends.cuda.matmul.fp32_precision = 'tf32'", True, marks=of_new_torch),
+    pytest.param("torch.backends.mkldnn.fp32_precision = 'bf16'", False, marks=of_new_torch),
+])
+def test_only_where_the_cpu_multiplies_float32(code, expected):
+    assert fits_after(code) is expected

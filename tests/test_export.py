@@ -1,4 +1,6 @@
 """Files that run without timm, against the networks they were made of"""
+import argparse
+import copy
 import json
 import os
 import shutil
@@ -226,6 +228,33 @@ def test_imagenet_names_come_along(tmp_path):
     export_switchable(model, str(tmp_path / 'all.onnx'))
     names = {p.key: p.value for p in onnx.load(tmp_path / 'all.onnx').metadata_props}['class_names']
     assert json.loads(names)[207] == 'golden retriever'
+
+
+def test_names_of_other_classes_do_not_come_along(tmp_path):
+    model = rs_model('resnet10t', num_classes=5, **TINY)
+    model.pretrained_cfg['label_names'] = [f'class {i}' for i in range(10)]
+    assert export.describe(model, (64,))['class_names'] is None
+    model.pretrained_cfg['label_names'] = [f'class {i}' for i in range(5)]
+    assert export.describe(model, (64,))['class_names'][4] == 'class 4'
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(interpolation='cubic'), "Unknown interpolation 'cubic'"),
+    (dict(std=(0., 0., 0.)), 'positive deviations'),
+    (dict(crop_pct=87.5), 'crop_pct is 87.5'),
+])
+def test_preprocessing_that_cannot_be(tiny, change, message):
+    model = copy.deepcopy(tiny)
+    model.pretrained_cfg = dict(model.pretrained_cfg, **change)
+    with pytest.raises(ValueError, match=message):
+        export.describe(model, (64,))
+
+
+def test_one_mean_for_all_channels(tiny):
+    model = copy.deepcopy(tiny)
+    model.pretrained_cfg = dict(model.pretrained_cfg, mean=(0.5,), std=(0.25,))
+    described = export.describe(model, (64,))
+    assert described['mean'] == [0.5] * 3 and described['std'] == [0.25] * 3
 
 
 def test_the_network_stays_as_it_was(tiny, tmp_path):
@@ -463,3 +492,31 @@ def test_command_does_not_overwrite(folder, tmp_path, capsys):
         main(['export', folder, '-o', str(tmp_path / 'all.onnx')])
     assert 'exists and is not overwritten' in capsys.readouterr().err
     assert (tmp_path / 'all.onnx').read_text() == 'mine'
+
+
+def test_command_of_a_training_run(tmp_path, capsys):
+    """Of one channel, with class names beside the checkpoint that are not those of the weights it began with."""
+    model = rs_model('resnet10t', num_classes=3, in_chans=1, **TINY)
+    args = argparse.Namespace(
+        model='rs_resnet10t.imagenette', num_classes=3, in_chans=1, resolutions=list(RESOLUTIONS), model_kwargs=TINY)
+    torch.save(dict(state_dict=model.state_dict(), args=args, epoch=0), tmp_path / 'last.pth.tar')
+    command = ['export', str(tmp_path / 'last.pth.tar'), '-o']
+    main([*command, str(tmp_path / 'unnamed.onnx')])
+    (tmp_path / 'label_names.txt').write_text('\ufeffcat\ndog\ncow\n\n', encoding='utf-8')
+    main([*command, str(tmp_path / 'named.onnx')])
+    for name, expected in (('unnamed', None), ('named', ['cat', 'dog', 'cow'])):
+        metadata = {p.key: json.loads(p.value) for p in onnx.load(tmp_path / f'{name}.onnx').metadata_props}
+        assert metadata['class_names'] == expected and len(metadata['mean']) == 1
+    photograph = tmp_path / 'a.png'
+    Image.effect_noise((70, 80), 50).save(photograph)
+    capsys.readouterr()
+    main(['predict', str(photograph), '--model', str(tmp_path / 'named.onnx'), '--top', '3', '--threads', '1'])
+    assert {line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:]} == {'cat', 'dog', 'cow'}
+
+
+def test_command_looks_at_the_output_first(tmp_path, capsys):
+    for output, message in ((tmp_path / 'no' / 'a.onnx', 'no does not exist, expected a folder for a.onnx'),
+                            (tmp_path, 'exists and is not overwritten')):
+        with pytest.raises(SystemExit):
+            main(['export', 'nowhere.pth', '-o', str(output)])
+        assert message in capsys.readouterr().err

@@ -1,6 +1,8 @@
 """The command that answers images"""
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -82,6 +84,16 @@ def test_one_error_line_for_a_broken_image(file, folder, capsys):
         capsys, folder / 'a.png', folder / 'broken.jpg', folder / 'b.jpg', '--model', file, code=1)
     assert [line.split(':')[0] for line in lines[::6]] == [str(folder / 'a.png'), str(folder / 'b.jpg')]
     assert error.startswith('timm-rs predict: error: ') and 'broken.jpg cannot be read as an image' in error
+
+
+def test_names_that_are_no_text(file, folder):
+    name = os.fsencode(folder) + b'/caf\xe9.png'
+    shutil.copy(folder / 'a.png', name)
+    result = subprocess.run(
+        [sys.executable, '-m', 'timm_rs.cli', 'predict', name, folder / 'a.png', '--model', file, '--threads', '1'],
+        env=dict(os.environ, PYTHONIOENCODING='utf-8:strict', PYTHONUTF8='1'), capture_output=True, text=True)
+    assert result.returncode == 0 and not result.stderr
+    assert len(result.stdout.splitlines()) == 12 and 'caf\\udce9.png: 64 px' in result.stdout
 
 
 def test_folders_and_json(file, folder, capsys):

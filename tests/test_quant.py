@@ -204,6 +204,18 @@ def test_few_weights_of_a_channel(bits):
     assert conv.basis.isfinite().all() and (weight - conv.weight).abs().max() < conv.weight.abs().max()
 
 
+@pytest.mark.parametrize('bits', [2, 5])
+def test_nan_is_not_hidden_in_training(bits):
+    x = torch.rand(2, 3, 4, 4)
+    quantizer, conv = ActivationQuantizer(bits), QuantConv2d(3, 3, 1, bits=bits)
+    basis = quantizer.basis.clone()
+    x[1, 2, 3, 3] = math.nan
+    assert quantizer(x).isnan().any()
+    conv.weight.data[1, 0] = math.nan
+    assert conv(torch.ones(1, 3, 4, 4)).isnan().flatten(2).any(2).tolist() == [[False, True, False]]
+    assert torch.equal(quantizer.basis, basis)
+
+
 def test_an_overflow_is_not_for_ever():
     quantizer = ActivationQuantizer(2)
     x = torch.rand(100)

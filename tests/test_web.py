@@ -1,6 +1,7 @@
 """The local web page: what it computes, what its server answers, and what a browser shows"""
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,6 +114,22 @@ def test_server_tells_of_a_broken_image(client, session, photograph, tmp_path):
         client.predict(handle_file(str(tmp_path / 'broken.jpg')), 100, api_name='/classify')
     table, _ = client.predict(handle_file(photograph), 100, api_name='/classify')
     assert shown(table['data']) == expected(session, photograph)
+
+
+def test_uploads_are_limited_and_deleted(session, photograph):
+    pytest.importorskip('gradio')
+    httpx = pytest.importorskip('httpx')
+    app, address = serve(session, block=False)
+    try:
+        upload = f'{address}gradio_api/upload'
+        too_much = httpx.post(upload, files={'files': ('a.png', bytes(65 * 2**20))}, timeout=240)
+        assert too_much.status_code == 413
+        with open(photograph, 'rb') as f:
+            kept, = httpx.post(upload, files={'files': ('a.jpg', f)}, timeout=240).json()
+        assert Path(kept).is_file()
+    finally:
+        app.close()
+    assert not Path(kept).exists()
 
 
 # In a browser

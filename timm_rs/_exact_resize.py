@@ -66,9 +66,9 @@ class ResizeAndCrop:
     def fits(self, image: Image.Image) -> bool:
         """Return whether an image can be resized here: one in RGB that does not shrink beyond measure.
 
-        None can where torch is allowed to multiply float32 in a lower precision.
+        None can where torch is allowed to multiply float32 in a lower precision on the CPU.
         """
-        if torch.get_float32_matmul_precision() != 'highest':
+        if not _multiplies_float32():
             return False
         return image.mode == 'RGB' and _REACH[self.interpolation] * min(image.size) / self.size < _MAX_TAPS / 2 - 2
 
@@ -93,6 +93,14 @@ class ResizeAndCrop:
         pixels = _round(sums[:, 0], sums[:, 1]).byte()  # rounds down
         height, width = self.crop
         return pixels.view(-1, 3, len(across.starts) * _BLOCK)[:height, :, :width].permute(1, 0, 2)
+
+
+def _multiplies_float32() -> bool:
+    """Return whether matrix products on the CPU are those of float32 throughout."""
+    matmul = getattr(torch.backends.mkldnn, 'matmul', None)
+    if hasattr(matmul, 'fp32_precision'):  # the getter below tells that of GPUs too, and may raise
+        return matmul.fp32_precision in ('none', 'ieee')
+    return torch.get_float32_matmul_precision() == 'highest'
 
 
 class _Plan(NamedTuple):

@@ -6,6 +6,7 @@ the new one.
 """
 import copy
 import logging
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
@@ -51,8 +52,8 @@ def add_resolution(
     Args:
         model: A switchable network.
         resolution: Input size in pixels.
-        loader: Batches of normalized images [N, C, H, W], or tuples that begin with these, at the largest of all
-            resolutions, the new one included; they are downscaled here, as if the
+        loader: Batches of normalized images [N, C, H, W], or tuples that begin with these, each time that it is gone
+            through, at the largest of all resolutions, the new one included; they are downscaled here, as if the
             originals had been resized once, by the interpolation of the network's configuration.
         method: One of these.
         epochs: Passes over the loader that tuning takes.
@@ -63,8 +64,8 @@ def add_resolution(
         The same network, with the new resolution among its resolutions.
 
     Raises:
-        ValueError: The network is plain or has this resolution, the method is unknown, or images are too few or too
-            small. The network is as it was then.
+        ValueError: The network is plain or has this resolution, the method is unknown, or images are too few, too
+            small or given but once. Whatever is raised, the network is as it was then.
 
     Example:
         >>> import timm, timm_rs
@@ -79,19 +80,45 @@ def add_resolution(
         raise ValueError(f'Unknown method {method!r}, expected one of {", ".join(METHODS)}.')
     if not isinstance(resolution, int) or resolution <= 0 or resolution in model.resolutions:
         raise ValueError(f'Cannot add resolution {resolution!r} to {model.resolutions}, expected a new size in pixels.')
+    if method.startswith('tune') and epochs < 1:
+        raise ValueError(f'epochs is {epochs}, expected a positive number.')
     if method != 'copy':
         _check_images(loader, max(resolution, model.resolutions[0]), min_images)
 
-    before, training = model.resolution, model.training
-    _insert(model, resolution)
-    model.eval()
-    if method == 'statistics':
-        measure_statistics(model, resolution, loader)
-    if method.startswith('tune'):
-        tune(model, resolution, loader, head=method == 'tune_bn_head', epochs=epochs, lr=lr)
-    model.train(training)
-    model.switch_to(before)
+    with _restored(model, method == 'tune_bn_head'):
+        _insert(model, resolution)
+        model.eval()
+        if method == 'statistics':
+            measure_statistics(model, resolution, loader)
+        if method.startswith('tune'):
+            tune(model, resolution, loader, head=method == 'tune_bn_head', epochs=epochs, lr=lr)
     return model
+
+
+@contextmanager
+def _restored(model: nn.Module, head: bool) -> Iterator[None]:
+    """Leave mode and size of a network as they were, and if anything is raised its layers and classifier too."""
+    modes = {m: m.training for m in model.modules()}
+    layers = {m: m._modules for m in modes if isinstance(m, PrivateBN)}
+    resolution, resolutions, alpha = model.resolution, model.resolutions, model.alpha
+    args = dict(getattr(model, '_model_args', {}))
+    classifier = copy.deepcopy(model.get_classifier().state_dict()) if head else None
+    try:
+        yield
+    except BaseException:
+        for module, kept in layers.items():
+            module._modules = kept
+        model.alpha = alpha
+        model._switch.resolutions = resolutions
+        if args:
+            model._model_args = args
+        if head:
+            model.get_classifier().load_state_dict(classifier)
+        raise
+    finally:
+        for module in model.modules():
+            module.training = modes.get(module, model.training)
+        model.switch_to(resolution)
 
 
 def measure_statistics(model: nn.Module, resolution: int, loader: Iterable) -> None:
@@ -136,7 +163,7 @@ def tune(
         teaching = copy.deepcopy(teaching)  # the lesson stays what it was
         parameters += model.get_classifier().parameters()
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.)
-    steps = epochs * sum(1 for _ in loader)
+    steps = epochs * (len(loader) if hasattr(loader, '__len__') else sum(1 for _ in loader))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(epochs):
         for images in _batches(model, loader):
@@ -181,10 +208,12 @@ def _measure(
     hooks = [
         layer.register_forward_pre_hook(partial(add, i=i)) for i, layer in enumerate(_layers(model, resolution))
     ]
-    for images in _batches(model, loader):
-        model(_resize(model, images, resolution))
-    for hook in hooks:
-        hook.remove()
+    try:
+        for images in _batches(model, loader):
+            model(_resize(model, images, resolution))
+    finally:
+        for hook in hooks:
+            hook.remove()
     return {i: _moments(*values) for i, values in sums.items()}
 
 
@@ -211,6 +240,9 @@ def _teacher(model: nn.Module, resolution: int) -> int:
 def _check_images(loader: Optional[Iterable], size: int, min_images: int) -> None:
     if loader is None:
         raise ValueError('Calibration needs a loader of images, except for method copy.')
+    if iter(loader) is loader:
+        raise ValueError(f'The loader is an iterator ({type(loader).__name__}), which gives its images but once; '
+                         f'expected a list or a DataLoader.')
     count = 0
     for batch in loader:
         images = batch[0] if isinstance(batch, (list, tuple)) else batch
@@ -233,8 +265,8 @@ def _insert(model: nn.Module, resolution: int) -> None:
         if isinstance(module, PrivateBN):
             layer = copy.deepcopy(module[nearest])
             layer.load_state_dict(interpolate(module[below], module[above], share))
-            module._modules.update({str(resolution): layer})
-            module._modules = type(module._modules)((str(r), module._modules[str(r)]) for r in resolutions)
+            layers = {**module._modules, str(resolution): layer}
+            module._modules = type(module._modules)((str(r), layers[str(r)]) for r in resolutions)
     index = known.index(nearest)
     values = dict(zip(known, model.alpha.data))
     model.alpha = nn.Parameter(torch.stack([values.get(r, model.alpha.data[index]) for r in resolutions]))

@@ -11,7 +11,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Callable, Optional, Sequence
 
-from .errors import OneLineParser, one_line_errors
+from .errors import OneLineParser, check_new_file, one_line_errors
 from .version import __version__
 
 __all__ = ['COMMANDS', 'Command', 'main']
@@ -84,7 +84,7 @@ def _convert(args: argparse.Namespace) -> None:
     from .convert import check_output, save_model
 
     check_output(args.output)
-    labels = _read_labels(args.label_names)
+    labels = _read_labels(args.label_names or _labels_beside(args.checkpoint))
     model = _load(args).model
     what = ' '.join(map(str, model.resolutions))
     if args.extract is not None:
@@ -116,12 +116,10 @@ def _add_push(parser: argparse.ArgumentParser) -> None:
 def _push(args: argparse.Namespace) -> None:
     from huggingface_hub.utils import disable_progress_bars
 
-    from .hub import LABEL_FILE, HubError, push_to_hub, read_metrics
+    from .hub import HubError, push_to_hub, read_metrics
 
     beside = os.path.dirname(args.checkpoint)
-    labels = args.label_names
-    if labels is None and os.path.isfile(os.path.join(beside, LABEL_FILE)):
-        labels = os.path.join(beside, LABEL_FILE)
+    labels = _read_labels(args.label_names or _labels_beside(args.checkpoint))
     loaded = _load(args)
     results = args.results
     if results is None and loaded.epoch is not None and os.path.isfile(os.path.join(beside, 'summary.csv')):
@@ -136,7 +134,7 @@ def _push(args: argparse.Namespace) -> None:
             metrics=metrics,
             recipe=loaded.args,
             dataset=args.dataset,
-            label_names=_read_labels(labels),
+            label_names=labels,
             license=args.license,
             commit_message=args.message,
             revision=args.revision,
@@ -155,8 +153,16 @@ def _push(args: argparse.Namespace) -> None:
 def _read_labels(path: Optional[str]) -> Optional[Sequence[str]]:
     if path is None:
         return None
-    with open(path, encoding='utf-8') as f:
-        return f.read().splitlines()
+    with open(path, encoding='utf-8-sig') as f:
+        return f.read().rstrip().splitlines()
+
+
+def _labels_beside(checkpoint: str) -> Optional[str]:
+    """Return the file of class names that training left beside a checkpoint, if there is one."""
+    from .hub import LABEL_FILE
+
+    path = os.path.join(os.path.dirname(checkpoint), LABEL_FILE)
+    return path if os.path.isfile(checkpoint) and os.path.isfile(path) else None
 
 
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
@@ -179,24 +185,26 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
 
 
 def _calibrate(args: argparse.Namespace) -> None:
-    import timm
     import torch
+    from timm.data import create_transform
+    from timm.data.model_config import resolve_input_data_config
 
     from .calibrate import add_resolution
     from .convert import check_output, save_model
     from .data import create_dataset
 
     check_output(args.output)
-    labels = _read_labels(args.label_names)
+    labels = _read_labels(args.label_names or _labels_beside(args.checkpoint))
     device = torch.device(args.device if torch.cuda.is_available() or args.device != 'cuda' else 'cpu')
     model = _load(args).model.to(device)
     loader = None
     if args.method != 'copy':
-        config = timm.data.resolve_model_data_config(model)
+        config = resolve_input_data_config(model)
         size = max(args.resolution, model.resolutions[0])
-        dataset = create_dataset(args.dataset, args.data_dir, args.split)
         channels = config.pop('input_size')[0]
-        dataset.transform = timm.data.create_transform((channels, size, size), is_training=False, **config)
+        dataset = create_dataset(
+            args.dataset, args.data_dir, args.split, input_img_mode='L' if channels == 1 else 'RGB')
+        dataset.transform = create_transform((channels, size, size), is_training=False, **config)
         chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:args.images]
         loader = torch.utils.data.DataLoader(
             torch.utils.data.Subset(dataset, chosen.tolist()), batch_size=args.batch_size, num_workers=args.workers)
@@ -223,7 +231,6 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from .convert import check_output
     from .deploy.export import export_int8, export_resolution, export_switchable
     from .deploy.preprocess import find_images
 
@@ -234,8 +241,8 @@ def _export(args: argparse.Namespace) -> None:
         raise ValueError('--quantize int8 and --calibration-data DIR need each other.')
     if args.quantize and args.resolution is not None:
         raise ValueError('--quantize int8 writes all resolutions, leave --resolution out.')
-    check_output(args.output)
-    labels = _read_labels(args.label_names)
+    check_new_file(args.output)
+    labels = _read_labels(args.label_names or _labels_beside(args.checkpoint))
     if args.quantize:
         images = find_images(args.calibration_data, args.calibration_images)
     model = _load(args).model

@@ -42,7 +42,8 @@ __all__ = [
 # The authors' code feeds images in [0, 1] and validates on the central crop of images resized to size / 0.875.
 _REFERENCE_DATA = dict(mean=(0., 0., 0.), std=(1., 1., 1.), interpolation='bilinear', crop_pct=0.875)
 # What timm tells of its own weights of an architecture, which are not those that are loaded here.
-_ORIGIN = ('tag', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')
+_ORIGIN = ('tag', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes', 'label_names',
+           'label_descriptions')
 
 
 @dataclass

@@ -1,12 +1,13 @@
 """Errors of the command line: one line on stderr, no traceback"""
 import argparse
 import logging
+import os
 import sys
 import textwrap
 from contextlib import contextmanager
 from typing import Iterator
 
-__all__ = ['OneLineParser', 'TrainingFault', 'one_line_errors']
+__all__ = ['OneLineParser', 'TrainingFault', 'check_folder_of', 'check_new_file', 'one_line_errors']
 
 _logger = logging.getLogger(__name__)
 
@@ -32,6 +33,20 @@ def one_line_errors(program: str) -> Iterator[None]:
         if _tells() or isinstance(e, (ImportError, OSError, RuntimeError)):  # which can befall one process alone
             print(f'{program}: error: {message}', file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def check_new_file(path: str) -> None:
+    """Raise ValueError if there is something of this name, which is never overwritten, or no folder for it."""
+    if os.path.lexists(path):
+        raise ValueError(f'{path} exists and is not overwritten, give another output.')
+    check_folder_of(path)
+
+
+def check_folder_of(path: str) -> None:
+    """Raise ValueError if there is no folder for a file."""
+    folder = os.path.dirname(path) or '.'
+    if not os.path.isdir(folder):
+        raise ValueError(f'{folder} does not exist, expected a folder for {os.path.basename(path)}.')
 
 
 class OneLineParser(argparse.ArgumentParser):

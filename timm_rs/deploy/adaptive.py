@@ -12,7 +12,7 @@ from typing import Any, Callable, Deque, Dict, Iterator, Mapping, Optional, Sequ
 import numpy as np
 from PIL import Image
 
-from .preprocess import MODES, ImageSource, is_image_source, open_image
+from .preprocess import MODES, ImageSource, buffered, is_image_source, open_image
 from .session import Session
 
 __all__ = ['AdaptiveSession', 'Controller', 'Prediction', 'QueueFullError', 'measure_latency']
@@ -181,12 +181,12 @@ class AdaptiveSession:
     """Serves each request at the largest resolution that the budget, the queue and recent latency allow.
 
     Any number of threads may call predict. Requests are served one after the other, in the order in which they came,
-    each in the thread that called. While one is served the next in line read their images, READ_AHEAD at most, so that
-    memory does not grow with the line.
+    each in the thread that called. While one is served the next in line decode their images, READ_AHEAD at most, so
+    that memory does not grow with the line. Binary files are read before, so that a slow client holds up nobody.
 
     Args:
         path: File of `timm-rs export --format onnx`, or a Session.
-        budget_ms: Milliseconds from a call of predict to its answer.
+        budget_ms: Milliseconds from a call of predict to its answer; of binary files from when they are read.
         floor: Smallest resolution to use, the smallest one of the file if None.
         max_queue: Requests that may wait; one more is refused.
         threads: Threads of an inference, all cores if None.
@@ -264,27 +264,30 @@ class AdaptiveSession:
             ValueError: There are no images, or they are arrays, whose size is given.
             RuntimeError: ONNX Runtime fails, for example for lack of memory.
         """
-        start = self._clock()
         budget_ms = self.budget_ms if budget_ms is None else _check_budget(budget_ms)
         if isinstance(images, np.ndarray):
             raise ValueError('Got an array, whose size is given; expected images (Session.predict takes arrays).')
         images = [images] if is_image_source(images) else list(images)
         if not images:
             raise ValueError('Got no images, expected at least one.')
-        request = _Request(start + budget_ms / 1e3, len(images))
-        with self._in_line(request):
-            try:
+        try:
+            images = [buffered(image) for image in images]  # what a client still sends would hold up the line
+            start = self._clock()
+            request = _Request(start + budget_ms / 1e3, len(images))
+            with self._in_line(request):
                 images = [open_image(image, MODES[len(self.session.mean)]) for image in images]
                 request.turn.wait()
                 resolution, logits = self._serve(images)
-            except Exception:
+                milliseconds = 1e3 * (self._clock() - start)
                 with self._lock:
-                    self._failed += 1
-                raise
-            milliseconds = 1e3 * (self._clock() - start)
+                    self._requests[resolution] += 1
+                    self._misses += milliseconds > budget_ms
+        except QueueFullError:
+            raise
+        except Exception:
             with self._lock:
-                self._requests[resolution] += 1
-                self._misses += milliseconds > budget_ms
+                self._failed += 1
+            raise
         return Prediction(logits, resolution, milliseconds, milliseconds <= budget_ms)
 
     def stats(self) -> Dict[str, Any]:
@@ -348,19 +351,20 @@ class AdaptiveSession:
     @contextmanager
     def _in_line(self, request: _Request) -> Iterator[None]:
         """Stand in line until the request is near, and leave it in the end."""
-        with self._lock:
-            if len(self._line) > self.max_queue:
-                self._rejected += 1
-                raise QueueFullError(f'{self.max_queue} requests are waiting, as many as may; try again later.')
-            self._line.append(request)
-            self._call_up()
         try:
+            with self._lock:
+                if len(self._line) > self.max_queue:
+                    self._rejected += 1
+                    raise QueueFullError(f'{self.max_queue} requests are waiting, as many as may; try again later.')
+                self._line.append(request)
+                self._call_up()
             request.near.wait()
             yield
         finally:
             with self._lock:
-                self._line.remove(request)
-                self._call_up()
+                if request in self._line:
+                    self._line.remove(request)
+                    self._call_up()
 
     def _call_up(self) -> None:
         """Tell the first of the line that it is their turn, and the next ones that it will be."""

@@ -6,12 +6,13 @@ answers. Sizes and thresholds are fitted on labelled images to a target accuracy
 import itertools
 import json
 import os
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from .preprocess import ImageSource, find_images, is_image_source, open_image
+from .preprocess import ImageSource, find_images, is_image_source, open_image, spread
 from .session import Session
 
 __all__ = [
@@ -322,7 +323,8 @@ def label_folders(
     """Return images of a folder of class folders, and their classes.
 
     A class folder has the name of a class or, of ImageNet, its WordNet id; else there are as many folders as classes,
-    in their order.
+    in the order that timm's training gives them: by name, numbers in it by value, capitals as small letters. Of folders
+    in folders the innermost is that of the class.
 
     Args:
         folder: The folder.
@@ -332,20 +334,34 @@ def label_folders(
     Raises:
         ValueError: There are no images, or the folders cannot be told to be classes.
     """
-    paths = find_images(folder, most)
-    folders = [os.path.relpath(path, folder).split(os.sep)[0] for path in paths]
-    names = sorted(e.name for e in os.scandir(folder) if e.is_dir())
+    paths = find_images(folder)
+    loose = [path for path in paths if os.path.dirname(os.path.relpath(path, folder)) == '']
+    if loose:
+        raise ValueError(f'{loose[0]} is in no class folder.')
+    names = sorted(set(map(_class_of, paths)), key=_natural_key)
     index = _class_index(names, session)
-    unknown = [name for name in folders if name not in index]
+    unknown = [name for name in names if name not in index]
+    expected = (f'the names of classes or WordNet ids, or {session.num_classes} folders in the order of the classes, '
+                f'found {len(names)} folders')
+    if len(unknown) < len(names):
+        expected = f'the names of classes, as {next(name for name in names if name in index)} is one'
     if unknown:
-        raise ValueError(f'{folder}: {unknown[0]} is no class folder: expected the names of classes or WordNet ids, or '
-                         f'{session.num_classes} folders in the order of the classes, found {len(names)} folders.')
-    return paths, np.array([index[name] for name in folders])
+        raise ValueError(f'{folder}: {unknown[0]} is no class folder: expected {expected}.')
+    paths = spread(paths, most)
+    return paths, np.array([index[_class_of(path)] for path in paths])
+
+
+def _class_of(path: str) -> str:
+    return os.path.basename(os.path.dirname(path))
+
+
+def _natural_key(name: str) -> List[Union[int, str]]:
+    return [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', name.lower())]
 
 
 def _class_index(names: Sequence[str], session: Session) -> Dict[str, int]:
     known = {name: i for i, name in enumerate(session.class_names or ())}
-    if names and set(names) <= set(known):
+    if set(names) & set(known):  # if not all of them are, the caller says which
         return known
     if len(names) == session.num_classes:
         return {name: i for i, name in enumerate(names)}

@@ -13,17 +13,20 @@ from contextlib import contextmanager
 from typing import Any, Dict, Iterator, Optional, Sequence
 
 import numpy as np
-import timm
 import torch
 import torch.nn as nn
 from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.data.model_config import resolve_input_data_config
 from timm.layers.conv2d_same import Conv2dSame
+from timm.models._input import get_model_input_config
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..errors import check_folder_of
 from ..evaluate import count_madds
 from ..quant.quantize import fold, is_quantized
 from ..switchable import SwitchableMixin
 from ..version import __version__
+from .preprocess import MODES
 from .session import open_onnx, preprocessing_of
 
 __all__ = [
@@ -222,17 +225,19 @@ def describe(
     """Return what a file tells of itself: timm_rs.deploy.Session reads it.
 
     Raises:
-        ValueError: There is another number of class names than classes.
+        ValueError: There is another number of class names than classes, or the preprocessing is not one of timm.
     """
-    config = timm.data.resolve_model_data_config(model)
+    config = resolve_input_data_config(model)
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     num_classes = model.num_classes
     if class_names is None:
-        class_names = cfg.get('label_names') or _imagenet_names(num_classes)
+        class_names = cfg.get('label_names') or ()
+        if len(class_names) != num_classes:  # of weights for other classes
+            class_names = _imagenet_names(num_classes)
     if class_names is not None and len(class_names) != num_classes:
         raise ValueError(f'There are {len(class_names)} class names, the model has {num_classes} classes.')
     channels = config['input_size'][0]
-    return dict(
+    found = dict(
         timm_rs=__version__,
         architecture=cfg.get('architecture') or type(model).__name__,
         precision='float32',
@@ -246,6 +251,9 @@ def describe(
         crop_pct=config['crop_pct'],
         crop_mode=config['crop_mode'],
     )
+    if channels in MODES:  # others take no images, but batches
+        preprocessing_of(found)
+    return found
 
 
 def trace_onnx(network: nn.Module, resolution: int, batch_size: Optional[int] = None, fold: bool = False) -> Any:
@@ -357,7 +365,7 @@ def _imagenet_names(num_classes: int) -> Optional[Sequence[str]]:
 
 
 def _random_images(network: nn.Module, resolution: int, batch_size: int, seed: int) -> torch.Tensor:
-    channels = (getattr(network, 'pretrained_cfg', None) or {}).get('input_size', (3,))[0]
+    channels = get_model_input_config(network)['input_size'][0]
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch_size, channels, resolution, resolution, generator=generator)
 
@@ -451,9 +459,7 @@ def _onnx_runner(path: str) -> Any:
 @contextmanager
 def _checked(path: str) -> Iterator[str]:
     """Give a name to write to, which becomes that of the file if nothing is raised."""
-    folder = os.path.dirname(path) or '.'
-    if not os.path.isdir(folder):
-        raise ValueError(f'{folder} does not exist, expected a folder for {os.path.basename(path)}.')
+    check_folder_of(path)
     stem, ending = os.path.splitext(path)
     partial = f'{stem}.part-{os.getpid()}{ending}'
     try:

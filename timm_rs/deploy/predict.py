@@ -2,13 +2,15 @@
 import io
 import json
 import os
+import statistics
 import sys
 import time
 from typing import IO, Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from .adaptive import AdaptiveSession, measure_latency
+from ..errors import check_new_file
+from .adaptive import AdaptiveSession
 from .cascade import (
     CascadeSession,
     collect_logits,
@@ -18,12 +20,13 @@ from .cascade import (
     softmax,
     write_cascade,
 )
-from .preprocess import ImageError, ImageSource, find_images
+from .preprocess import MODES, ImageError, ImageSource, find_images, open_image, spread
 from .session import Session
 
 __all__ = ['Predictor', 'find_sources', 'fit_cascade', 'predict_all', 'top']
 
 STDIN = '-'
+_TIMED = 24  # images
 
 
 class Predictor:
@@ -120,6 +123,9 @@ def predict_all(predictor: Predictor, names: Sequence[str], k: int = 5, as_json:
         Number of images that failed.
     """
     failed = 0
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold bytes that are no text
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
     for name, image in find_sources(names):
         try:
             if isinstance(image, ImageError):
@@ -159,7 +165,7 @@ def fit_cascade(
     Args:
         path: File of `timm-rs export --format onnx`, or a Session.
         folder: Folder of class folders, see label_folders.
-        output: File to write.
+        output: File to write, which there must not be yet.
         target_accuracy: Share of right answers to reach.
         target_madds: Mean multiply-adds of an image to stay below.
         start: First resolution, fitted if None.
@@ -167,20 +173,50 @@ def fit_cascade(
         threads: Threads of an inference, all cores if None.
 
     Returns:
-        Rows of accuracy, mean multiply-adds and mean latency on these images, of each resolution and the cascade.
+        Rows of accuracy, mean multiply-adds and mean latency on these images, of each resolution and the cascade. The
+        latency is of images one by one, as measured on some of them.
 
     Raises:
         ValueError: A file, folder or argument is not usable, or no cascade reaches the target.
     """
+    check_new_file(output)
     session = path if hasattr(path, 'predict') else Session(path, threads)
     images, labels = label_folders(folder, session, most)
-    latency, overhead = measure_latency(session)
+    latency, reading = measure_images(session, spread(images, _TIMED))
     logits = collect_logits(session, images)
     found = fit(logits, labels, session.madds, target_accuracy, target_madds, start)
-    rows = compare(session, found.cascade, logits, labels, latency, overhead)
+    rows = compare(session, found.cascade, logits, labels, latency, reading)
     write_cascade(output, found.cascade, images=len(images), target_accuracy=target_accuracy,
                   target_madds=target_madds, rows=rows)
     return rows
+
+
+def measure_images(session: Session, images: Sequence[str], rounds: int = 3) -> Tuple[Dict[int, float], float]:
+    """Measure what images take one by one: the mean of their medians.
+
+    Args:
+        session: The session.
+        images: Names of files.
+        rounds: Times that each is answered.
+
+    Returns:
+        Seconds of an image at each resolution, its preprocessing included, and seconds to read it.
+    """
+    mode = MODES[len(session.mean)]
+    times: Dict[Optional[int], List[List[float]]] = {r: [] for r in (None, *session.resolutions)}
+    for name in images:
+        for found in times.values():
+            found.append([])
+        for _ in range(rounds):
+            start = time.perf_counter()
+            image = open_image(name, mode)
+            times[None][-1].append(time.perf_counter() - start)
+            for r in session.resolutions:
+                start = time.perf_counter()
+                session.predict(image, r)
+                times[r][-1].append(time.perf_counter() - start)
+    means = {key: statistics.mean(map(statistics.median, found)) for key, found in times.items()}
+    return means, means.pop(None)
 
 
 def compare(
@@ -189,7 +225,7 @@ def compare(
         logits: Dict[int, np.ndarray],
         labels: np.ndarray,
         latency: Dict[int, float],
-        overhead: float,
+        reading: float,
 ) -> List[Dict[str, Any]]:
     """Return a row of each resolution alone and of the cascade.
 
@@ -198,13 +234,13 @@ def compare(
         cascade: The cascade.
         logits: Array [N, num_classes] at each resolution.
         labels: Classes [N].
-        latency: Seconds of the network at each resolution.
-        overhead: Seconds to prepare an image.
+        latency: Seconds of an image at each resolution, its preprocessing included.
+        reading: Seconds to read an image, once for all resolutions.
     """
     rows = []
     for name, c in [(f'{r} px', {r: 0.}) for r in session.resolutions] + [('cascade', cascade.thresholds)]:
         judged = evaluate_cascade(type(cascade)(c, cascade.average), logits, labels, session.madds)
-        seconds = overhead + sum(share * latency[r] for r, share in judged.shares.items())
+        seconds = reading + sum(share * latency[r] for r, share in judged.shares.items())
         rows.append(dict(
             network=name, accuracy=round(judged.accuracy, 6), madds=round(judged.madds),
             milliseconds=round(1e3 * seconds, 3), shares={str(r): round(s, 4) for r, s in judged.shares.items()}))

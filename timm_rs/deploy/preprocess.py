@@ -1,22 +1,19 @@
 """timm's evaluation preprocessing with Pillow and NumPy alone"""
+import io
 import math
 import os
-import struct
 from dataclasses import dataclass
-from typing import IO, List, Optional, Sequence, Tuple, Union
+from typing import IO, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from PIL import Image
 
 __all__ = ['MODES', 'ImageError', 'Preprocessing', 'find_images', 'open_image']
 
-ImageSource = Union[str, os.PathLike, IO[bytes], Image.Image]
+ImageSource = Union[str, os.PathLike, bytes, IO[bytes], Image.Image]
 
+_MAX_CROP_PCT = 4  # the crop may be larger than the image
 MODES = {1: 'L', 3: 'RGB'}  # of Pillow, by channels
-_BROKEN = (
-    OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError, Image.DecompressionBombError,
-    Image.DecompressionBombWarning,  # where warnings are errors
-)
 
 
 class ImageError(ValueError):
@@ -57,14 +54,17 @@ class Preprocessing:
             raise ValueError(f'Unknown interpolation {self.interpolation!r}, expected one of {known}.')
         if self.crop_mode not in ('center', 'squash', 'border'):
             raise ValueError(f'Unknown crop mode {self.crop_mode!r}, expected center, squash or border.')
-        if not self.crop_pct > 0:
-            raise ValueError(f'crop_pct is {self.crop_pct}, expected a positive number.')
+        if not all(map(math.isfinite, self.mean)) or not all(0 < v < math.inf for v in self.std):
+            raise ValueError(f'mean {self.mean} and std {self.std} are no means and positive deviations.')
+        if not 0 < self.crop_pct <= _MAX_CROP_PCT:
+            raise ValueError(
+                f'crop_pct is {self.crop_pct}, expected a share: more than 0, {_MAX_CROP_PCT} at most.')
 
     def __call__(self, image: ImageSource, resolution: int) -> np.ndarray:
         """Return the input of a network.
 
         Args:
-            image: Name of a file, a binary file, or an image.
+            image: Name of a file, a binary file or what is in it, or an image.
             resolution: Side of the square in pixels.
 
         Returns:
@@ -107,7 +107,7 @@ def open_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
     """Return an image as timm reads it: decoded and converted, not turned by its EXIF orientation.
 
     Args:
-        source: Name of a file, a binary file, or an image.
+        source: Name of a file, a binary file or what is in it, or an image.
         mode: RGB or L.
 
     Raises:
@@ -117,34 +117,73 @@ def open_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
         if isinstance(source, Image.Image):
             source.load()
             return source if source.mode == mode else source.convert(mode)
-        with Image.open(source) as image:
+        if not is_image_source(source):
+            raise ImageError(f'Got {type(source).__name__}, expected the name of an image, a binary file or an image.')
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             converted = image.convert(mode)
             converted.filename = _name(source)  # for messages
             return converted
+    except ImageError:
+        raise
     except FileNotFoundError as e:
         raise ImageError(f'{_name(source)} does not exist, expected an image.') from e
     except Image.UnidentifiedImageError as e:
         raise ImageError(f'{_name(source)} is no image that Pillow can read.') from e
-    except _BROKEN as e:
-        raise ImageError(f'{_name(source)} cannot be read as an image: {e or type(e).__name__}.') from e
+    except Exception as e:  # Pillow's readers have no common class of what damaged files make them raise
+        raise ImageError(f'{_name(source)} cannot be read as an image: {str(e) or type(e).__name__}.') from e
+
+
+def buffered(source: ImageSource) -> ImageSource:
+    """Return what is in a binary file, read to its end; other images as they are.
+
+    Raises:
+        ImageError: It cannot be read.
+    """
+    if not hasattr(source, 'read'):
+        return source
+    try:
+        buffer = io.BytesIO(source.read())
+    except Exception as e:  # of any kind of file
+        raise ImageError(f'{_name(source)} cannot be read: {str(e) or type(e).__name__}.') from e
+    buffer.name = _name(source)
+    return buffer
 
 
 def find_images(folder: Union[str, os.PathLike], most: Optional[int] = None) -> List[str]:
-    """Return the image files below a folder by name, at most so many, spread evenly.
+    """Return the image files below a folder by name, at most so many, spread evenly; links are followed.
 
     Raises:
         ImageError: There is no such folder, or no image in it.
+        ValueError: Not even one is asked for.
     """
     if not os.path.isdir(folder):
         raise ImageError(f'{folder} does not exist, expected a folder of images.')
     known = Image.registered_extensions()
-    paths = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
-    paths = sorted(p for p in paths if os.path.splitext(p)[1].lower() in known)
+    paths = sorted(p for p in _walk(folder) if os.path.splitext(p)[1].lower() in known)
     if not paths:
         raise ImageError(f'{folder} holds no images.')
+    return spread(paths, most)
+
+
+def spread(paths: Sequence[str], most: Optional[int]) -> List[str]:
+    """Return so many of them at most, evenly spread."""
+    if most is not None and most < 1:
+        raise ValueError(f'{most} images are asked for, expected a positive number.')
     if most is None or most >= len(paths):
-        return paths
+        return list(paths)
     return [paths[i * len(paths) // most] for i in range(most)]
+
+
+def _walk(folder: Union[str, os.PathLike]) -> Iterator[str]:
+    """Yield all files below a folder, each folder once however many links lead to it."""
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (os.path.join(root, name) for name in names)
 
 
 def _offset(size: int, crop: int) -> int:
@@ -160,7 +199,7 @@ def _name(source: ImageSource) -> str:
 
 def is_image_source(value: object) -> bool:
     """Return whether a value is one image, not several."""
-    return isinstance(value, (str, os.PathLike, Image.Image)) or hasattr(value, 'read')
+    return isinstance(value, (str, os.PathLike, bytes, Image.Image)) or hasattr(value, 'read')
 
 
 def stack(images: Sequence[ImageSource], preprocessing: Preprocessing, resolution: int) -> np.ndarray:

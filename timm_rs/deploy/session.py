@@ -34,7 +34,7 @@ class Session:
         preprocessing: What is done to an image.
         mean: Pixel mean of each channel, of values in [0, 1].
         std: Pixel standard deviation of each channel.
-        batch_size: Images of a batch, None for any number.
+        batch_size: Images that are run at a time, where the file takes batches of one size only; None for any number.
         metadata: All that the file tells of itself.
 
     Raises:
@@ -107,12 +107,8 @@ class Session:
             resolution = self._check_batch(images, resolution)
         if not len(images):
             return np.zeros((0, self.num_classes), np.float32)
-        if self.batch_size not in (None, len(images)):
-            raise ValueError(f'Got {len(images)} images, {self.path} takes batches of {self.batch_size}.')
-        try:
-            return self._sessions[resolution].run(None, {self._input: images})[0]
-        except Exception as e:  # ONNX Runtime has no common class of its errors
-            raise RuntimeError(f'Cannot run a batch of {images.shape} with {self.path}: {_first_line(e)}') from e
+        size = self.batch_size or len(images)
+        return np.concatenate([self._run(images[i:i + size], resolution) for i in range(0, len(images), size)])
 
     def preprocess(self, image: ImageSource, resolution: Optional[int] = None) -> np.ndarray:
         """Return the input that predict makes of an image: float32 [C, resolution, resolution].
@@ -141,6 +137,16 @@ class Session:
             known = ', '.join(map(str, self.resolutions))
             raise ValueError(f'Unknown resolution {resolution!r}, {self.path} has {known}.')
         return int(resolution)
+
+    def _run(self, images: np.ndarray, resolution: int) -> np.ndarray:
+        """Return the logits of a batch, which is filled up with zeros where the file takes batches of one size only."""
+        count = len(images)
+        if self.batch_size and count < self.batch_size:
+            images = np.concatenate([images, np.zeros((self.batch_size - count, *images.shape[1:]), images.dtype)])
+        try:
+            return self._sessions[resolution].run(None, {self._input: images})[0][:count]
+        except Exception as e:  # ONNX Runtime has no common class of its errors
+            raise RuntimeError(f'Cannot run a batch of {images.shape} with {self.path}: {_first_line(e)}') from e
 
     def _open(self, threads: Optional[int]) -> Dict[int, Any]:
         """Return the session of ONNX Runtime that serves each size."""

@@ -5,11 +5,12 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from .adaptive import measure_latency
 from .predict import top
-from .preprocess import ImageError
 from .session import Session
 
 __all__ = ['answer_all', 'build_app', 'choose', 'serve']
 
+_MAX_UPLOAD = '64mb'
+_KEEP_SECONDS = 600  # of a picture, which is deleted when the server ends in any case
 HEADERS = ['size', 'answer', 'probability', 'time', 'multiply-adds', 'cost']
 _SYSTEM_FONTS = dict(font=['system-ui', 'sans-serif'], font_mono=['monospace'])  # nothing is fetched
 
@@ -64,7 +65,7 @@ def build_app(session: Session) -> Any:
         try:
             with lock:
                 rows = answer_all(session, image)
-        except (ImageError, RuntimeError) as e:
+        except (ValueError, RuntimeError) as e:
             raise gradio.Error(str(e), print_exception=False) from e
         return rows, [_cells(row) for row in rows], describe(rows, budget_ms)
 
@@ -78,7 +79,7 @@ def build_app(session: Session) -> Any:
             return f'Within {budget_ms:g} ms: {what}.'
         return f'No size keeps {budget_ms:g} ms. The smallest: {what}.'
 
-    with gradio.Blocks(title='timm_rs', analytics_enabled=False) as app:
+    with gradio.Blocks(title='timm_rs', analytics_enabled=False, delete_cache=(_KEEP_SECONDS, _KEEP_SECONDS)) as app:
         gradio.Markdown(f"# {session.metadata.get('architecture', 'Network')} at {len(session.resolutions)} sizes")
         rows = gradio.State([])
         with gradio.Row():
@@ -101,7 +102,7 @@ def serve(
         threads: Optional[int] = None,
         block: bool = True,
 ) -> Tuple[Any, str]:
-    """Open the page.
+    """Open the page. Pictures of more than 64 MB are refused; they are on disk for some minutes.
 
     Args:
         path: File of `timm-rs export --format onnx`, or a Session.
@@ -124,7 +125,7 @@ def serve(
 
     _, address, _ = app.launch(
         server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, share=False,
-        theme=gradio.themes.Default(**_SYSTEM_FONTS), footer_links=[])
+        max_file_size=_MAX_UPLOAD, theme=gradio.themes.Default(**_SYSTEM_FONTS), footer_links=[])
     print(f'{session.path}: {address}', flush=True)
     if block:
         app.block_thread()

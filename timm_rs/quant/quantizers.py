@@ -141,7 +141,10 @@ class _LearnedBasis(nn.Module):
         for index in _chunks(work):
             part, rows = work[index], index[0]
             code, chunk_sums = _encode(part, thresholds[rows], codes[rows], self.low, update)
-            quantized[index] = values[rows].gather(1, code)
+            table = values[rows]
+            if update:  # or training would go on, unnoticed, with NaN taken for the lowest level
+                table = table.masked_fill(chunk_sums.isnan().any(1, keepdim=True), math.nan)
+            quantized[index] = table.gather(1, code)
             sums.append(chunk_sums)
         if update:
             sums = _wide(torch.stack(sums)).sum(0) if len(basis) == 1 else _wide(torch.cat(sums))
