@@ -144,7 +144,7 @@ def parse_args(argv=None):
     add('--amp', action='store_true', help='bfloat16')
     add('--channels-last', action='store_true')
     add('--torchcompile', action='store_true', help='compile the networks')
-    add('--jobs', type=int, default=1, metavar='N', help='runs side by side')
+    add('--jobs', type=int, default=1, metavar='N', help='runs side by side, which share the threads')
     add('--work', type=Path, default=Path('output/paper_table'), metavar='DIR', help='where runs are kept')
     add('--include', type=Path, metavar='FILE', help='take over the runs of this results/....json, of the same recipe')
     add('--dry-run', action='store_true', help='show the plan and its cost')
@@ -271,13 +271,15 @@ def seconds_left(todo: float, args: Namespace) -> float:
 def train_all(runs: List[Run], args: Namespace) -> None:
     """Train what is not done, some side by side, each in a process of its own."""
     todo, running = [run for run in runs if not read(run, args)], {}
+    env = dict(os.environ)
+    env.setdefault('OMP_NUM_THREADS', str(max(1, torch.get_num_threads() // args.jobs)))
     if todo:
         load(args)
     while todo or running:
         while todo and len(running) < args.jobs:
             run = todo.pop(0)
             argv = [sys.executable, *sys.argv, '--worker', json.dumps(asdict(run))]
-            running[subprocess.Popen(argv)] = run
+            running[subprocess.Popen(argv, env=env)] = run
             left = seconds_left(sum(cost(r, args) for r in [*todo, *running.values()]), args)
             hours = f', {left / 3600:.1f} h left' if left else ''
             print(f'{run.name}: begun, {len(todo)} to follow{hours}', flush=True)
