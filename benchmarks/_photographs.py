@@ -1,17 +1,22 @@
 """Photographs in memory: decoded once, cropped at random on any device"""
+import hashlib
 import os
+import sys
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import torch
+from PIL import Image
 from timm.data import create_dataset, create_transform
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from tqdm import tqdm
 
-__all__ = ['Photographs', 'load_photographs', 'random_crops', 'resize_matrices']
+__all__ = ['Photographs', 'list_photographs', 'load_photographs', 'random_crops', 'resize_matrices']
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SPLITS = ('train', 'val')
+_UNREADABLE, _DEEP = -1, -2  # labels of images that cannot be taken
 
 
 class Photographs(NamedTuple):
@@ -46,16 +51,22 @@ def load_photographs(root: str, sizes: Sequence[int], side: int, crop_pct: float
         sizes: Sizes to evaluate at, in pixels.
         side: Training images are kept at this size, in pixels.
         crop_pct: Share of the shorter side that evaluation crops.
-        cache: File to keep, for the same arguments.
+        cache: File to keep, for the same arguments and files.
+
+    Raises:
+        ValueError: See list_photographs; or an image cannot be read, or has more than 8 bits a channel.
     """
-    key = dict(root=str(Path(root).resolve()), sizes=list(sizes), side=side, crop_pct=crop_pct)
+    samples, classes = list_photographs(root)
+    key = dict(
+        root=str(Path(root).resolve()), sizes=list(sizes), side=side, crop_pct=crop_pct, files=_digest(samples))
     if cache.exists():
         found = torch.load(cache)
         if found.pop('key') == key:
             return Photographs(**found)
-    sets = {split: create_dataset('', str(Path(root) / split)) for split in ('train', 'val')}
-    order = torch.randperm(len(sets['train']), generator=torch.Generator().manual_seed(0)).tolist()
-    held_out = Subset(sets['train'], order[-(len(order) // 10):])
+    _tell_what_is_left_out(root)
+    order = torch.randperm(len(samples['train']), generator=torch.Generator().manual_seed(0)).tolist()
+    train = [samples['train'][i] for i in order]
+    held_out = train[-max(1, len(order) // 10):]
     squares = transforms.Compose([
         transforms.Resize(side, transforms.InterpolationMode.BILINEAR), transforms.CenterCrop(side),
         transforms.PILToTensor()])
@@ -66,12 +77,12 @@ def load_photographs(root: str, sizes: Sequence[int], side: int, crop_pct: float
     def every_size(image):
         return [torch.as_tensor(transform(image)) for transform in per_size]
 
-    (train,), train_labels = _decode(Subset(sets['train'], order), lambda image: [squares(image)])
-    val, val_labels = _decode(sets['val'], every_size)
+    (train,), train_labels = _decode(train, lambda image: [squares(image)])
+    val, val_labels = _decode(samples['val'], every_size)
     held, _ = _decode(held_out, every_size)
     found = dict(
         train=train, train_labels=train_labels, val=dict(zip(sizes, val)), val_labels=val_labels,
-        held_out=dict(zip(sizes, held)), classes=sorted(sets['train'].reader.class_to_idx))
+        held_out=dict(zip(sizes, held)), classes=classes)
     cache.parent.mkdir(parents=True, exist_ok=True)
     partial = cache.with_suffix('.tmp')
     torch.save(dict(found, key=key), partial)
@@ -79,13 +90,82 @@ def load_photographs(root: str, sizes: Sequence[int], side: int, crop_pct: float
     return Photographs(**found)
 
 
-def _decode(dataset, transform) -> Tuple[List[torch.Tensor], torch.Tensor]:
+def list_photographs(root: str) -> Tuple[Dict[str, List[Tuple[str, int]]], List[str]]:
+    """Return names and classes of the images that timm finds in train/ and val/, and the names of the classes.
+
+    Raises:
+        ValueError: The folders of both are not the same classes, or images are not directly in them.
+    """
+    samples, found = {}, {}
+    for split in SPLITS:
+        folder = Path(root, split)
+        try:
+            reader = create_dataset('', str(folder)).reader
+        except RuntimeError as e:
+            raise ValueError(str(e)) from e
+        samples[split], found[split] = reader.samples, reader.class_to_idx
+        strange = [name for name, _ in reader.samples if Path(name).parent.parent != folder]
+        if strange:
+            raise ValueError(f'{strange[0]}: expected images in the folder of a class, {folder}/CLASS/.')
+    folders = {p.name for split in SPLITS for p in Path(root, split).glob('[!.]*') if p.is_dir()}
+    for split in SPLITS:
+        empty = sorted(folders - found[split].keys())
+        if empty:
+            raise ValueError(f'{Path(root, split)} has no image of {empty[0]}, expected all classes in both splits.')
+    return samples, sorted(found['train'], key=found['train'].get)
+
+
+def _tell_what_is_left_out(root: str) -> None:
+    known = Image.registered_extensions().keys() - {'.png', '.jpg', '.jpeg'}
+    others = sorted(str(p) for split in SPLITS for p in Path(root, split).glob('*/*') if p.suffix.lower() in known)
+    if others:
+        print(f'{len(others)} images are left out, as timm leaves them, which reads .png, .jpg and .jpeg: {others[0]}'
+              f"{', ...' if others[1:] else '.'}", file=sys.stderr)
+
+
+def _digest(samples: Dict[str, List[Tuple[str, int]]]) -> str:
+    listing = [(name, os.path.getsize(name), label) for split in SPLITS for name, label in samples[split]]
+    return hashlib.sha256(repr(listing).encode()).hexdigest()
+
+
+class _Images(Dataset):
+    """What a transform makes of images, and their classes; a negative class tells why there is none."""
+
+    def __init__(self, samples: Sequence[Tuple[str, int]], transform: Callable[[Image.Image], List[torch.Tensor]]):
+        self.samples, self.transform = samples, transform
+        self.empty = [torch.zeros_like(x) for x in transform(Image.new('RGB', (64, 64)))]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Tuple[List[torch.Tensor], int]:
+        name, label = self.samples[index]
+        try:
+            with Image.open(name) as image:
+                if image.mode[0] in 'IF':
+                    return self.empty, _DEEP
+                return self.transform(image.convert('RGB')), label
+        except Exception:  # Pillow's readers have no common class of what damaged files make them raise
+            return self.empty, _UNREADABLE
+
+
+def _decode(samples: Sequence[Tuple[str, int]], transform: Any) -> Tuple[List[torch.Tensor], torch.Tensor]:
     """Return stacks of what a transform makes of each image, and the labels."""
-    plain = dataset.dataset if isinstance(dataset, Subset) else dataset
-    plain.transform = transform
-    loader = DataLoader(dataset, batch_size=64, num_workers=os.cpu_count() or 0)
-    images, labels = zip(*tqdm(loader, desc='decode', disable=None))
-    return [torch.cat(stack) for stack in zip(*images)], torch.cat(labels)
+    images = _Images(samples, transform)
+    loader = DataLoader(images, batch_size=64, num_workers=os.cpu_count() or 0)
+    stacks = [x.new_empty((len(samples), *x.shape)) for x in images.empty]
+    labels, done = torch.empty(len(samples), dtype=torch.int64), 0
+    for parts, found in tqdm(loader, desc='decode', disable=None):
+        for stack, part in zip(stacks, parts):
+            stack[done:done + len(found)] = part
+        labels[done:done + len(found)] = found
+        done += len(found)
+    for why, text in ((_UNREADABLE, 'cannot be read'), (_DEEP, 'have more than 8 bits a channel')):
+        names = [name for (name, _), label in zip(samples, labels.tolist()) if label == why]
+        if names:
+            raise ValueError(f"{len(names)} images {text}, remove or convert them: {', '.join(names[:3])}"
+                             f"{', ...' if names[3:] else '.'}")
+    return stacks, labels
 
 
 def random_crops(

@@ -34,8 +34,15 @@ def main(argv=None):
         if not runs[name]:
             parser.error(f'{folder} holds no finished run.')
     sizes = recipes[next(iter(named))]['sizes']
-    if any(recipe['sizes'] != sizes for recipe in recipes.values()):
-        parser.error('The folders are of different --sizes.')
+    for key in ('sizes', 'model', 'dataset'):
+        values = {json.dumps(recipe[key]) for recipe in recipes.values() if key in recipe}
+        if len(values) > 1:
+            parser.error(f"The folders are of different --{key}: {', '.join(sorted(values))}.")
+    for name, found in runs.items():
+        known = {}
+        for run in found:
+            if known.setdefault((run['method'], *run['sizes'], run['seed']), run['lr']) != run['lr']:
+                parser.error(f"{named[name]} holds runs of {run['method']} of several learning rates.")
     rows, scores = [], {}
     for name, recipe in recipes.items():
         for (title, method, size), chosen in group(name, recipe, runs[name]).items():

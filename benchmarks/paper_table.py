@@ -10,7 +10,7 @@ For a model, a folder with train/ and val/ and a list of sizes it trains, all un
     random_size   a plain network, BatchNorm shared, a random size for every batch
 
 and evaluates each at its sizes (Wang et al., ECCV 2020, table 1). With several --lrs every network first looks for its
-own, on a tenth of the training images that is held out for that; validation images choose nothing.
+own, on a random tenth of the training images that is held out for that; validation images choose nothing.
 
     python benchmarks/paper_table.py DIR --model resnet10t --sizes 64 56 48 40 32 --epochs 80 --dry-run
     python benchmarks/paper_table.py DIR --model resnet10t --sizes 64 56 48 40 32 --epochs 80 --amp --channels-last
@@ -39,7 +39,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from _common import create_parser, environment, shell_command
-from _photographs import MEAN, STD, load_photographs, random_crops
+from _photographs import MEAN, STD, list_photographs, load_photographs, random_crops
 from _variants import ENSEMBLES, share_half
 from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2
@@ -55,6 +55,10 @@ RECIPE = (
     'model', 'sizes', 'epochs', 'batch_size', 'weight_decay', 'warmup_epochs', 'scale', 'hflip', 'distill_ramp',
     'mean_loss', 'zero_init', 'amp', 'channels_last', 'side', 'crop_pct', 'search_epochs', 'ema', 'sampled', 'ensemble',
     'private', 'resample', 'weight_bits', 'activation_bits', 'initial_checkpoint')
+SEARCH_SEED = 0
+DEFAULTS = dict(
+    weight_bits=32, activation_bits=32, resample='matched', private='both', ensemble='sizes', ema=0, sampled=False,
+    mean_loss=False, zero_init=False, distill_ramp=0, initial_checkpoint='')
 BEFORE = dict(resample='antialiased')  # what runs did that do not tell
 
 
@@ -89,8 +93,9 @@ class Run:
 def main(argv=None):
     args = parse_args(argv)
     published = read_published(args) if args.include and not args.worker else {}
-    args.work.mkdir(parents=True, exist_ok=True)
     check_recipe(args)
+    if not args.dry_run or published:
+        keep_recipe(args)
     for run, result in published.items():
         if not read(run, args):
             write(run, result, args)
@@ -104,6 +109,8 @@ def main(argv=None):
                 show(runs, args, 'search' if search else 'train')
             else:
                 train_all(runs, args)
+                if search:
+                    warn_of_the_edge(args)
     if not args.dry_run:
         write_table(args)
 
@@ -124,20 +131,21 @@ def parse_args(argv=None):
     add('--warmup-epochs', type=float, default=2, metavar='N')
     add('--scale', type=float, nargs=2, default=[0.25, 1.], metavar='PCT', help='range of the area of a crop')
     add('--hflip', type=float, default=0.5, metavar='P', help='probability of a horizontal flip (default: %(default)s)')
-    add('--distill-ramp', type=float, default=0, metavar='N', help='epochs in which distillation comes to its weight')
+    add('--distill-ramp', type=float, metavar='N', help='epochs in which distillation comes to its weight')
     add('--mean-loss', action='store_true', help='divide the loss by the number of sizes')
     add('--zero-init', action='store_true', help='start residual branches at zero')
-    add('--ema', type=float, default=0, metavar='D', help='evaluate a moving average of the weights of this decay')
+    add('--ema', type=float, metavar='D', help='evaluate a moving average of the weights of this decay')
     add('--sampled', action='store_true', help='steps of the largest, the smallest and one size between, not of all')
-    add('--ensemble', default='sizes', choices=ENSEMBLES,
+    add('--ensemble', choices=ENSEMBLES,
         help='learned weights of the teacher: one per size, one per size and class, or one per size and a temperature')
-    add('--private', default='both', choices=('both', 'affine', 'statistics'), help='half of BatchNorm that is private')
-    add('--resample', default='matched', choices=ResolutionPyramid.RESAMPLES,
+    add('--private', choices=('both', 'affine', 'statistics'), help='half of BatchNorm that is private')
+    add('--resample', choices=ResolutionPyramid.RESAMPLES,
         help='how the smaller images of a batch are made of the largest (default: %(default)s)')
-    add('--initial-checkpoint', default='', metavar='FILE', help='begin with these weights')
-    add('--weight-bits', type=int, default=32, metavar='K', help='quantize the networks')
-    add('--activation-bits', type=int, default=32, metavar='K')
-    add('--side', type=int, metavar='N', help='training images are kept at this size (default: twice the largest)')
+    add('--initial-checkpoint', metavar='FILE', help='begin with these weights')
+    add('--weight-bits', type=int, metavar='K', help='quantize the networks')
+    add('--activation-bits', type=int, metavar='K')
+    add('--side', type=int, metavar='N',
+        help='training images are kept at this size, smaller ones are enlarged (default: twice the largest size)')
     add('--crop-pct', type=float, default=1., metavar='PCT', help='for evaluation (default: %(default)s)')
     add('--dataset', default='', metavar='NAME', help='name in the table (default: that of the folder)')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
@@ -150,7 +158,7 @@ def parse_args(argv=None):
     add('--dry-run', action='store_true', help='show the plan and its cost')
     add('--table-only', action='store_true', help='write the table of the runs that are there')
     add('--worker', help=SUPPRESS)
-    parser.set_defaults(output=Path('results/paper_table.csv'))
+    parser.set_defaults(output=Path('results/paper_table.csv'), **DEFAULTS)
     args = parser.parse_args(argv)
     for split in ('train', 'val'):
         if not any(Path(args.data_dir, split).glob('*/*')):
@@ -164,26 +172,45 @@ def parse_args(argv=None):
         parser.error('--activation-bits needs --weight-bits.')
     args.sizes = sorted(set(args.sizes), reverse=True)
     args.side = args.side or 2 * args.sizes[0]
-    train, val = ({p.name for p in Path(args.data_dir, split).iterdir() if p.is_dir()} for split in ('train', 'val'))
-    if train != val:
-        different = ', '.join(sorted(train ^ val)[:3])
-        parser.error(f'{args.data_dir} holds other classes in train/ than in val/: {different}.')
-    args.num_classes = len(train)
     args.dataset = args.dataset or Path(args.data_dir).resolve().name
     args.methods = [m for m in METHODS if m in args.methods]
+    try:
+        samples, classes = list_photographs(args.data_dir)
+    except ValueError as e:
+        parser.error(str(e))
+    args.num_classes = len(classes)
+    args.images = {split: len(found) for split, found in samples.items()}
+    fit = args.images['train'] - (max(1, args.images['train'] // 10) if len(args.lrs) > 1 else 0)
+    if fit < args.batch_size:
+        parser.error(f'{fit} training images do not make a batch of {args.batch_size}, give a smaller --batch-size.')
     return args
 
 
+def recipe_of(args: Namespace) -> dict:
+    return dict({k: getattr(args, k) for k in RECIPE}, dataset=args.dataset, images=args.images)
+
+
 def check_recipe(args: Namespace) -> None:
-    """Keep runs of different recipes apart."""
-    path, recipe = args.work / 'recipe.json', {k: getattr(args, k) for k in RECIPE}
+    """Keep runs of different recipes and data sets apart."""
+    path, recipe = args.work / 'recipe.json', recipe_of(args)
     if path.exists():
         for key, value in json.loads(path.read_text()).items():
             if recipe[key] != value:
-                raise SystemExit(f'{args.work} holds runs with --{key.replace("_", "-")} {value}, not {recipe[key]}; '
+                raise SystemExit(f'{args.work} holds runs with {told(key, value)}, not {told(key, recipe[key])}; '
                                  f'choose another --work.')
-    else:
-        path.write_text(json.dumps(recipe, indent=2) + '\n')
+
+
+def keep_recipe(args: Namespace) -> None:
+    args.work.mkdir(parents=True, exist_ok=True)
+    path = args.work / 'recipe.json'
+    if not path.exists():
+        path.write_text(json.dumps(recipe_of(args), indent=2) + '\n')
+
+
+def told(key: str, value) -> str:
+    if key == 'images':
+        return ' and '.join(f'{count} images in {split}/' for split, count in value.items())
+    return f'--{key.replace("_", "-")} {value}'
 
 
 def plan(args: Namespace, search: bool) -> List[Run]:
@@ -193,7 +220,7 @@ def plan(args: Namespace, search: bool) -> List[Run]:
         groups.extend([(method, (s,)) for s in args.sizes] if method == 'inet' else [(method, tuple(args.sizes))])
     if search:
         lrs = args.lrs if len(args.lrs) > 1 else ()
-        return [Run(method, sizes, lr, args.seeds[0], True) for method, sizes in groups for lr in lrs]
+        return [Run(method, sizes, lr, SEARCH_SEED, True) for method, sizes in groups for lr in lrs]
     return [Run(method, sizes, best_lr(method, sizes, args), seed)
             for seed in args.seeds for method, sizes in groups]
 
@@ -202,9 +229,19 @@ def best_lr(method: str, sizes: Tuple[int, ...], args: Namespace) -> float:
     """Return the learning rate of the best mean accuracy on the images that were held out."""
     if len(args.lrs) == 1:
         return args.lrs[0]
-    found = {lr: read(Run(method, sizes, lr, args.seeds[0], True), args) for lr in args.lrs}
+    found = {lr: read(Run(method, sizes, lr, SEARCH_SEED, True), args) for lr in args.lrs}
     known = {lr: statistics.mean(r['top1'][str(s)] for s in sizes) for lr, r in found.items() if r}
     return max(known, key=known.get) if len(known) == len(args.lrs) else math.nan
+
+
+def warn_of_the_edge(args: Namespace) -> None:
+    """Say so if larger or smaller learning rates might have been better still."""
+    runs = {(run.method, run.sizes) for run in plan(args, search=True)}
+    best = [best_lr(method, sizes, args) for method, sizes in runs]
+    for edge, what in ((min(args.lrs), 'smallest'), (max(args.lrs), 'largest')):
+        count = best.count(edge)
+        if count:
+            print(f'{count} of {len(best)} networks chose {edge:g}, the {what} of --lrs: the best may lie beyond.')
 
 
 def read_published(args: Namespace) -> Dict[Run, dict]:
@@ -212,12 +249,12 @@ def read_published(args: Namespace) -> Dict[Run, dict]:
     try:
         table = json.loads(args.include.read_text())
         recipe, results = dict(BEFORE, **table['recipe'], dataset=table['dataset']), table['searches'] + table['runs']
+        recipe.update({k: table[k] for k in ('images',) if k in table})
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise SystemExit(f'Cannot read {args.include}, expected a .json that this script wrote: {e!r}') from e
     for key, value in recipe.items():
         if getattr(args, key) != value:
-            raise SystemExit(
-                f'{args.include} holds runs with --{key.replace("_", "-")} {value}, not {getattr(args, key)}.')
+            raise SystemExit(f'{args.include} holds runs with {told(key, value)}, not {told(key, getattr(args, key))}.')
     return {
         Run(**{k: tuple(v) if k == 'sizes' else v for k, v in r.items() if k in Run.__dataclass_fields__}): r
         for r in results}
@@ -293,7 +330,10 @@ def train_all(runs: List[Run], args: Namespace) -> None:
 
 
 def load(args: Namespace):
-    return load_photographs(args.data_dir, args.sizes, args.side, args.crop_pct, args.work / 'photographs.pt')
+    try:
+        return load_photographs(args.data_dir, args.sizes, args.side, args.crop_pct, args.work / 'photographs.pt')
+    except ValueError as e:
+        raise SystemExit(str(e)) from e
 
 
 def train(run: Run, args: Namespace) -> None:
@@ -306,6 +346,8 @@ def train(run: Run, args: Namespace) -> None:
     model = create_network(run, args, len(photographs.classes))
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     model.to(device, memory_format=layout)
+    if args.private != 'both':
+        share_half(model, args.private)
     network = torch.compile(model) if args.torchcompile else model
     mode = run.method if run.method in ('ens', 'ens_topdown') else 'none'
     criterion = ENSEMBLES[args.ensemble](mode, len(run.sizes), len(photographs.classes)).to(device)
@@ -357,6 +399,10 @@ def train(run: Run, args: Namespace) -> None:
                 average.update(model)
             sums += torch.stack([terms[k].detach() for k in ('loss', 'classification', 'ensemble', 'distillation')])
         if not sums.isfinite().all():
+            if run.search:  # a rate like any other, only the worst
+                none = {str(s): 0. for s in run.sizes}
+                return write(run, dict(asdict(run), top1=none, top5=none, loss={}, params=count_parameters(model),
+                                       cost=cost(run, args), seconds=time.perf_counter() - began), args)
             raise SystemExit(f'{run.name}: the loss is not finite in epoch {epoch}.')
         epoch += 1
         seconds = spent + time.perf_counter() - began
@@ -383,7 +429,8 @@ def train(run: Run, args: Namespace) -> None:
                args.work / f'{run.name}.pth')
     write(run, result, args)
     partial.unlink()
-    print(f"{run.name}: {', '.join(f'{s} px {v:.2f}' for s, v in result['top1'].items())}", flush=True)
+    reached = ', '.join(f'{s} px {v:.2f}' if s.isdigit() else f'{s} {v:.2f}' for s, v in result['top1'].items())
+    print(f'{run.name}: {reached}', flush=True)
 
 
 def create_network(run: Run, args: Namespace, num_classes: int) -> torch.nn.Module:
@@ -400,8 +447,6 @@ def create_network(run: Run, args: Namespace, num_classes: int) -> torch.nn.Modu
         load_checkpoint(model, args.initial_checkpoint)
     if quantized:
         quantize(model, args.weight_bits, args.activation_bits, trained=bool(args.initial_checkpoint))
-    if args.private != 'both':
-        share_half(model, args.private)
     return model if run.switchable or not quantized else model.at(run.sizes[0])
 
 
@@ -467,9 +512,9 @@ def write_table(args: Namespace) -> None:
     args.output.with_suffix('.md').write_text(table)
     args.output.with_suffix('.json').write_text(json.dumps(dict(
         command=shell_command(), environment=environment(), dataset=args.dataset,
-        recipe={k: getattr(args, k) for k in RECIPE}, lrs=args.lrs,
+        images=args.images, recipe={k: getattr(args, k) for k in RECIPE}, lrs=args.lrs,
         searches=[r for _, r in searches if r], runs=[r for _, r in runs]), indent=2) + '\n')
-    plot(rows, args.output.with_suffix('.png'))
+    plot(rows, describe(args), args.output.with_suffix('.png'))
     print(table)
 
 
@@ -502,12 +547,15 @@ def summarize(args: Namespace, method: str, size: int, results: List[dict]) -> d
 
 def markdown(rows: List[dict], scores: Dict[Tuple[str, int], Dict[int, float]], args: Namespace) -> str:
     """Return the table in the paper's form."""
-    seeds = {row['method']: row['seeds'] for row in rows}
-    heads, most = list(seeds), max(seeds.values())
-    if len(set(seeds.values())) > 1:
-        heads = [f'{method}, {n} seed{"s" * (n > 1)}' for method, n in seeds.items()]
+    seeds = {}
+    for row in rows:
+        seeds.setdefault(row['method'], set()).add(row['seeds'])
+    counts = set.union(*seeds.values())
+    heads, most = list(seeds), max(counts)
+    if len(counts) > 1:
+        heads = [f"{m}, {' or '.join(map(str, sorted(n)))} seed{'s' * (max(n) > 1)}" for m, n in seeds.items()]
     lines = [
-        f'Top-1 accuracy of {args.model} on {args.dataset}, {args.epochs} epochs, ' + (
+        f'Top-1 accuracy of {describe(args)}, ' + (
             f'mean and standard deviation over {most} seeds; in brackets the gain over the I-Net of that size and seed.'
             if most > 1 else 'one seed; in brackets the gain over the I-Net of that size.'), '',
         '| size | MAdds | ' + ' | '.join(heads) + ' |', '|---' * (2 + len(heads)) + '|']
@@ -521,7 +569,22 @@ def markdown(rows: List[dict], scores: Dict[Tuple[str, int], Dict[int, float]], 
     return '\n'.join(lines) + '\n'
 
 
-def plot(rows: List[dict], path: Path) -> None:
+def describe(args: Namespace) -> str:
+    """Tell what the table is of, and in what it is not the default."""
+    parts = [f'{args.model} on {args.dataset}', f'{args.epochs} epochs']
+    for key, text in (
+        ('weight_bits', '{}-bit weights'), ('activation_bits', '{}-bit activations'), ('resample', '{} downscaling'),
+        ('private', 'private {}'), ('ensemble', 'ensemble by {}'), ('ema', 'moving average {}'),
+        ('sampled', 'sampled sizes'), ('mean_loss', 'mean loss'), ('zero_init', 'residual branches from zero'),
+        ('distill_ramp', 'distillation from epoch 0 to {}'), ('initial_checkpoint', 'from {}'),
+    ):
+        value = getattr(args, key)
+        if value != DEFAULTS[key]:
+            parts.append(text.format(value))
+    return ', '.join(parts)
+
+
+def plot(rows: List[dict], heading: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout='constrained')
@@ -531,8 +594,7 @@ def plot(rows: List[dict], path: Path) -> None:
         points = [(row['madds'] / 1e6, row['top1_mean'], row['top1_std'] or 0) for row in chosen]
         style = dict(marker='s', linestyle='') if method == METHODS['inet'] else dict(marker='o')
         axis.errorbar(*zip(*points), label=method, capsize=2, **style)
-    axis.set(xlabel='multiply-adds (millions)', ylabel='top-1 accuracy (%)',
-             title=f"{rows[0]['model']} on {rows[0]['dataset']}, {rows[0]['epochs']} epochs")
+    axis.set(xlabel='multiply-adds (millions)', ylabel='top-1 accuracy (%)', title=heading)
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=150)

@@ -213,8 +213,16 @@ def stop_after(count, suffix):
 
 def test_runs_of_two_recipes_do_not_mix(argv):
     paper_table.main([*argv, '--dry-run'])
-    with pytest.raises(SystemExit, match='work holds runs with --epochs 2, not 3; choose another --work'):
+    assert not Path(argv[argv.index('--work') + 1]).exists()
+    paper_table.keep_recipe(paper_table.parse_args(argv))
+    paper_table.main([*argv, '--dry-run'])
+    with pytest.raises(SystemExit, match='work holds runs with --epochs 2, not --epochs 3; choose another --work'):
         paper_table.main([*argv, '--epochs', '3', '--dry-run'])
+    with pytest.raises(SystemExit, match='holds runs with --dataset pictures, not --dataset pets'):
+        paper_table.main([*argv, '--dataset', 'pets', '--dry-run'])
+    (Path(argv[0]) / 'val' / 'cat' / '0.png').unlink()
+    with pytest.raises(SystemExit, match='holds runs with 40 images in train/ and 8 images in val/, not 40 .* and 7 '):
+        paper_table.main([*argv, '--dry-run'])
 
 
 def test_published_runs_are_taken_over(argv, tmp_path):
@@ -229,7 +237,7 @@ def test_published_runs_are_taken_over(argv, tmp_path):
     assert len(found) == 3
     for name in found:
         assert (tmp_path / 'other' / name).read_text() == (tmp_path / 'work' / name).read_text()
-    with pytest.raises(SystemExit, match='table.json holds runs with --ema 0, not 0.9'):
+    with pytest.raises(SystemExit, match='table.json holds runs with --ema 0, not --ema 0.9'):
         paper_table.main([*argv, *options, '--dry-run', '--ema', '0.9', '--work', str(tmp_path / 'third')])
     for name, content in (('missing', None), ('broken', '{'), ('foreign', '{"recipe": {}}')):
         if content:
@@ -239,19 +247,95 @@ def test_published_runs_are_taken_over(argv, tmp_path):
     table = json.loads((tmp_path / 'table.json').read_text())
     del table['recipe']['resample']
     (tmp_path / 'before.json').write_text(json.dumps(table))
-    with pytest.raises(SystemExit, match='before.json holds runs with --resample antialiased, not matched'):
+    with pytest.raises(SystemExit, match='before.json holds runs with --resample antialiased, not --resample matched'):
         paper_table.main(
             [*argv, *options, '--include', str(tmp_path / 'before.json'), '--work', str(tmp_path / 'fourth')])
-    with pytest.raises(SystemExit, match='table.json holds runs with --dataset pictures, not pets'):
+    with pytest.raises(SystemExit, match='table.json holds runs with --dataset pictures, not --dataset pets'):
         paper_table.main([*argv, *options, '--dataset', 'pets', '--work', str(tmp_path / 'fourth')])
     assert not (tmp_path / 'third').exists() and not (tmp_path / 'fourth').exists()
 
 
-def test_train_and_val_of_other_classes(argv, tmp_path, capsys):
-    (tmp_path / 'pictures' / 'val' / 'cat').rename(tmp_path / 'pictures' / 'val' / 'cow')
+def other_name(folder):
+    (folder / 'val' / 'cat').rename(folder / 'val' / 'cow')
+
+
+def no_image(folder):
+    for path in (folder / 'val' / 'cat').iterdir():
+        path.rename(path.with_suffix('.txt'))
+
+
+def loose_image(folder):
+    (folder / 'train' / 'cat' / '0.png').rename(folder / 'train' / '0.png')
+
+
+def deep_image(folder):
+    (folder / 'train' / 'cat' / 'deep').mkdir()
+    (folder / 'train' / 'cat' / '0.png').rename(folder / 'train' / 'cat' / 'deep' / '0.png')
+
+
+def few_images(folder):
+    for path in (folder / 'train').glob('*/??.png'):
+        path.unlink()
+    for path in (folder / 'train' / 'dog').glob('[1-9].png'):
+        path.unlink()
+    for path in (folder / 'train' / 'cat').glob('[7-9].png'):
+        path.unlink()
+
+
+@pytest.mark.parametrize('change, message', [
+    (other_name, 'train has no image of cow, expected all classes in both splits'),
+    (no_image, 'val has no image of cat, expected all classes in both splits'),
+    (loose_image, '0.png: expected images in the folder of a class'),
+    (deep_image, '0.png: expected images in the folder of a class'),
+    (few_images, '7 training images do not make a batch of 8, give a smaller --batch-size'),
+])
+def test_folders_that_give_no_fair_comparison(argv, tmp_path, capsys, change, message):
+    change(tmp_path / 'pictures')
     with pytest.raises(SystemExit):
-        paper_table.main(argv)
-    assert 'holds other classes in train/ than in val/: cat, cow.' in capsys.readouterr().err
+        paper_table.main([*argv, '--lrs', '0.1', '0.2'])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / 'work').exists()
+
+
+def test_images_that_cannot_be_taken(argv, tmp_path, capsys):
+    folder = tmp_path / 'pictures' / 'train' / 'cat'
+    (folder / 'a.webp').write_bytes(b'')
+    for name in ('0.png', '1.png'):
+        (folder / name).write_bytes((folder / name).read_bytes()[:90])
+    args = paper_table.parse_args(argv)
+    args.work.mkdir()
+    with pytest.raises(SystemExit, match='2 images cannot be read, remove or convert them: .*cat/[01].png'):
+        paper_table.load(args)
+    assert 'a.webp' in capsys.readouterr().err
+    for name in ('0.png', '1.png'):
+        (folder / name).unlink()
+    Image.new('I;16', (40, 36), 30000).save(folder / '2.png')
+    with pytest.raises(SystemExit, match='1 images have more than 8 bits a channel, .*2.png'):
+        paper_table.load(args)
+
+
+def test_images_are_decoded_anew_when_they_change(argv, tmp_path):
+    args = paper_table.parse_args(argv)
+    args.work.mkdir()
+    first = paper_table.load(args)
+    when = (args.work / 'photographs.pt').stat().st_mtime_ns
+    assert torch.equal(paper_table.load(args).train, first.train)
+    assert (args.work / 'photographs.pt').stat().st_mtime_ns == when
+    (tmp_path / 'pictures' / 'val' / 'cat' / '0.png').unlink()
+    assert len(paper_table.load(args).val_labels) == len(first.val_labels) - 1
+
+
+def test_a_rate_that_diverges_is_not_chosen(argv, capsys):
+    options = ['--lrs', '0.01', '1e30', '--search-epochs', '1', '--methods', 'ens_topdown']
+    args = paper_table.parse_args([*argv, *options])
+    train_all(args, search=True)
+    (run,) = paper_table.plan(args, False)
+    assert run.lr == 0.01
+    paper_table.warn_of_the_edge(args)
+    assert '1 of 1 networks chose 0.01, the smallest of --lrs' in capsys.readouterr().out
+    args.lrs, args.epochs = [1e30], 1
+    with pytest.raises(SystemExit, match='the loss is not finite in epoch 0'):
+        paper_table.train(*paper_table.plan(args, False), args)
 
 
 @pytest.mark.parametrize('options,message', [
