@@ -6,8 +6,9 @@
     python train_rs.py --dataset digits --model rs_resnet10t --resolutions 32 24 16 --epochs 10
 
 The flags are those of timm's train.py, and --resolutions, --distill, --flip, --resample and --memory. The output
-folder holds args.yaml, summary.csv (accuracy at every resolution, of the ensemble, and their mean), the last and the
-best checkpoints. A run that was killed goes on with --resume auto as if it had not been.
+folder holds args.yaml, summary.csv (accuracy at every resolution, of the ensemble, and their mean), label_names.txt
+where the data set names its classes, the last and the best checkpoints. A run that was killed goes on with
+--resume auto as if it had not been.
 """
 import importlib
 import logging
@@ -27,7 +28,7 @@ from timm.models import resume_checkpoint, safe_model_name
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from timm_rs.errors import TrainingFault, one_line_errors
-from timm_rs.hub import TrainingPush
+from timm_rs.hub import TrainingPush, write_label_names
 from timm_rs.train import MultiResolutionTask
 from timm_rs.train.arguments import parse_args
 from timm_rs.train.builders import (
@@ -44,6 +45,10 @@ from timm_rs.train.saver import AtomicCheckpointSaver, Progress, find_latest
 from timm_rs.train.summary import append_summary, trim_summary
 
 _logger = logging.getLogger('train')
+
+# Flags that decide which groups of parameters an optimizer has, or what it keeps of each parameter.
+_OPTIMIZER_FLAGS = (
+    'opt', 'distill', 'weight_decay', 'layer_decay', 'layer_decay_min_scale', 'layer_decay_no_opt_scale', 'opt_kwargs')
 
 
 @dataclass
@@ -65,11 +70,11 @@ class Run:
 
 def main(argv=None):
     args = parse_args(argv)
-    args_text = yaml.safe_dump(vars(args), default_flow_style=False)
+    flags = dict(vars(args))
     if utils.distributed.world_info_from_env()[1] > 0:
         logging.getLogger().setLevel(logging.WARNING)  # the first process tells what they have in common
     with one_line_errors('train_rs.py'):
-        run = set_up(args, args_text)
+        run = set_up(args, flags)
 
     preemption = Preemption(args.distributed)
     try:
@@ -98,7 +103,7 @@ def main(argv=None):
         raise SystemExit(1)
 
 
-def set_up(args, args_text):
+def set_up(args, flags):
     """Build all parts of the run, restored from the checkpoint to resume, if any."""
     for module in args.device_modules or ():
         importlib.import_module(module)
@@ -156,9 +161,10 @@ def set_up(args, args_text):
             trim_summary(os.path.join(output_dir, 'summary.csv'), progress.epoch)
             saver.resume(checkpoint)
         with open(os.path.join(output_dir, 'args.yaml'), 'w') as f:
-            f.write(args_text)
+            yaml.safe_dump(dict(flags, num_classes=args.num_classes, in_chans=args.in_chans), f)
+        write_label_names(output_dir, loaders.eval.dataset, args.num_classes)
         writer = open_writer(args, output_dir)
-        push = TrainingPush(args, output_dir, loaders.eval.dataset) if args.push_to_hub else None
+        push = TrainingPush(args, output_dir) if args.push_to_hub else None
         _logger.info(
             f'Training {args.model} at {" ".join(map(str, args.resolutions))}, distillation {args.distill}, for '
             f'{args.stop_epoch or num_epochs} epochs of {updates_per_epoch} updates. Output: {output_dir}')
@@ -241,15 +247,39 @@ def resume_run(path, args, model, task, optimizer, loss_scaler):
             raise ValueError(
                 f"--resume {path} was trained with --{name.replace('_', '-')} {getattr(saved, name, None)}, "
                 f'now it is {getattr(args, name)}.')
-    resume_checkpoint(
-        model, path, optimizer=None if args.no_resume_opt else optimizer,
-        loss_scaler=None if args.no_resume_opt else loss_scaler, log_info=utils.is_primary(args))
-    if task.has_ema() and 'state_dict_ema' in checkpoint:
-        task.load_checkpoint_state(checkpoint['state_dict_ema'], ema=True)
+    if args.no_resume_opt:
+        resume_checkpoint(model, path, log_info=utils.is_primary(args))
+    else:
+        resume_with_optimizer(path, saved, args, model, optimizer, loss_scaler)
+    if task.has_ema():
+        task.load_checkpoint_state(checkpoint.get('state_dict_ema', checkpoint['state_dict']), ema=True)
     task.load_task_state(checkpoint['task_state'])
     if (saved.world_size, saved.batch_size) != (args.world_size, args.batch_size):
         task.progress = share_progress(task.progress, saved, args)
     return checkpoint
+
+
+def resume_with_optimizer(path, saved, args, model, optimizer, loss_scaler):
+    """Restore weights and what the optimizer has gathered; its rates, decay and momentum are those of the flags."""
+    names = ('lr', 'lr_scale', 'weight_decay', 'momentum', 'betas', 'eps', *args.opt_kwargs)
+    given = [{k: group[k] for k in names if k in group} for group in optimizer.param_groups]
+    changed = [n for n in _OPTIMIZER_FLAGS if getattr(saved, n, None) != getattr(args, n)]
+    try:
+        if 'opt' in changed:  # the state of another optimizer can load, and fail in the first step
+            raise ValueError
+        resume_checkpoint(model, path, optimizer, loss_scaler, log_info=utils.is_primary(args))
+    except ValueError:
+        if not changed:
+            raise
+        before, now = (
+            ' '.join(f"--{n.replace('_', '-')} {getattr(a, n, None)}" for n in changed) for a in (saved, args))
+        raise ValueError(
+            f'--resume {path} holds the state of an optimizer with {before}, which does not fit {now}: '
+            'give --no-resume-opt to start with a new one.') from None
+    for group, hyperparameters in zip(optimizer.param_groups, given):
+        group.update(hyperparameters)
+        if 'initial_lr' in group:  # from which the schedule starts
+            group['initial_lr'] = group['lr']
 
 
 def share_progress(progress, saved, args):

@@ -7,9 +7,12 @@
 
 Prints a table of resolution, top-1, top-5, loss, multiply-adds, parameters and images per second. At each size the
 images are preprocessed as timm does for that size. A checkpoint of train_rs.py tells model, resolutions, classes and
-normalization itself. Plain timm models are evaluated too: one network at all of --img-size.
+normalization itself. Without a checkpoint the pretrained weights of --model are evaluated. Plain timm models are
+evaluated too: one network at all of --img-size.
 """
+import argparse
 import csv
+import importlib
 import json
 import logging
 import os
@@ -22,26 +25,61 @@ import timm
 import torch
 from timm import utils
 from timm.data.model_config import resolve_input_data_config
+from timm.layers import set_fast_norm
 from timm.models import is_model
+from timm.models._input import get_model_input_config
 from tqdm import tqdm
 
 from timm_rs import SwitchableMixin, explain_unknown_model
-from timm_rs.checkpoint import nearest_resolution, read_checkpoint
-from timm_rs.convert import load_weights
-from timm_rs.data import PyramidNormalizer, count_classes, create_dataset, create_eval_loader
+from timm_rs.checkpoint import neighbours, read_checkpoint
+from timm_rs.convert import _model_args, load_weights
+from timm_rs.data import (
+    PyramidNormalizer,
+    choose_img_mode,
+    count_classes,
+    create_dataset,
+    create_eval_loader,
+    explain_classes,
+    number_classes,
+)
 from timm_rs.errors import OneLineParser, one_line_errors
 from timm_rs.evaluate import ENSEMBLE, count_madds, count_parameters, evaluate
+from timm_rs.hub import LABEL_FILE
 from timm_rs.private_bn import check_resolutions
 
 _logger = logging.getLogger('validate')
 _COLUMNS = ('resolution', 'top1', 'top5', 'loss', 'madds', 'params', 'images_per_second')
+_FORMATS = ('csv', 'json')
+
+# Flags of timm's validate.py that have no meaning here, with the reason that the user is given.
+_REFUSED = {
+    'aot_autograd': 'use --torchcompile',
+    'apex_amp': 'use --amp',
+    'fuser': 'it goes with --torchscript; use --torchcompile',
+    'metrics_avg': 'the table holds top-1, top-5 and loss',
+    'multilabel_threshold': 'accuracy is that of one label per image',
+    'naflex_loader': 'NaFlex batches are token sequences; a BatchNorm network takes images of the sizes --img-size',
+    'naflex_max_seq_len': 'NaFlex does not apply to BatchNorm networks',
+    'real_labels': 'accuracy is that of the labels of the data set',
+    'retry': 'give a --batch-size that fits',
+    'target_format': 'accuracy is that of one label per image',
+    'test_pool': 'a network pools larger images as a whole, see --img-size',
+    'tf_preprocessing': 'images are preprocessed as in training, by Pillow',
+    'torchscript': 'the network switches at run time; script one resolution of it, model.at(160)',
+    'valid_labels': 'accuracy is that of all classes of the model',
+}
+
+
+class _Refuse(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(f'{option_string} is not supported: {_REFUSED[self.dest]}.')
 
 
 def create_parser():
     parser = OneLineParser(
         usage='%(prog)s DIR --checkpoint FILE [--img-size N ...] [options]',
         description='Evaluate a Resolution Switchable Network.',
-        epilog="The flags are those of timm's validate.py.",
+        epilog="The flags are those of timm's validate.py, of which some are refused with the reason why.",
     )
     add = parser.add_argument
     add('data', nargs='?', metavar='DIR', help='folder of the data set, same as --data-dir')
@@ -56,77 +94,111 @@ def create_parser():
     add('--target-key', default=None, help='key of the label in a sample')
     add('--dataset-trust-remote-code', action='store_true', help='let a HF data set run its own code')
     add('-m', '--model', default=None, metavar='NAME', help='name of the model (default: that of the checkpoint)')
-    add('--pretrained', action='store_true', help='load the pretrained weights of the model')
+    add('--pretrained', action='store_true',
+        help='load the pretrained weights of the model (default without --checkpoint)')
     add('--checkpoint', default='', metavar='PATH', help='weights to load: a training checkpoint or a state dict')
     add('--use-ema', action='store_true', help="evaluate the checkpoint's moving average, if it holds one")
     add('--resolutions', type=int, nargs='+', default=None, metavar='N', help="the model's resolutions")
     add('--num-classes', type=int, default=None, help='number of classes')
     add('--in-chans', type=int, default=None, metavar='N', help='image channels')
     add('--gp', default=None, metavar='POOL', help='global pool')
+    add('--bn-eps', type=float, default=None, help='epsilon of BatchNorm')
     add('--model-kwargs', nargs='*', default={}, action=utils.ParseKwargs, help='further model arguments as key=value')
     add('--img-size', type=int, nargs='+', default=None, metavar='N',
         help="sizes to evaluate at, trained or not (default: all of the model's resolutions and their ensemble)")
+    add('--input-size', type=int, nargs=3, default=None, metavar='N', help='channels, height and width of one size')
     add('--crop-pct', default=None, type=float, metavar='PCT', help='share of the image that is cropped')
     add('--crop-mode', default=None, metavar='NAME', help='how it is cropped: center, squash or border')
+    add('--crop-border-pixels', default=None, type=int, metavar='N', help='pixels cut off every border before')
     add('--mean', type=float, nargs='+', default=None, metavar='MEAN', help='pixel mean for normalization')
     add('--std', type=float, nargs='+', default=None, metavar='STD', help='pixel standard deviation')
     add('--interpolation', default='', metavar='NAME', help='interpolation of the images')
     add('-b', '--batch-size', default=256, type=int, metavar='N', help='images per batch (default: 256)')
     add('-j', '--workers', default=4, type=int, metavar='N', help='loader processes (default: 4)')
     add('--log-freq', default=10, type=int, metavar='N', help='batches between log lines')
+    add('--seed', default=42, type=int, metavar='N', help='random seed (default: 42)')
     add('--pin-mem', action='store_true', help='pin memory of batches')
     add('--channels-last', action='store_true', help='channels_last memory layout')
     add('--device', default='cuda', help='device to run on; the CPU serves where there is no GPU')
+    add('--device-modules', nargs='+', default=(), help='Python modules to import for a device backend')
     add('--amp', action='store_true', help='mixed precision')
     add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='lower precision of --amp')
     add('--model-dtype', default=None, choices=('float32', 'float16', 'bfloat16'), help='dtype of the weights')
+    add('--fast-norm', action='store_true', help="timm's fast norm layers")
+    add('--reparam', action='store_true', help='fuse the branches of a plain timm model')
     add('--torchcompile', nargs='?', default=None, const='inductor', metavar='BACKEND', help='compile the model')
+    add('--torchcompile-mode', default=None, help='mode of torch.compile')
     add('--results-file', default='', metavar='FILE', help='write the table to FILE, .csv or .json')
+    add('--results-format', default=None, choices=_FORMATS, help='format of that file (default: by its name)')
+
+    # So it is anyway: on one device, without a prefetcher, at the sizes of training.
+    add('--amp-impl', default='native', choices=('native',), help=argparse.SUPPRESS)
+    add('--native-amp', dest='amp', action='store_true', help=argparse.SUPPRESS)
+    add('--no-prefetcher', action='store_true', help=argparse.SUPPRESS)
+    add('--num-gpu', default=1, type=int, choices=(1,), help=argparse.SUPPRESS)
+    add('--task', default='classification', choices=('classification',), help=argparse.SUPPRESS)
+    add('--use-train-size', action='store_true', help=argparse.SUPPRESS)
+    for dest in _REFUSED:
+        add('--' + dest.replace('_', '-'), dest=dest, nargs='*', action=_Refuse, help=argparse.SUPPRESS)
     return parser
 
 
 def main(argv=None):
     parser = create_parser()
     args = parser.parse_args(argv)
-    if args.results_file and not args.results_file.endswith(('.csv', '.json')):
-        parser.error(f'--results-file {args.results_file}: expected a name that ends in .csv or .json.')
+    args.results_format = args.results_format or args.results_file.rpartition('.')[2]
+    if args.results_file and args.results_format not in _FORMATS:
+        parser.error(
+            f'--results-file {args.results_file}: expected a name that ends in .csv or .json, or --results-format.')
     if args.data and args.data_dir and args.data != args.data_dir:
         parser.error(f'two data folders are given, {args.data} and --data-dir {args.data_dir}.')
     args.data_dir = args.data_dir or args.data
     if not args.model and not args.checkpoint:
         parser.error('give --checkpoint, --model, or both.')
+    args.pretrained = args.pretrained or not args.checkpoint
+    if args.input_size:
+        channels, height, width = args.input_size
+        args.in_chans, args.img_size = args.in_chans or channels, args.img_size or [height]
+        if (args.in_chans, args.img_size, height) != (channels, [height], width):
+            parser.error(
+                f"--input-size {' '.join(map(str, args.input_size))}: expected a square, and the channels and the size "
+                'of --in-chans and --img-size if these are given.')
 
     with one_line_errors('validate_rs.py'):
         if args.img_size is not None:
             args.img_size = check_resolutions(args.img_size)
+        for module in args.device_modules:
+            importlib.import_module(module)
         if args.device.startswith('cuda') and not torch.cuda.is_available():
             _logger.warning(f'No GPU for --device {args.device}, running on the CPU.')
             args.device = 'cpu'
         device = torch.device(args.device)
+        utils.random_seed(args.seed)
         if args.checkpoint:
             take_over_training_args(args)
         model = build_model(args, device)
         resolutions = args.img_size or getattr(model, 'resolutions', None)
         if resolutions is None:
             resolutions = (model.pretrained_cfg['input_size'][-1],)
-        madds = {r: count_madds(model, r, args.in_chans or 3) for r in resolutions}
-        for r in set(resolutions) - set(getattr(model, 'resolutions', resolutions)):
-            nearest = nearest_resolution(r, r, model.resolutions)
-            _logger.warning(f'{r} px was not trained: the BatchNorms of {nearest} px serve.')
+        in_chans = get_model_input_config(model)['input_size'][0]
+        madds = {r: count_madds(model, r, in_chans) for r in resolutions}
+        for r in sorted(set(resolutions) - set(getattr(model, 'resolutions', resolutions)), reverse=True):
+            below, above, _ = neighbours(r, r, model.resolutions)
+            place = f'of {below} px' if below == above else f'between those of {above} and {below} px'
+            _logger.warning(f'{r} px was not trained: the BatchNorms {place} serve.')
         warnings.filterwarnings('ignore', message='.* has no BatchNorm for')  # said above
 
-        config = resolve_input_data_config(model, args=data_args(args), verbose=True)
+        config = dict(
+            resolve_input_data_config(model, args=data_args(args), verbose=True),
+            crop_border_pixels=args.crop_border_pixels)
         dataset = create_dataset(
             args.dataset, args.data_dir, args.split, class_map=args.class_map, download=args.dataset_download,
             num_samples=args.num_samples, batch_size=args.batch_size, input_key=args.input_key,
             target_key=args.target_key, trust_remote_code=args.dataset_trust_remote_code,
-            input_img_mode=args.input_img_mode or ('L' if args.in_chans == 1 else 'RGB'),
+            input_img_mode=choose_img_mode(in_chans, args.input_img_mode), seed=args.seed,
         )
-        num_classes = count_classes(dataset)
-        if not args.class_map and num_classes not in (None, model.num_classes):
-            raise ValueError(
-                f'Split {args.split!r} of {args.data_dir} has {num_classes} classes, '
-                f'the model has {model.num_classes}.')
+        if not args.class_map:
+            check_classes(args, dataset, model)
         loader = create_eval_loader(
             dataset, resolutions, args.batch_size, config, num_workers=args.workers, pin_memory=args.pin_mem)
         dtype = getattr(torch, args.model_dtype) if args.model_dtype else torch.float32
@@ -135,7 +207,9 @@ def main(argv=None):
     autocast = nullcontext
     if args.amp:
         autocast = partial(torch.autocast, device_type=device.type, dtype=getattr(torch, args.amp_dtype))
-    network = torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
+    network = model
+    if args.torchcompile:
+        network = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
     progress = tqdm(total=len(loader), desc='Test', leave=False, disable=None)
 
     def log(batch_idx, running):
@@ -152,7 +226,7 @@ def main(argv=None):
     print(format_table(rows))
     if args.results_file:
         with one_line_errors('validate_rs.py'):
-            write_results(args.results_file, [{c: row[c] for c in _COLUMNS} for row in rows])
+            write_results(args.results_file, [{c: row[c] for c in _COLUMNS} for row in rows], args.results_format)
 
 
 def take_over_training_args(args):
@@ -170,10 +244,10 @@ def take_over_training_args(args):
     same_model = args.model in (None, saved.model)
     args.model = args.model or saved.model
     if same_model:
-        for name in ('resolutions', 'num_classes', 'in_chans', 'gp', 'model_kwargs'):
+        for name in ('resolutions', 'num_classes', 'in_chans', 'gp', 'bn_eps', 'model_kwargs'):
             if not getattr(args, name):
                 setattr(args, name, getattr(saved, name, None))
-    for name in ('crop_pct', 'mean', 'std', 'interpolation'):
+    for name in ('crop_pct', 'mean', 'std', 'interpolation', 'class_map'):
         if not getattr(args, name):
             setattr(args, name, getattr(saved, name, None))
 
@@ -181,14 +255,24 @@ def take_over_training_args(args):
 def build_model(args, device):
     if ':' not in args.model and not is_model(args.model):
         raise ValueError(explain_unknown_model(args.model))
-    kwargs = dict(args.model_kwargs or {})
+    if args.fast_norm:
+        set_fast_norm()
+    kwargs = dict(_model_args(args.model, vars(args), {}, args.num_classes), **args.model_kwargs or {})
     if args.resolutions:
         kwargs['resolutions'] = tuple(args.resolutions)
-    model = timm.create_model(
-        args.model, pretrained=args.pretrained, num_classes=args.num_classes, in_chans=args.in_chans,
-        global_pool=args.gp, **kwargs)
+    try:
+        model = timm.create_model(args.model, pretrained=args.pretrained, **kwargs)
+    except Exception as e:  # also of the client of the Hub, which changes with its version
+        if not args.pretrained:
+            raise
+        reason = ' '.join(str(e).split())[:300] or type(e).__name__
+        raise ValueError(f'Cannot load the pretrained weights of {args.model}, give --checkpoint: {reason}') from e
     if args.checkpoint:
         load_weights(model, args.checkpoint, use_ema=None if args.use_ema else False)
+    if args.reparam and isinstance(model, SwitchableMixin):
+        raise ValueError('--reparam is for plain models: take one resolution out first, timm-rs convert --extract N.')
+    if args.reparam:
+        model = utils.reparameterize_model(model)
     model.to(device=device, dtype=getattr(torch, args.model_dtype) if args.model_dtype else None)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -202,6 +286,21 @@ def data_args(args):
     return {k: v for k, v in chosen.items() if v}
 
 
+def check_classes(args, dataset, model):
+    """Refuse a data set of other classes than the model's, which the file beside a checkpoint may name."""
+    where = f'Split {args.split!r} of {args.data_dir or args.dataset}'
+    num_classes, numbers = count_classes(dataset), number_classes(dataset)
+    if num_classes not in (None, model.num_classes):
+        raise ValueError(f'{where} has {num_classes} classes, the model has {model.num_classes}.')
+    path = os.path.join(os.path.dirname(args.checkpoint), LABEL_FILE)
+    if args.checkpoint and numbers and os.path.isfile(path):
+        with open(path, encoding='utf-8') as f:
+            expected = {name: i for i, name in enumerate(f.read().splitlines())}
+        differ = explain_classes({str(name): i for name, i in numbers.items()}, expected)
+        if differ:
+            raise ValueError(f'{where} has other classes than {path}: {differ}. A --class-map could number them.')
+
+
 def format_table(rows):
     """Return the table for people; parameters are in units of 2^20, as the paper gives them."""
     lines = [f"{'resolution':>10} {'top-1':>7} {'top-5':>7} {'loss':>7} {'MAdds':>9} {'params':>8} {'images/s':>9}"]
@@ -213,11 +312,11 @@ def format_table(rows):
     return '\n'.join(lines)
 
 
-def write_results(path, rows):
+def write_results(path, rows, format):
     """Write the rows as CSV or JSON; the file is there complete or not at all."""
     partial_path = f'{path}.part'
     with open(partial_path, 'w', newline='') as f:
-        if path.endswith('.json'):
+        if format == 'json':
             json.dump(rows, f, indent=2)
         else:
             writer = csv.DictWriter(f, fieldnames=_COLUMNS)

@@ -11,6 +11,7 @@ import timm
 import torch
 from conftest import images, plain_model, randomize_bn, rs_model
 from PIL import Image
+from timm.data import ImageNetInfo
 
 from timm_rs import make_switchable
 from timm_rs.checkpoint import nearest_resolution
@@ -228,6 +229,8 @@ def test_imagenet_names_come_along(tmp_path):
     export_switchable(model, str(tmp_path / 'all.onnx'))
     names = {p.key: p.value for p in onnx.load(tmp_path / 'all.onnx').metadata_props}['class_names']
     assert json.loads(names)[207] == 'golden retriever'
+    wordnet_ids = ImageNetInfo('imagenet-1k').label_names()
+    assert export.describe(model, (64,), wordnet_ids)['class_names'] == json.loads(names)
 
 
 def test_names_of_other_classes_do_not_come_along(tmp_path):

@@ -15,7 +15,7 @@ from hub_server import TOKEN, HubServer
 from timm_rs import hub as timm_rs_hub
 from timm_rs.cli import main
 from timm_rs.evaluate import count_madds
-from timm_rs.hub import HubError, TrainingPush, model_card, push_to_hub, read_metrics
+from timm_rs.hub import HubError, TrainingPush, model_card, push_to_hub, read_metrics, write_label_names
 
 RESOLUTIONS = (64, 48, 32)
 NAME = 'rs_resnet10t'
@@ -383,6 +383,15 @@ class Process:
         return self.code
 
 
+def test_label_names_beside_checkpoints(tmp_path):
+    names = tmp_path / 'label_names.txt'
+    for numbers, num_classes in ((None, 2), (dict(cat=0), 2), (dict(cat=0, dog=0), 2), (dict(cat=1, dog=2), 2)):
+        write_label_names(str(tmp_path), types.SimpleNamespace(class_to_idx=numbers), num_classes)
+        assert not names.exists()
+    write_label_names(str(tmp_path), types.SimpleNamespace(class_to_idx={'hund ä': 1, 'cat': 0}), 2)
+    assert names.read_bytes().decode('utf-8') == 'cat\nhund ä\n'
+
+
 def test_training_push(run_folder, tmp_path, monkeypatch):
     started = []
 
@@ -393,8 +402,7 @@ def test_training_push(run_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(timm_rs_hub.subprocess, 'Popen', popen)
     args = argparse.Namespace(
         push_to_hub=REPO, hub_private=True, model_ema=True, model_ema_force_cpu=False, num_classes=2)
-    push = TrainingPush(args, str(tmp_path), types.SimpleNamespace(class_to_idx=dict(dog=1, cat=0)))
-    assert (tmp_path / 'label_names.txt').read_text() == 'cat\ndog\n'
+    push = TrainingPush(args, str(tmp_path))
     push.start()
     assert not started  # nothing to push yet
     (tmp_path / 'last.pth.tar').touch()

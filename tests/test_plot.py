@@ -1,10 +1,12 @@
 """Figures of runs"""
 import matplotlib.image
 import pytest
+import timm
 import yaml
 from test_scripts import fails
 
 from timm_rs.cli import main
+from timm_rs.evaluate import count_madds
 from timm_rs.plot import read_run
 from timm_rs.train.summary import append_summary
 
@@ -28,6 +30,13 @@ def test_history(run):
     assert history.resolutions == [32, 16] and len(history.rows) == 3
     assert history.best['epoch'] == 1
     assert list(history.madds()) == [32, 16] and history.madds()[32] > 2 * history.madds()[16]
+
+
+def test_cost_is_that_of_the_trained_network(run):
+    args = dict(model='rs_resnet10t', num_classes=2, in_chans=1, gp='catavgmax', model_kwargs=dict(stem_width=8))
+    (run / 'args.yaml').write_text(yaml.safe_dump(args))
+    model = timm.create_model('resnet10t', num_classes=2, in_chans=1, global_pool='catavgmax', stem_width=8)
+    assert read_run(str(run)).madds() == {r: count_madds(model, r, 1) for r in (32, 16)}
 
 
 def test_figures(run, tmp_path, capsys):

@@ -15,6 +15,8 @@ from timm.data import create_dataset, create_loader
 
 import train_rs
 import validate_rs
+from timm_rs.convert import save_model
+from timm_rs.hub import LABEL_FILE
 from timm_rs.train.arguments import parse_args
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +67,8 @@ def test_output_folder(trained):
     assert {'args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'checkpoint-1.pth.tar'} <= names
     args = yaml.safe_load((trained / 'args.yaml').read_text())
     assert args['model'] == MODEL and args['resolutions'] == [32, 16]
+    assert args['num_classes'] == 2 and args['in_chans'] == 3
+    assert vars(parse_args(['--config', str(trained / 'args.yaml')])) == dict(args, config=str(trained / 'args.yaml'))
     rows = list(csv.DictReader((trained / 'summary.csv').open()))
     assert [row['epoch'] for row in rows] == ['0', '1']
     for row in rows:
@@ -130,17 +134,110 @@ def test_one_pass_gives_timms_pixels(images):
 
 def test_untrained_size_says_which_batchnorm_serves(images, trained, caplog):
     validate_rs.main([
-        str(images), '--checkpoint', str(trained / 'last.pth.tar'), '--img-size', '20', '--workers', '0', '--device',
-        'cpu'])
-    assert '20 px was not trained: the BatchNorms of 16 px serve' in caplog.text
-
-
-def test_validate_a_plain_timm_model(images, capfd):
-    validate_rs.main([
-        str(images), '--model', 'resnet10t', '--num-classes', '2', '--img-size', '32', '16', '--workers', '0',
+        str(images), '--checkpoint', str(trained / 'last.pth.tar'), '--img-size', '20', '40', '--workers', '0',
         '--device', 'cpu'])
+    assert '20 px was not trained: the BatchNorms between those of 32 and 16 px serve.' in caplog.text
+    assert '40 px was not trained: the BatchNorms of 32 px serve.' in caplog.text
+
+
+def test_validate_a_plain_timm_model(images, tmp_path, capfd):
+    torch.save(timm.create_model('resnet10t', num_classes=2).state_dict(), tmp_path / 'plain.pth')
+    validate_rs.main([
+        str(images), '--model', 'resnet10t', '--checkpoint', str(tmp_path / 'plain.pth'), '--num-classes', '2',
+        '--img-size', '32', '16', '--workers', '0', '--device', 'cpu'])
     lines = capfd.readouterr().out.strip().splitlines()
     assert [line.split()[0] for line in lines[1:]] == ['32', '16']
+
+
+def test_validation_takes_over_what_the_model_was_trained_with(images, tmp_path):
+    train_rs.main([
+        str(images), *TINY, '--model', 'rs_test_efficientnet', '--bn-eps', '0.5', '--epochs', '1', '--output',
+        str(tmp_path), '--experiment', 'r'])
+    row, = csv.DictReader((tmp_path / 'r' / 'summary.csv').open())
+    rows = validated(images, tmp_path, '--checkpoint', str(tmp_path / 'r' / 'last.pth.tar'))
+    for r in (32, 16):
+        assert float(row[f'eval_loss_{r}']) == pytest.approx(rows[r]['loss'], rel=1e-5)
+
+
+def test_validation_reads_images_of_the_channels_of_the_model(images, tmp_path):
+    folder = tmp_path / 'grey'
+    save_model(timm.create_model(MODEL, resolutions=(32, 16), num_classes=2, in_chans=1).eval(), str(folder))
+    assert list(validated(images, tmp_path, '--model', f'local-dir:{folder}')) == [32, 16, 'ens']
+
+
+def validated(images, tmp_path, *flags):
+    """Return what validate_rs.py writes of each resolution."""
+    results = tmp_path / 'results.json'
+    validate_rs.main([str(images), *flags, '--workers', '0', '--device', 'cpu', '--results-file', str(results)])
+    return {row['resolution']: row for row in json.loads(results.read_text())}
+
+
+# Of timm 1.0.31 and of those before that had --amp-impl.
+VALIDATE_FLAGS = (
+    'data-dir dataset split num-samples dataset-download class-map input-key input-img-mode target-key '
+    'dataset-trust-remote-code model pretrained workers batch-size img-size in-chans input-size use-train-size '
+    'crop-pct crop-mode crop-border-pixels mean std interpolation num-classes gp log-freq checkpoint num-gpu test-pool '
+    'no-prefetcher pin-mem channels-last device amp amp-dtype amp-impl model-dtype tf-preprocessing use-ema fuser '
+    'fast-norm reparam model-kwargs torchcompile-mode torchscript torchcompile aot-autograd results-file '
+    'results-format real-labels valid-labels retry seed metrics-avg naflex-loader naflex-max-seq-len'
+).split()
+
+
+def test_validation_knows_the_flags_of_timm():
+    assert {f'--{flag}' for flag in VALIDATE_FLAGS} <= set(validate_rs.create_parser()._option_string_actions)
+
+
+def test_validation_takes_the_flags_of_timm(images, trained, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(validate_rs, 'set_fast_norm', lambda: calls.append(1))
+    argv = [str(images), '--checkpoint', str(trained / 'last.pth.tar'), '--device', 'cpu', '--workers', '0']
+    path = tmp_path / 'table'
+    flags = (
+        '--results-format json --no-prefetcher --fast-norm --seed 1 --num-gpu 1 --use-train-size --amp-impl native '
+        '--input-size 3 32 32 --torchcompile eager --torchcompile-mode default').split()
+    validate_rs.main([*argv, '--results-file', str(path), *flags])
+    row, = json.loads(path.read_text())
+    assert row['resolution'] == 32 and calls == [1]
+    flags = '--results-format csv --img-size 32 --crop-border-pixels 3'.split()
+    validate_rs.main([*argv, '--results-file', f'{path}.json', *flags])
+    cropped, = csv.DictReader((tmp_path / 'table.json').open())
+    assert float(cropped['top5']) == row['top5'] and float(cropped['loss']) != row['loss']
+
+
+def test_validation_fuses_the_branches_of_a_plain_model(images, tmp_path):
+    model = timm.create_model('mobileone_s0', num_classes=2)
+    torch.save(model.state_dict(), tmp_path / 'plain.pth')
+    flags = f'--model mobileone_s0 --num-classes 2 --img-size 32 --checkpoint {tmp_path}/plain.pth'.split()
+    before, after = (validated(images, tmp_path, *flags, *more)[32] for more in ([], ['--reparam']))
+    assert after['params'] < before['params'] and after['loss'] == pytest.approx(before['loss'], rel=1e-4)
+
+
+@pytest.mark.parametrize('split', ['train', 'validation'])
+def test_classes_of_both_splits_are_the_same(images, tmp_path, capfd, split):
+    shutil.copytree(images, tmp_path / 'images')
+    (tmp_path / 'images' / split / 'dog').rename(tmp_path / 'images' / split / 'a_new')
+    line = fails(train_rs.main, [tmp_path / 'images', *TINY, '--output', tmp_path / 'out'], capfd)
+    found, expected = ('a_new', 'cat') if split == 'validation' else ('cat', 'a_new')
+    assert f"has other classes than 'train': class 0 is '{found}', expected '{expected}'; class 1 is" in line
+
+    (tmp_path / 'classes.txt').write_text('cat\ndog\na_new\n')
+    train_rs.main([
+        str(tmp_path / 'images'), *TINY, '--output', str(tmp_path), '--experiment', 'r', '--epochs', '1',
+        '--class-map', str(tmp_path / 'classes.txt'), '--num-classes', '3'])
+    if split == 'validation':  # the checkpoint tells its map
+        rows = validated(tmp_path / 'images', tmp_path, '--checkpoint', str(tmp_path / 'r' / 'last.pth.tar'))
+        row, = csv.DictReader((tmp_path / 'r' / 'summary.csv').open())
+        assert rows[32]['loss'] == pytest.approx(float(row['eval_loss_32']), rel=1e-5)
+
+
+def test_validation_compares_the_classes_that_are_named_beside_the_checkpoint(images, trained, tmp_path, capfd):
+    shutil.copy(trained / 'last.pth.tar', tmp_path)
+    argv = [str(images), '--checkpoint', str(tmp_path / 'last.pth.tar'), '--device', 'cpu', '--workers', '0']
+    (tmp_path / LABEL_FILE).write_text('cat\ndog\n')
+    validate_rs.main(argv)
+    (tmp_path / LABEL_FILE).write_text('bird\ncat\n')
+    assert f"has other classes than {tmp_path}/{LABEL_FILE}: class 0 is 'cat', expected 'bird'; class 1 is 'dog', " \
+        "expected 'cat'" in fails(validate_rs.main, argv, capfd)
 
 
 def test_start_from_a_plain_checkpoint(images, tmp_path):
@@ -166,6 +263,8 @@ def test_start_from_a_plain_checkpoint(images, tmp_path):
     ['--grad-checkpointing', '--memory', 'lean', '--drop-path', '0.2', '--clip-grad', '0.1', '--clip-mode', 'agc'],
     ['--torchcompile', 'eager', '--distill', 'none', '--sched', 'step', '--sched-on-updates'],
     ['--no-aug', '--val-interval', '2', '--save-epochs', '1', '--use-multi-epochs-loader', '--in-chans', '1'],
+    ['--in-chans', '4'],
+    ['--input-size', '1', '32', '32'],
 ])
 def test_flags_together(images, tmp_path, flags):
     train_rs.main([str(images), *TINY, '--epochs', '2', '--output', str(tmp_path), '--experiment', 'r', *flags])
@@ -176,6 +275,52 @@ def test_flags_together(images, tmp_path, flags):
 def test_resume_refuses_another_network(images, trained, tmp_path, capfd):
     argv = [images, *TINY, '--output', tmp_path, '--resume', trained / 'last.pth.tar', '--resolutions', '32', '24']
     assert 'was trained with --resolutions [32, 16]' in fails(train_rs.main, argv, capfd)
+
+
+def test_moving_average_starts_from_the_weights_that_are_resumed(images, trained, tmp_path):
+    train_rs.main([
+        str(images), *TINY, '--epochs', '3', '--output', str(tmp_path), '--experiment', 'r', '--resume',
+        str(trained / 'last.pth.tar'), '--model-ema', '--model-ema-decay', '1'])
+    before, after = (torch.load(f / 'last.pth.tar', weights_only=False) for f in (trained, tmp_path / 'r'))
+    for name, value in before['state_dict'].items():
+        if not name.endswith('num_batches_tracked'):
+            torch.testing.assert_close(after['state_dict_ema'][name], value, rtol=0, atol=0)
+    assert not torch.equal(after['state_dict']['fc.weight'], before['state_dict']['fc.weight'])
+
+
+def test_flags_win_over_the_optimizer_that_is_resumed(images, trained, tmp_path):
+    flags = '--epochs 4 --stop-epoch 3 --lr 0.001 --momentum 0.8 --weight-decay 0.01'.split()
+    train_rs.main([
+        str(images), *TINY, *flags, '--output', str(tmp_path), '--experiment', 'r', '--resume',
+        str(trained / 'last.pth.tar')])
+    row, = csv.DictReader((tmp_path / 'r' / 'summary.csv').open())
+    assert float(row['lr']) == pytest.approx(0.001 * (1 - 0.5 ** 0.5) / 2)  # the cosine at epoch 3 of 4
+    groups = torch.load(tmp_path / 'r' / 'last.pth.tar', weights_only=False)['optimizer']['param_groups']
+    found = [(g['initial_lr'], g['momentum'], g['weight_decay']) for g in groups]
+    assert found == [(0.001, 0.8, 0), (0.001, 0.8, 0.01)]
+
+
+@pytest.mark.parametrize('flags', ['', '--opt lamb --layer-decay 0.8', '--opt lookahead_adamw --sched none'])
+def test_resume_with_the_same_flags_changes_nothing(images, tmp_path, flags):
+    argv = [str(images), *TINY, '--output', str(tmp_path), *flags.split(), '--epochs', '2']
+    train_rs.main([*argv, '--experiment', 'whole'])
+    train_rs.main([*argv, '--experiment', 'parts', '--stop-epoch', '1'])
+    train_rs.main([*argv, '--experiment', 'parts', '--resume', 'auto'])
+    whole, parts = (torch.load(tmp_path / n / 'last.pth.tar', weights_only=False) for n in ('whole', 'parts'))
+    for key in ('state_dict', 'optimizer'):
+        torch.testing.assert_close(parts[key], whole[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('flags', ['--opt adamw', '--distill none', '--weight-decay 0', '--layer-decay 0.8'])
+def test_resume_refuses_an_optimizer_that_does_not_fit(images, trained, tmp_path, capfd, flags):
+    argv = [str(images), *TINY, '--epochs', '3', '--output', str(tmp_path), '--experiment', 'r', *flags.split(),
+            '--resume', str(trained / 'last.pth.tar')]
+    line = fails(train_rs.main, argv, capfd)
+    name = flags.split()[0]
+    before = {'--opt': 'sgd', '--distill': 'ens_topdown', '--weight-decay': '2e-05', '--layer-decay': 'None'}[name]
+    assert f'optimizer with {name} {before}, which does not fit {flags}' in line.replace('0.0:', '0:')
+    assert 'give --no-resume-opt' in line
+    train_rs.main([*argv, '--no-resume-opt'])
 
 
 @pytest.mark.parametrize('flags,message', [
@@ -204,6 +349,11 @@ def test_resume_refuses_another_network(images, trained, tmp_path, capfd):
     (['--opt', 'sgdd'], 'sgdd'),
     (['--val-split', 'nothing'], "has no split 'nothing', it holds train, validation"),
     (['--train-split', 'validation'], 'gives the same images for training and validation'),
+    (['--train-split', ''], "holds train, validation, expected one of them as the split instead of ''"),
+    (['--val-split', ''], "holds train, validation, expected one of them as the split instead of ''"),
+    (['--in-chans', '2'], 'Images of 2 channels need their PIL mode, give it by --input-img-mode'),
+    (['--input-img-mode', 'L'], '--input-img-mode L gives images of 1 channels, the model takes 3 (--in-chans)'),
+    (['--input-img-mode', 'RBG'], '--input-img-mode RBG: PIL has no such mode'),
 ])
 def test_bad_training_input(images, tmp_path, capfd, flags, message):
     line = fails(train_rs.main, [images, *TINY, '--epochs', '1', '--output', tmp_path / 'out', *flags], capfd)
@@ -262,7 +412,15 @@ def test_recipes_parse_and_name_a_model(path):
     (['--model', MODEL, '--img-size', '0'], 'expected positive integers'),
     (['--results-file', 'x.txt'], 'expected a name that ends in .csv or .json'),
     ([], 'give --checkpoint, --model, or both'),
-    (['--model', MODEL, '--num-classes', '5'], 'has 2 classes, the model has 5'),
+    (['--model', 'rs_resnet10t.imagenette'], 'has 2 classes, the model has 10'),
+    (['--model', 'rs_preresnet18'], 'Cannot load the pretrained weights of rs_preresnet18, give --checkpoint: No'),
+    (['--model', MODEL], f'Cannot load the pretrained weights of {MODEL}, give --checkpoint: '),  # there is no network
+    (['--model', 'rs_resnet10t.imagenette', '--split', ''], "as the split instead of ''"),
+    (['--model', 'rs_resnet10t.imagenette', '--reparam'], '--reparam is for plain models'),
+    (['--model', MODEL, '--input-size', '3', '32', '16'], '--input-size 3 32 16: expected a square'),
+    (['--model', MODEL, '--input-size', '3', '32', '32', '--in-chans', '1'], '--input-size 3 32 32: expected'),
+    (['--model', MODEL, '--num-gpu', '2'], '--num-gpu'),
+    *(([f"--{flag.replace('_', '-')}", '1'], 'is not supported: ') for flag in validate_rs._REFUSED),
 ])
 def test_bad_validation_input(images, capfd, flags, message):
     assert message in fails(validate_rs.main, [images, '--workers', '0', '--device', 'cpu', *flags], capfd)

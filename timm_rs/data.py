@@ -2,11 +2,11 @@
 import os
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageMode
 from timm import data as timm_data
 from timm.data.loader import fast_collate
 
@@ -16,25 +16,30 @@ from .private_bn import check_resolutions
 _PACKAGES = dict(wds='webdataset', hfds='datasets', hfids='datasets', tfds='tensorflow_datasets')
 _TRAIN = ('train', 'training')  # names that timm takes for the same split
 _EVAL = ('val', 'valid', 'validation', 'eval', 'evaluation')
+_IMG_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 
 __all__ = [
     'DigitsDataset',
     'PyramidNormalizer',
+    'choose_img_mode',
     'count_classes',
     'create_dataset',
     'create_eval_loader',
+    'explain_classes',
+    'number_classes',
     'share_shards',
 ]
 
 
 class DigitsDataset(torch.utils.data.Dataset):
-    """Handwritten digits bundled with scikit-learn: 1,797 RGB images of 8x8 pixels, 10 classes.
+    """Handwritten digits bundled with scikit-learn: 1,797 images of 8x8 pixels, 10 classes.
 
     Every fourth image is for validation (450), the others are for training (1,347).
 
     Args:
         split: Name of a training or validation split.
         transform: Applied to the PIL image.
+        input_img_mode: PIL mode of the images.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -42,7 +47,7 @@ class DigitsDataset(torch.utils.data.Dataset):
 
     num_classes = 10
 
-    def __init__(self, split: str = 'train', transform: Optional[Callable] = None):
+    def __init__(self, split: str = 'train', transform: Optional[Callable] = None, input_img_mode: str = 'RGB'):
         try:
             from sklearn.datasets import load_digits
         except ImportError as e:
@@ -53,12 +58,13 @@ class DigitsDataset(torch.utils.data.Dataset):
         self.images = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)
         self.targets = digits.target[chosen].tolist()
         self.transform = transform
+        self.input_img_mode = input_img_mode
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
-        image = Image.fromarray(self.images[index]).convert('RGB')
+        image = Image.fromarray(self.images[index]).convert(self.input_img_mode)
         return (self.transform(image) if self.transform is not None else image), self.targets[index]
 
 
@@ -72,11 +78,11 @@ def create_dataset(name: str, root: Optional[str], split: str, **kwargs: Any) ->
         **kwargs: Further arguments of timm.data.create_dataset.
 
     Raises:
-        ValueError: The folder is missing or holds no images.
+        ValueError: The folder is missing or holds no images, or not of this split.
         ImportError: The package that reads the data set is not installed.
     """
     if name == 'digits':
-        return DigitsDataset(split)
+        return DigitsDataset(split, input_img_mode=kwargs.get('input_img_mode') or 'RGB')
     kind, _, _ = name.lower().partition('/')
     if kind in _PACKAGES and find_spec(_PACKAGES[kind]) is None:
         how = 'tensorflow tensorflow_datasets' if kind == 'tfds' else "'timm_rs[stream]'"
@@ -103,6 +109,8 @@ def _check_split(root: str, split: str) -> None:
     others = folders & set.union(*names)
     if split and others and not folders & (same | {split}):
         raise ValueError(f"{root} has no split {split!r}, it holds {', '.join(sorted(others))}.")
+    if not split and len(others) > 1:
+        raise ValueError(f"{root} holds {', '.join(sorted(others))}, expected one of them as the split instead of ''.")
 
 
 def share_shards(
@@ -146,8 +154,56 @@ def count_classes(dataset: torch.utils.data.Dataset) -> Optional[int]:
     """Return the number of classes where a data set tells it, else None."""
     if hasattr(dataset, 'num_classes'):
         return dataset.num_classes
-    class_to_idx = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
+    class_to_idx = number_classes(dataset)
     return max(class_to_idx.values()) + 1 if class_to_idx else None
+
+
+def number_classes(dataset: torch.utils.data.Dataset) -> Optional[Mapping[Any, int]]:
+    """Return the index of each class by its name where a data set tells them, else None."""
+    return getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None) or None
+
+
+def explain_classes(found: Mapping[Any, int], expected: Mapping[Any, int]) -> Optional[str]:
+    """Return in words the first classes that two data sets number differently, None if there are none.
+
+    Example:
+        >>> explain_classes({'cat': 0, 'cow': 1}, {'cat': 0, 'dog': 1, 'emu': 2})
+        "class 1 is 'cow', expected 'dog'; class 2 is missing, expected 'emu'"
+    """
+    found, expected = ({i: name for name, i in numbers.items()} for numbers in (found, expected))
+    told = [
+        f"class {i} is {repr(found[i]) if i in found else 'missing'}, "
+        f"expected {repr(expected[i]) if i in expected else 'none'}"
+        for i in sorted(found.keys() | expected.keys()) if found.get(i) != expected.get(i)
+    ]
+    return '; '.join(told[:3]) or None
+
+
+def choose_img_mode(in_chans: int, mode: Optional[str] = None) -> str:
+    """Return the PIL mode of images for a network.
+
+    Args:
+        in_chans: Image channels of the network.
+        mode: That of --input-img-mode, if any.
+
+    Raises:
+        ValueError: No mode is usual for so many channels, or that of the flag has another number of them.
+
+    Example:
+        >>> choose_img_mode(4)
+        'RGBA'
+    """
+    if not mode and in_chans not in _IMG_MODES:
+        raise ValueError(f'Images of {in_chans} channels need their PIL mode, give it by --input-img-mode.')
+    mode = mode or _IMG_MODES[in_chans]
+    try:
+        bands = len(ImageMode.getmode(mode).bands)
+    except KeyError:
+        raise ValueError(f'--input-img-mode {mode}: PIL has no such mode, expected one like RGB or L.') from None
+    if bands != in_chans:
+        raise ValueError(
+            f'--input-img-mode {mode} gives images of {bands} channels, the model takes {in_chans} (--in-chans).')
+    return mode
 
 
 class PyramidTransform:

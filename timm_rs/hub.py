@@ -18,10 +18,12 @@ from timm.models._input import get_model_input_config
 from timm.utils import unwrap_model
 
 from .convert import describe_for_timm, ready_to_save
+from .data import number_classes
 from .evaluate import ENSEMBLE, count_madds, count_parameters
 from .switchable import SwitchableMixin
 
-__all__ = ['LABEL_FILE', 'HubError', 'TrainingPush', 'model_card', 'push_to_hub', 'read_metrics']
+__all__ = [
+    'LABEL_FILE', 'HubError', 'TrainingPush', 'model_card', 'push_to_hub', 'read_metrics', 'write_label_names']
 
 _logger = logging.getLogger('train')
 
@@ -252,16 +254,23 @@ def read_metrics(path: str, epoch: Optional[int] = None) -> Dict[Union[int, str]
     return {int(key) if key.isdigit() else key: row for key, row in found.items()}
 
 
+def write_label_names(output_dir: str, dataset: Any, num_classes: int) -> None:
+    """Write the names of the classes beside the checkpoints of a run, if its data set tells one for each class."""
+    numbers = number_classes(dataset) or {}
+    if sorted(numbers.values()) == list(range(num_classes)):
+        with open(os.path.join(output_dir, LABEL_FILE), 'w', encoding='utf-8') as f:
+            f.writelines(f'{name}\n' for name in sorted(numbers, key=numbers.get))
+
+
 class TrainingPush:
     """Pushes the best checkpoint of a run in a process of its own, so that training neither waits nor fails with it.
 
     Args:
         args: Flags of the run.
         output_dir: Folder of its checkpoints.
-        dataset: Its data set, which may tell the names of its classes.
     """
 
-    def __init__(self, args: argparse.Namespace, output_dir: str, dataset: Any = None):
+    def __init__(self, args: argparse.Namespace, output_dir: str):
         from huggingface_hub import get_token
 
         self.output_dir = output_dir
@@ -273,10 +282,6 @@ class TrainingPush:
         self.process: Optional[subprocess.Popen] = None
         if not get_token():
             _logger.warning('There is no token for --push-to-hub: log in with `hf auth login` before training ends.')
-        class_to_idx = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
-        if class_to_idx and len(class_to_idx) == args.num_classes:
-            with open(os.path.join(output_dir, LABEL_FILE), 'w') as f:
-                f.writelines(f'{name}\n' for name in sorted(class_to_idx, key=class_to_idx.get))
 
     def start(self) -> None:
         """Begin to push, unless there is nothing yet or the last push is not done."""

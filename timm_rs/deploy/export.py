@@ -234,6 +234,8 @@ def describe(
         class_names = cfg.get('label_names') or ()
         if len(class_names) != num_classes:  # of weights for other classes
             class_names = _imagenet_names(num_classes)
+    elif list(class_names) == _wordnet_ids(num_classes):  # the folders of ImageNet
+        class_names = _imagenet_names(num_classes)
     if class_names is not None and len(class_names) != num_classes:
         raise ValueError(f'There are {len(class_names)} class names, the model has {num_classes} classes.')
     channels = config['input_size'][0]
@@ -362,6 +364,11 @@ def _imagenet_names(num_classes: int) -> Optional[Sequence[str]]:
         return None
     info = ImageNetInfo(subset)
     return [info.index_to_description(i) for i in range(num_classes)]
+
+
+def _wordnet_ids(num_classes: int) -> Optional[Sequence[str]]:
+    subset = infer_imagenet_subset(dict(num_classes=num_classes))
+    return None if subset is None else list(ImageNetInfo(subset).label_names())
 
 
 def _random_images(network: nn.Module, resolution: int, batch_size: int, seed: int) -> torch.Tensor:

@@ -22,7 +22,16 @@ from timm.utils.distributed import init_distributed_device, world_info_from_env
 from torch.utils.data import Dataset, IterableDataset
 
 from ..convert import load_weights
-from ..data import PyramidNormalizer, count_classes, create_dataset, create_eval_loader, share_shards
+from ..data import (
+    PyramidNormalizer,
+    choose_img_mode,
+    count_classes,
+    create_dataset,
+    create_eval_loader,
+    explain_classes,
+    number_classes,
+    share_shards,
+)
 from ..evaluate import ENSEMBLE, count_madds
 from ..private_bn import check_resolutions
 from ..rs_models import PREFIX, RESOLUTIONS, explain_unknown_model
@@ -154,7 +163,7 @@ def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:
         class_map=args.class_map,
         download=args.dataset_download,
         seed=args.seed,
-        input_img_mode=args.input_img_mode or ('L' if args.in_chans == 1 else 'RGB'),
+        input_img_mode=choose_img_mode(args.in_chans or (args.input_size or (3,))[0], args.input_img_mode),
         input_key=args.input_key,
         target_key=args.target_key,
         trust_remote_code=args.dataset_trust_remote_code,
@@ -175,6 +184,12 @@ def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:
         raise ValueError(
             f'{args.data_dir} gives the same images for training and validation, '
             f'expected it to hold the folders {args.train_split} and {args.val_split}.')
+    numbers = [number_classes(d) for d in (eval_set, train_set)]
+    differ = explain_classes(*numbers) if all(numbers) else None
+    if differ:
+        raise ValueError(
+            f'Split {args.val_split!r} of {args.data_dir or args.dataset} has other classes than {args.train_split!r}: '
+            f'{differ}. A --class-map could number them.')
     for split, dataset in ((args.train_split, train_set), (args.val_split, eval_set)):
         num_classes = count_classes(dataset)
         if num_classes is None or args.class_map:
@@ -258,6 +273,11 @@ def build_loaders(
         persistent_workers=not isinstance(train_set, IterableDataset),  # new ones read a stream as a resumed run does
         worker_seeding=args.worker_seeding,
     )
+    if args.aug_repeats and args.batch_size > len(train_loader.sampler):
+        raise ValueError(
+            f'--batch-size {args.batch_size} of {args.world_size} processes is more than the '
+            f'{len(train_loader.sampler)} images that each takes per epoch with --aug-repeats {args.aug_repeats:g}, '
+            'expected no more.')
     order = None
     if not isinstance(train_set, IterableDataset) and not args.use_multi_epochs_loader:
         batch_sampler = train_loader.batch_sampler
