@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from timm_rs import SwitchableMixin, explain_unknown_model
 from timm_rs.checkpoint import neighbours, read_checkpoint
-from timm_rs.convert import _model_args, load_weights
+from timm_rs.convert import load_weights, model_args
 from timm_rs.data import (
     PyramidNormalizer,
     choose_img_mode,
@@ -257,7 +257,7 @@ def build_model(args, device):
         raise ValueError(explain_unknown_model(args.model))
     if args.fast_norm:
         set_fast_norm()
-    kwargs = dict(_model_args(args.model, vars(args), {}, args.num_classes), **args.model_kwargs or {})
+    kwargs = dict(model_args(args.model, vars(args), {}, args.num_classes), **args.model_kwargs or {})
     if args.resolutions:
         kwargs['resolutions'] = tuple(args.resolutions)
     try:

@@ -35,6 +35,7 @@ __all__ = [
     'describe_for_timm',
     'load_model',
     'load_weights',
+    'model_args',
     'ready_to_save',
     'save_model',
 ]
@@ -116,7 +117,7 @@ def load_model(
         held = state_dict_resolutions(state_dict) or args.get('resolutions') or RESOLUTIONS
         resolutions = check_resolutions(resolutions or held)
 
-    kwargs = dict(_model_args(name, args, state_dict, num_classes), **model_kwargs or {})
+    kwargs = dict(model_args(name, args, state_dict, num_classes), **model_kwargs or {})
     model = timm.create_model(name, resolutions=resolutions, **kwargs).eval()
     _load(model, state_dict, source)
     for key in _ORIGIN:
@@ -214,6 +215,32 @@ def describe_for_timm(model: nn.Module, label_names: Optional[Sequence[str]] = N
     return dict(model_config=config, model_args=args)
 
 
+def model_args(
+        name: str,
+        args: Mapping[str, Any],
+        state_dict: Mapping[str, torch.Tensor],
+        num_classes: Optional[int],
+) -> Dict[str, Any]:
+    """Return the arguments of timm.create_model for the network of a training run, without its resolutions.
+
+    Args:
+        name: Name of the model.
+        args: Flags of the run, empty if unknown.
+        state_dict: Its weights, which show classes and channels where the flags do not tell them; may be empty.
+        num_classes: Number of classes, if it is known.
+    """
+    kwargs = {k: v for k, v in (args.get('model_kwargs') or {}).items() if k != 'resolutions'}
+    kwargs.update(global_pool=args.get('gp'), bn_eps=args.get('bn_eps'), in_chans=args.get('in_chans'))
+    kwargs['num_classes'] = num_classes or args.get('num_classes')
+    cfg = None if ':' in name else timm.get_pretrained_cfg(name)
+    for key, layer, axis in (('num_classes', 'classifier', 0), ('in_chans', 'first_conv', 1)):
+        layer = getattr(cfg, layer, None)
+        weight = state_dict.get(f'{layer}.weight') if isinstance(layer, str) else None
+        if weight is not None and weight.ndim > axis:
+            kwargs[key] = kwargs[key] or weight.shape[axis]
+    return {k: v for k, v in kwargs.items() if v is not None}
+
+
 @contextmanager
 def ready_to_save(model: nn.Module, packed: bool = False) -> Iterator[nn.Module]:
     """Give a network as timm can save it: the largest resolution active, whose size goes into config.json, and its
@@ -290,22 +317,3 @@ def _model_name(source: str, name: Optional[str]) -> str:
     if not architecture.startswith(PREFIX) or not is_model(architecture):
         raise ValueError(explain_unknown_model(name))
     return name
-
-
-def _model_args(
-        name: str,
-        args: Mapping[str, Any],
-        state_dict: Mapping[str, torch.Tensor],
-        num_classes: Optional[int],
-) -> Dict[str, Any]:
-    """Return arguments of the model: those of the training run, else classes and channels as the weights show them."""
-    kwargs = {k: v for k, v in (args.get('model_kwargs') or {}).items() if k != 'resolutions'}
-    kwargs.update(global_pool=args.get('gp'), bn_eps=args.get('bn_eps'), in_chans=args.get('in_chans'))
-    kwargs['num_classes'] = num_classes or args.get('num_classes')
-    cfg = None if ':' in name else timm.get_pretrained_cfg(name)
-    for key, layer, axis in (('num_classes', 'classifier', 0), ('in_chans', 'first_conv', 1)):
-        layer = getattr(cfg, layer, None)
-        weight = state_dict.get(f'{layer}.weight') if isinstance(layer, str) else None
-        if weight is not None and weight.ndim > axis:
-            kwargs[key] = kwargs[key] or weight.shape[axis]
-    return {k: v for k, v in kwargs.items() if v is not None}

@@ -7,7 +7,7 @@ from typing import Dict, List, Sequence
 import timm
 import yaml
 
-from .convert import _model_args
+from .convert import model_args
 from .evaluate import ENSEMBLE, count_madds
 
 __all__ = ['RunHistory', 'plot_accuracy_against_madds', 'plot_curves', 'read_run']
@@ -36,7 +36,7 @@ class RunHistory:
     def madds(self) -> Dict[int, int]:
         """Return the multiply-adds of one image at each resolution."""
         name = self.args['model']
-        model = timm.create_model(name, resolutions=self.resolutions, **_model_args(name, self.args, {}, None))
+        model = timm.create_model(name, resolutions=self.resolutions, **model_args(name, self.args, {}, None))
         return {r: count_madds(model, r, self.args.get('in_chans') or 3) for r in self.resolutions}
 
 
