@@ -330,6 +330,16 @@ def test_batches_for_every_process(images, tmp_path, capfd):
     assert '--batch-size 8 of 2 processes is more than the 13 training images' in capfd.readouterr().err
 
 
+def test_batches_of_repeated_images(tmp_path, capfd):
+    """Of which a process takes fewer than its share of the images: their number is rounded."""
+    argv = ['--dataset', 'digits', *TINY, '--num-classes', '10', '--output', str(tmp_path / 'o'), '--aug-repeats', '3']
+    assert Job(train_rs.main, [*argv, '--batch-size', '641']).finish() == [1, 1]
+    errors = [line for line in capfd.readouterr().err.splitlines() if 'error: ' in line]
+    assert errors == [
+        'train_rs.py: error: --batch-size 641 of 2 processes is more than the 640 images that each takes per epoch '
+        'with --aug-repeats 3, expected no more.']
+
+
 def test_two_machines(images, tmp_path):
     """The script, once for each of two machines that are both this one."""
     command = [

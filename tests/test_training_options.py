@@ -1,6 +1,7 @@
 """timm's training options in the multi-resolution step: where the plain path must come to the same, it is compared"""
 import copy
 import math
+import random
 from functools import partial
 
 import numpy as np
@@ -11,13 +12,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import rs_model
 from timm.data import Mixup
+from timm.data.distributed_sampler import RepeatAugSampler
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import NativeScaler
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import DistributedSampler, RandomSampler
 
+from timm_rs.train import engine
 from timm_rs.train.arguments import parse_args
 from timm_rs.train.builders import Loaders, build_optimizer, build_task
-from timm_rs.train.determinism import ReadErrors
+from timm_rs.train.determinism import EpochSampler, ReadErrors, SteadyDataset, mix_seed, seed_all
 from timm_rs.train.engine import Preemption, train_one_epoch
 from timm_rs.train.saver import Progress
 
@@ -352,3 +357,140 @@ def test_schedules(name, on_updates):
 def test_pyramid_is_matched_to_how_images_are_resized(flags, expected):
     pyramid = build(*flags)[1].pyramid
     assert (pyramid.resample, pyramid.interpolation) == expected
+
+
+class Draws(list):
+    """Images that are random numbers, one of each generator."""
+
+    def __getitem__(self, index):
+        return torch.rand(()).item(), np.random.rand(), random.random()
+
+
+@pytest.mark.parametrize('repeats', [1, 2, 2.5, 3])
+@pytest.mark.parametrize('world_size', [1, 2, 4])
+def test_repeated_images_are_augmented_anew(repeats, world_size):
+    """On all processes together; and from any batch on, as in the whole epoch."""
+    images, seen = Draws(range(20)), []
+    for rank in range(world_size):
+        sampler = RepeatAugSampler(images, world_size, rank, num_repeats=repeats)
+        order = EpochSampler(sampler, 42, batch_size=2)
+        order.set_epoch(3)
+        keys, dataset = list(order), SteadyDataset(images, mix_seed(42, rank), ReadErrors(0))
+        sampler.set_epoch(3)
+        assert [key[1] for key in keys] == list(sampler)
+        seen += [dataset[key] for key in keys]
+        order.set_epoch(3, 2)
+        assert list(order) == keys[4:]
+    assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.parametrize('sampler', [
+    RandomSampler(range(20)), DistributedSampler(range(19), 2, 1), RepeatAugSampler(range(20), 2, 1, num_repeats=1),
+])
+def test_images_that_are_not_repeated_are_augmented_as_ever(sampler):
+    """From (seed, epoch, index) alone: runs of earlier versions go on."""
+    order, dataset = EpochSampler(sampler, 42, 4), SteadyDataset(Draws(range(20)), mix_seed(42, 1), ReadErrors(0))
+    order.set_epoch(5)
+    for key in order:
+        found = dataset[key]
+        seed_all(mix_seed(42, 1), 5, key[1])
+        assert found == dataset.dataset[key[1]]
+
+
+def test_seeds_stay():
+    assert mix_seed(mix_seed(42, 1), 5, 17) == mix_seed(mix_seed(42, 1), 5, 17, 0) == 1954695764
+    assert len({mix_seed(3, 5, 17, n) for n in range(1000)}) == 1000
+
+
+UNUSED_IN_TIMM = """
+naflex_loader: false
+naflex_train_seq_lens: [128, 256, 576, 784, 1024]
+naflex_max_seq_len: 576
+naflex_patch_sizes: null
+naflex_patch_size_probs: null
+naflex_loss_scale: linear
+aug_splits: 0
+split_bn: false
+resplit: false
+jsd_loss: false
+torchscript: false
+fuser: ''
+kd_model_name: null
+kd_distill_type: logit
+kd_loss_type: kl
+kd_temperature: 4.0
+kd_student_feature_dim: null
+kd_teacher_feature_dim: null
+kd_token_distill_type: soft
+distill_loss_weight: null
+task_loss_weight: null
+train_img_sizes: null
+train_size_schedule: constant
+multilabel_threshold: 0.5
+target_format: null
+"""
+
+
+def refuses(tmp_path, capsys, content):
+    """Return the line that a config file is refused with."""
+    path = tmp_path / 'c.yaml'
+    path.write_text(content)
+    with pytest.raises(SystemExit) as e:
+        parse_args(['--config', str(path)])
+    assert e.value.code == 2
+    line, = capsys.readouterr().err.splitlines()
+    return line.partition(f'error: --config {path}: ')[2]
+
+
+def test_config_of_timm_that_uses_nothing_foreign(tmp_path):
+    (tmp_path / 'c.yaml').write_text(UNUSED_IN_TIMM)
+    args = parse_args(['--config', str(tmp_path / 'c.yaml')])
+    assert not set(vars(args)) & {line.partition(':')[0] for line in UNUSED_IN_TIMM.split() if ':' in line}
+
+
+@pytest.mark.parametrize('content', [
+    'naflex_loader: true', 'naflex_train_seq_lens: [128]', 'naflex_max_seq_len: 128', 'naflex_patch_sizes: [16]',
+    'naflex_loss_scale: sqrt', 'kd_model_name: resnet50', 'kd_distill_type: feature', 'kd_temperature: 2.0',
+    'kd_student_feature_dim: 512', 'kd_token_distill_type: hard', 'train_size_schedule: progressive',
+    'target_format: multihot', 'multilabel_threshold: 0.4', 'aug_splits: 3',
+])
+def test_config_is_refused_what_flags_are(tmp_path, capsys, content):
+    flag, _, value = content.partition(': ')
+    line = refuses(tmp_path, capsys, content)
+    with pytest.raises(SystemExit):
+        parse_args([f"--{flag.replace('_', '-')}", value])
+    assert line.startswith(f'{flag} is not supported: ')
+    assert capsys.readouterr().err.strip().endswith(line.partition(' ')[2])
+
+
+@pytest.mark.parametrize('content', ['epochs: 2.7', 'resolutions: [64, 32.5]', 'batch_size: .inf', 'seed: .nan'])
+def test_config_is_refused_parts_of_integers(tmp_path, capsys, content):
+    assert refuses(tmp_path, capsys, content).endswith(', expected int.')
+
+
+def test_config_takes_integers_as_yaml_writes_them(tmp_path):
+    (tmp_path / 'c.yaml').write_text("epochs: 7.0\nbatch_size: '16'\nresolutions: [64, 32.0]\nepoch_repeats: 2.5\n")
+    args = parse_args(['--config', str(tmp_path / 'c.yaml')])
+    assert (args.epochs, args.batch_size, args.resolutions, args.epoch_repeats) == (7, 16, [64, 32], 2.5)
+    assert isinstance(args.epochs, int)
+
+
+class NoFloat64(TorchFunctionMode):
+    """Refuses float64 on the device, as MPS does."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            raise TypeError('Cannot convert a MPS Tensor to float64 dtype')
+        return result
+
+
+def test_a_device_without_float64(monkeypatch):
+    assert engine._sum_dtype(torch.device('mps')) == torch.float32 and engine._sum_dtype(CPU) == torch.float64
+    expected = train(*build(), batches())
+    monkeypatch.setattr(engine, '_sum_dtype', lambda device: torch.float32)
+    args, task = build()
+    with NoFloat64():
+        assert train(args, task, batches()) == pytest.approx(expected, rel=1e-6)
+        sums = engine._own_sums([1., 2., 3., 4.], args, CPU)
+    assert sums.dtype == torch.float32 and engine._all_sums(sums, args) == [1, 2, 3, 4]

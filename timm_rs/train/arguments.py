@@ -44,6 +44,13 @@ _REFUSED = {
     'target_format': 'distillation between resolutions is defined for one label per image',
 }
 
+# Their values in the args.yaml of a run of timm that does not use them, where these are not empty.
+_UNUSED = dict(
+    naflex_train_seq_lens=[128, 256, 576, 784, 1024], naflex_max_seq_len=576, naflex_loss_scale='linear',
+    kd_distill_type='logit', kd_loss_type='kl', kd_temperature=4., kd_token_distill_type='soft',
+    train_size_schedule='constant', multilabel_threshold=0.5, target_format='indices',
+)
+
 
 class _Refuse(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
@@ -300,8 +307,7 @@ def _read_config(parser: argparse.ArgumentParser, path: str) -> Dict[str, Any]:
             parser.error(f"--config {path}: unknown flag {name!r}{f', did you mean {near[0]!r}?' if near else '.'}")
         action = actions[name]
         if isinstance(action, _Refuse):
-            is_default = value in (None, False, 0, '', []) or name.startswith(('naflex', 'kd_'))
-            if not is_default:
+            if value not in (None, False, 0, '', [], _UNUSED.get(name)):
                 parser.error(f'--config {path}: {name} is not supported: {_REFUSED[name]}.')
             continue
         defaults[name] = _convert(parser, path, action, value)
@@ -321,6 +327,8 @@ def _convert(parser: argparse.ArgumentParser, path: str, action: argparse.Action
     if is_list != isinstance(value, (list, tuple)):
         parser.error(f"{expected} {'a list' if is_list else 'one value'}.")
     convert = action.type or str
+    if convert is int and any(isinstance(v, float) and not v.is_integer() for v in (value if is_list else [value])):
+        parser.error(f'{expected} int.')
     try:
         value = [convert(v) for v in value] if is_list else convert(value)
     except (TypeError, ValueError):

@@ -1,12 +1,18 @@
 """Randomness as a function of seed, epoch and position
 
 Nothing random depends on what was drawn before: the order of an epoch follows from (seed, epoch), the augmentation of
-an image from (seed, epoch, index), and what happens on the device from (seed, epoch, batch). So a run that is resumed
-anywhere goes on exactly as if it had not been interrupted, without any generator state in its checkpoints.
+an image from (seed, epoch, index, repeat), and what happens on the device from (seed, epoch, batch). So a run that is
+resumed anywhere goes on exactly as if it had not been interrupted, without any generator state in its checkpoints.
 """
+import json
 import logging
 import random
-from itertools import islice
+import struct
+import tempfile
+import uuid
+import weakref
+from itertools import groupby, islice
+from pathlib import Path
 from typing import Any, Iterator, List, Optional, Tuple
 
 import numpy as np
@@ -19,13 +25,17 @@ from ..errors import TrainingFault
 __all__ = ['EpochSampler', 'ReadErrors', 'SteadyDataset', 'mix_seed', 'seed_all']
 
 _logger = logging.getLogger('train')
+_READING = (EOFError, OSError, SyntaxError, struct.error, Image.DecompressionBombError)
+_DECODING = (*_READING, RuntimeError, ValueError)  # what Pillow raises for damaged files
 
 
 def mix_seed(*numbers: int) -> int:
-    """Return a 32-bit seed that differs for different numbers, order included.
+    """Return a 32-bit seed that differs for different numbers, order included; a fourth number of 0 is as none.
 
     Example:
         >>> mix_seed(42, 1) != mix_seed(42, 2) and mix_seed(1, 2) != mix_seed(2, 1)
+        True
+        >>> mix_seed(42, 1, 2, 0) == mix_seed(42, 1, 2)
         True
     """
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -42,7 +52,8 @@ def seed_all(*numbers: int) -> None:
 class EpochSampler(Sampler):
     """Order of the images of an epoch, from any batch on.
 
-    Gives (epoch, index) instead of the index, so that workers that live through many epochs know which one it is.
+    Gives (epoch, index, repeat) instead of the index, so that workers that live through many epochs know which one it
+    is, and how often a sampler that repeats images one after the other (--aug-repeats) gave this one before.
 
     Args:
         sampler: timm's or torch's sampler of indices.
@@ -67,13 +78,13 @@ class EpochSampler(Sampler):
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def __iter__(self) -> Iterator[Tuple[int, int]]:
+    def __iter__(self) -> Iterator[Tuple[int, int, int]]:
         if isinstance(self.sampler, DistributedSampler):
             self.sampler.seed = self.seed
         elif isinstance(self.sampler, RandomSampler):
             self.sampler.generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
-        indices = islice(iter(self.sampler), self.first_batch * self.batch_size, None)
-        return ((self.epoch, index) for index in indices)
+        keys = ((self.epoch, index, n) for index, same in groupby(self.sampler) for n, _ in enumerate(same))
+        return islice(keys, self.first_batch * self.batch_size, None)
 
 
 class ReadErrors:
@@ -86,34 +97,55 @@ class ReadErrors:
     def __init__(self, limit: int):
         self.limit = limit
         self.names = {}  # of the images, in the order of their failing
-        self._queue = torch.multiprocessing.SimpleQueue()
+        self._stuck = False
+        self._told = set()  # by this process
+        self._path = Path(tempfile.gettempdir(), f'timm_rs-{uuid.uuid4().hex}')  # never full, unlike a pipe
+        self._position = 0
+        weakref.finalize(self, self._path.unlink, missing_ok=True)
 
-    def report(self, name: str, reason: str) -> None:
-        """Tell, from any process, that an image cannot be read."""
-        self._queue.put((name, reason))
+    def report(self, name: str, reason: str, is_last: bool = False) -> None:
+        """Tell, from any process, that an image cannot be read, and whether none stands in for it."""
+        if is_last or name not in self._told:
+            self._told.add(name)
+            with open(self._path, 'ab', buffering=0) as f:  # each line in one piece, behind those of the others
+                f.write(json.dumps([name, reason, is_last]).encode() + b'\n')
 
     def check(self) -> None:
         """Log what was reported.
 
         Raises:
-            TrainingFault: More images than the limit failed.
+            TrainingFault: More images than the limit failed, or one that none stands in for.
         """
         fault = self.fault()
         if fault is not None:
             raise fault
 
     def fault(self) -> Optional[TrainingFault]:
-        """Log what was reported, and return the fault if more images than the limit failed."""
-        while not self._queue.empty():
-            name, reason = self._queue.get()
+        """Log what was reported, and return the fault that ends the run, if any."""
+        for name, reason, is_last in self._reports():
             if name not in self.names:
                 _logger.warning(f'Cannot read image {name} ({reason}), another one stands in.')
             self.names[name] = reason
+            self._stuck |= is_last
         if len(self.names) > self.limit:
-            return TrainingFault(
-                f'{len(self.names)} images cannot be read, expected at most {self.limit} (--max-unreadable): '
-                f'{", ".join(list(self.names)[:3])}, ...')
-        return None
+            expected = f'expected at most {self.limit} (--max-unreadable)'
+        elif self._stuck:
+            expected = 'and none is left to stand in'
+        else:
+            return None
+        return TrainingFault(
+            f'{len(self.names)} images cannot be read, {expected}: {", ".join(list(self.names)[:3])}, ...')
+
+    def _reports(self) -> Iterator[Tuple[str, str, bool]]:
+        """Give what was reported since the last time."""
+        if not self._path.exists():
+            return
+        with open(self._path, 'rb') as f:
+            f.seek(self._position)
+            lines = f.read()
+        lines = lines[:lines.rfind(b'\n') + 1]
+        self._position += len(lines)
+        yield from map(json.loads, lines.splitlines())
 
     def summary(self) -> str:
         """Return one line on all failures so far, empty if there is none."""
@@ -124,7 +156,7 @@ class ReadErrors:
 
 
 class SteadyDataset(Dataset):
-    """A data set whose augmentations follow from (seed, epoch, index), and that survives unreadable images.
+    """A data set whose augmentations follow from (seed, epoch, index, repeat), and that survives unreadable images.
 
     In the place of an image that cannot be read stands the next one.
 
@@ -154,29 +186,35 @@ class SteadyDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: Any) -> Tuple[Any, Any]:
-        epoch, index = key if isinstance(key, tuple) else (None, key)
-        for _ in range(min(len(self), self.errors.limit + 10)):
+        epoch, index, repeat = key if isinstance(key, tuple) else (None, key, 0)
+        for left in reversed(range(min(len(self), self.errors.limit + 10))):
             if epoch is not None:
-                seed_all(self.seed, epoch, index)
+                seed_all(self.seed, epoch, index, repeat)
             try:
                 return self.dataset[index]
-            except (OSError, RuntimeError) as e:
-                if isinstance(e, RuntimeError) and 'consecutive samples' not in str(e):
-                    raise  # no reading error
-                self.errors.report(self._name(index), self._reason(index, e))
+            except _DECODING as e:
+                reason = self._reason(index, e)
+                if reason is None:
+                    raise
+                self.errors.report(self._name(index), reason, is_last=not left)
                 index = (index + 1) % len(self)
         raise RuntimeError(f'No image before number {index} can be read.')
 
-    def _reason(self, index: int, error: Exception) -> str:
+    def _reason(self, index: int, error: Exception) -> Optional[str]:
+        """Return why an image cannot be read, None if it can and the error is another one's, such as a transform's."""
+        is_reading = isinstance(error, _READING)
         if hasattr(self.dataset, 'reader'):  # timm tells that it failed, not why
+            is_reading = 'consecutive samples' in str(error)
             try:
-                Image.open(self.dataset.reader[index][0]).load()
-            except (OSError, SyntaxError) as e:
-                error = e
-        return ' '.join(str(error).split())
+                Image.open(self.dataset.reader[index][0]).convert(self.dataset.input_img_mode)
+            except _DECODING as e:
+                is_reading, error = True, e
+        if not is_reading:
+            return None
+        return ' '.join(str(error).split()) or type(error).__name__
 
     def _name(self, index: int) -> str:
         try:
-            return self.dataset.filename(index, absolute=True)
+            return self.dataset.filename(index, absolute=True) or f'number {index}'
         except (AttributeError, NotImplementedError):
             return f'number {index}'

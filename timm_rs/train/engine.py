@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..errors import TrainingFault
 from ..evaluate import average, evaluate
 from .builders import Loaders
-from .determinism import seed_all
+from .determinism import ReadErrors, seed_all
 from .saver import AtomicCheckpointSaver, Progress
 from .task import TERMS, MultiResolutionTask
 
@@ -135,7 +135,7 @@ def train_one_epoch(
         Means over the epoch's images, of all processes, of the loss and its terms.
 
     Raises:
-        TrainingFault: The loss is not finite, or memory ran out.
+        TrainingFault: The loss is not finite, memory ran out, or too many images cannot be read.
         Preempted: The process was asked to end; progress tells where it is.
     """
     epoch = progress.epoch
@@ -205,7 +205,7 @@ def train_one_epoch(
                         optimizer.step()
         except torch.OutOfMemoryError as e:
             raise TrainingFault(_explain_out_of_memory(task, args, e)) from e
-        sums += torch.stack([losses[term].detach() for term in TERMS]).double() * len(images)
+        sums += torch.stack([losses[term].detach() for term in TERMS]).to(sums.dtype) * len(images)
         progress.num_images += len(images)
         progress.batch = batch_idx + 1
         window_images += len(images)
@@ -254,7 +254,7 @@ def train_one_epoch(
     if progress.batch < num_batches:  # the other processes would wait for ever
         raise TrainingFault(f'The training data ended after batch {progress.batch} of {num_batches}.')
     progress.sums = _all_sums(sums, args)
-    count = torch.tensor(progress.num_images, device=device, dtype=torch.float64)
+    count = torch.tensor(progress.num_images, device=device, dtype=sums.dtype)
     if args.distributed:
         dist.all_reduce(sums)
         dist.all_reduce(count)
@@ -266,9 +266,14 @@ def train_one_epoch(
 
 def _own_sums(sums: List[float], args: argparse.Namespace, device: torch.device) -> torch.Tensor:
     """Return the sums of this process out of those of all."""
+    dtype = _sum_dtype(device)
     if not sums:
-        return torch.zeros(len(TERMS), device=device, dtype=torch.float64)
-    return torch.tensor(sums, device=device, dtype=torch.float64).view(args.world_size, len(TERMS))[args.rank].clone()
+        return torch.zeros(len(TERMS), device=device, dtype=dtype)
+    return torch.tensor(sums, device=device, dtype=dtype).view(args.world_size, len(TERMS))[args.rank].clone()
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == 'mps' else torch.float64  # mps knows no float64
 
 
 def _all_sums(sums: torch.Tensor, args: argparse.Namespace) -> List[float]:
@@ -312,11 +317,15 @@ def validate(
 
     Returns:
         As flatten_metrics does.
+
+    Raises:
+        TrainingFault: Too many images cannot be read.
+        Preempted: The process was asked to end.
     """
     batches = tqdm(loaders.eval, desc=name, leave=False, disable=None if args.rank == 0 else True)
     metrics = evaluate(
         model,
-        _until_preempted(batches, preemption),
+        _until_preempted(batches, preemption, loaders.errors),
         args.resolutions,
         loaders.normalize,
         amp_autocast=amp_autocast,
@@ -333,9 +342,10 @@ def validate(
     return flat
 
 
-def _until_preempted(batches: Iterable, preemption: Preemption) -> Iterator:
+def _until_preempted(batches: Iterable, preemption: Preemption, errors: ReadErrors) -> Iterator:
     """Give batches until a SIGTERM comes; the process still takes part in summing up, which the others wait for."""
     for batch in batches:
+        errors.check()
         yield batch
         if preemption.requested:
             return

@@ -1,0 +1,195 @@
+"""Images that cannot be read: others stand in for them, and neither their number nor their kind holds a run up"""
+import multiprocessing
+import random
+import re
+import signal
+import struct
+
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_dataset
+from torch.utils.data import Dataset
+
+import train_rs
+from timm_rs.errors import TrainingFault
+from timm_rs.train.determinism import ReadErrors, SteadyDataset
+
+TINY = (
+    '--model rs_test_resnet --resolutions 32 16 --batch-size 4 --validation-batch-size 32 --device cpu --lr 0.05 '
+    '--warmup-epochs 0 --epochs 1 --experiment run'
+).split()
+DECODING = [
+    EOFError(), OSError('image file is truncated'), RuntimeError('Failed to decode frame 0'),
+    SyntaxError('broken PNG file'), ValueError('Unsupported SGI image mode'), struct.error('unpack requires 4 bytes'),
+    Image.DecompressionBombError('Image size exceeds limit'),
+]
+
+
+@pytest.fixture(autouse=True)
+def alarm():
+    """End a test that hangs."""
+    def ring(*_):
+        raise TimeoutError('the test hangs')
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(100)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def write_images(root, is_readable, **counts):
+    """Write images of two classes, those that are not readable empty."""
+    generator = random.Random(0)
+    for split, count in counts.items():
+        for i in range(count):
+            folder = root / split / ('cat', 'dog')[i % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f'image_of_a_usual_name_{i:08d}.png'
+            if is_readable(split, i):
+                Image.frombytes('RGB', (10, 9), generator.randbytes(270)).save(path)
+            else:
+                path.touch()
+    return root
+
+
+class Nothing(Dataset):
+    """Images none of which can be read."""
+
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, index):
+        raise OSError('No such device ' + 'or address' * 20)
+
+
+def read_all(errors, first):
+    with pytest.raises(RuntimeError, match='can be read'):
+        SteadyDataset(Nothing(), 0, errors)[first]
+
+
+def test_reports_wait_for_nobody():
+    """From two processes far more of them than a pipe holds, and each is counted once."""
+    errors = ReadErrors(999)
+    processes = [multiprocessing.get_context('fork').Process(target=read_all, args=(errors, i)) for i in (0, 500)]
+    for process in processes:
+        process.start()
+    read_all(errors, 0)
+    for process in processes:
+        process.join(30)
+    exitcodes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert exitcodes == [0, 0]
+    assert str(errors.fault()).startswith('1000 images cannot be read, expected at most 999 (--max-unreadable)')
+    assert errors.summary().startswith('1000 unreadable images so far: number ')
+
+
+@pytest.mark.parametrize('workers,split,count,is_readable', [
+    (0, 'validation', 2100, lambda split, i: split == 'train' or i % 4 < 2),
+    (1, 'validation', 2100, lambda split, i: split == 'train' or i % 4 < 2),
+    (4, 'train', 1200, lambda split, i: split == 'validation'),
+    (0, 'train', 40, lambda split, i: split == 'validation'),  # fewer than the limit
+], ids=['validation in this process', 'validation', 'training', 'training on few images'])
+def test_too_many_end_a_run_with_one_line(tmp_path, capfd, workers, split, count, is_readable):
+    root = write_images(tmp_path / 'images', is_readable, **dict(dict(train=8, validation=8), **{split: count}))
+    with pytest.raises(SystemExit) as e:
+        train_rs.main([str(root), *TINY, '--workers', str(workers), '--output', str(tmp_path / 'output')])
+    assert e.value.code == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if 'error: ' in line]
+    assert len(lines) == 1
+    number, rest = re.match(r'train_rs.py: error: (\d+) images cannot be read, (.*)', lines[0]).groups()
+    if count > 100:
+        assert rest.startswith('expected at most 100 (--max-unreadable): ')
+        assert 100 < int(number) < (500 if split == 'validation' else count)  # at once, not behind the last batch
+    else:
+        assert int(number) == count and rest.startswith('and none is left to stand in: ')
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return create_dataset('', write_images(tmp_path, lambda *_: True, train=4), 'train')
+
+
+def fail_at(monkeypatch, path, error):
+    """Let Pillow raise an error for a file."""
+    opens = Image.open
+
+    def fail_or_open(f, *args, **kwargs):
+        if f.name == path:
+            raise error
+        return opens(f, *args, **kwargs)
+
+    monkeypatch.setattr(Image, 'open', fail_or_open)
+
+
+@pytest.mark.parametrize('error', DECODING, ids=lambda e: type(e).__name__)
+def test_whatever_decoding_raises_another_image_stands_in(dataset, monkeypatch, caplog, error):
+    fail_at(monkeypatch, dataset.filename(1, absolute=True), error)
+    errors = ReadErrors(1)
+    images = SteadyDataset(dataset, 0, errors)
+    assert images[1] == images[2]
+    errors.check()
+    assert f'Cannot read image {dataset.filename(1, absolute=True)} ({str(error) or "EOFError"})' in caplog.text
+    assert list(errors.names) == [dataset.filename(1, absolute=True)]
+
+
+def test_a_block_of_zeros_and_a_huge_image(dataset, monkeypatch):
+    zeros, huge = (dataset.filename(i, absolute=True) for i in (0, 2))
+    Image.frombytes('RGB', (200, 300), random.Random(0).randbytes(180_000)).save(zeros)
+    with open(zeros, 'r+b') as f:
+        f.seek(f.read().rindex(b'IDAT') - 2000)
+        f.write(bytes(4096))
+    Image.new('RGB', (1000, 300)).save(huge)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100_000)
+    errors = ReadErrors(2)
+    images = SteadyDataset(dataset, 0, errors)
+    assert [images[i] for i in range(4)] == [images[i] for i in (1, 1, 3, 3)]
+    errors.check()
+    assert list(errors.names) == [zeros, huge]
+    assert errors.names[zeros].startswith('broken PNG file') and 'exceeds limit' in errors.names[huge]
+
+
+@pytest.mark.parametrize('error', DECODING, ids=lambda e: type(e).__name__)
+def test_an_error_of_a_transform_is_none_of_reading(dataset, error):
+    def transform(image):
+        raise error
+
+    errors = ReadErrors(0)
+    images = SteadyDataset(dataset, 0, errors)
+    images.transform = transform
+    with pytest.raises(type(error)):
+        images[0]
+    errors.check()
+
+
+def test_an_image_that_can_be_read_the_next_time(dataset, monkeypatch):
+    """Counts: the storage fails now and then."""
+    opens, calls = Image.open, []
+
+    def fail_once(f, *args, **kwargs):
+        calls.append(f)
+        if len(calls) == 1:
+            raise OSError('Stale file handle')
+        return opens(f, *args, **kwargs)
+
+    monkeypatch.setattr(Image, 'open', fail_once)
+    errors = ReadErrors(0)
+    SteadyDataset(dataset, 0, errors)[0]
+    with pytest.raises(TrainingFault, match='1 images cannot be read'):
+        errors.check()
+
+
+def test_a_data_set_without_names():
+    errors = ReadErrors(0)
+
+    class Damaged(Nothing):
+        def __getitem__(self, index):
+            if index == 7:
+                raise SyntaxError('broken PNG file')
+            return torch.tensor(index), 0
+
+    assert SteadyDataset(Damaged(), 0, errors)[7][0] == 8
+    with pytest.raises(TrainingFault, match='number 7'):
+        errors.check()
