@@ -14,7 +14,7 @@ import statistics
 from pathlib import Path
 
 from _common import create_parser, environment, shell_command
-from paper_table import METHODS, cell, gain, top1
+from _tables import METHODS, cell, gain, top1
 
 
 def main(argv=None):
