@@ -197,7 +197,8 @@ def _measure(
     sums: Dict[int, List[torch.Tensor]] = {}
 
     def add(module: nn.Module, inputs: Any, i: int) -> None:
-        x = inputs[0].double()
+        x = inputs[0].cpu() if inputs[0].device.type == 'mps' else inputs[0]  # which knows no float64
+        x = x.double()
         dims = [d for d in range(x.ndim) if d != 1]
         count = torch.tensor(float(x.numel() // x.shape[1]), device=x.device)
         batch = [x.sum(dims), x.square().sum(dims), count]
