@@ -2,8 +2,9 @@
 import hashlib
 import os
 import sys
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
 from PIL import Image
@@ -12,7 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from tqdm import tqdm
 
-__all__ = ['Photographs', 'list_photographs', 'load_photographs', 'random_crops', 'resize_matrices']
+__all__ = [
+    'Boxes', 'Photographs', 'crop', 'list_photographs', 'load_photographs', 'normalize', 'random_boxes',
+    'resize_matrices',
+]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SPLITS = ('train', 'val')
@@ -168,43 +172,70 @@ def _decode(samples: Sequence[Tuple[str, int]], transform: Any) -> Tuple[List[to
     return stacks, labels
 
 
-def random_crops(
-        images: torch.Tensor, order: torch.Tensor, batch_size: int, size: int, scale: Tuple[float, float],
-        generator: torch.Generator, hflip: float = 0.5,
-) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
-    """Give batches of random resized crops with random flips, normalized, on the images' device.
+class Boxes(NamedTuple):
+    """Crops to take of a batch of images, still on the CPU or on their device.
+
+    Attributes:
+        indices: The images [N].
+        ranges: Start and length of rows and of columns in pixels, and 1 to flip or 0 [5, N].
+    """
+    indices: torch.Tensor
+    ranges: torch.Tensor
+
+
+def random_boxes(
+        indices: torch.Tensor, side: int, scale: Tuple[float, float], generator: torch.Generator, hflip: float = 0.5,
+) -> Boxes:
+    """Draw random resized crops and random flips.
+
+    Args:
+        indices: The images [N].
+        side: Of the images, in pixels.
+        scale: Range of the share of the area that is cropped; aspect ratios are between 3/4 and 4/3.
+        generator: Of the CPU.
+        hflip: Probability of a horizontal flip.
+    """
+    n = len(indices)
+    area = torch.empty(n).uniform_(*scale, generator=generator)
+    ratio = torch.empty(n).uniform_(-0.2877, 0.2877, generator=generator).exp()  # log of 4/3
+    lengths = [(area * r).sqrt().clamp(max=1) * side for r in (ratio, 1 / ratio)]
+    starts = [torch.rand(n, generator=generator) * (side - length) for length in lengths]
+    flip = torch.rand(n, generator=generator) < hflip
+    return Boxes(indices, torch.stack([starts[0], lengths[0], starts[1], lengths[1], flip.float()]))
+
+
+def crop(images: torch.Tensor, boxes: Boxes, size: int) -> torch.Tensor:
+    """Crop and flip a batch on the images' device, and normalize.
 
     The resize is antialiased bilinear interpolation of the crop, written as a product with one matrix per side and
     image, so that a whole batch with its different boxes is two batched matrix products.
 
     Args:
-        images: Squares [N, 3, side, side], uint8.
-        order: Indices of the images of the epoch; what does not fill a batch is left out.
-        batch_size: Images per batch.
+        images: Squares [M, 3, side, side], uint8.
+        boxes: Of N of them, on their device.
         size: Output size in pixels.
-        scale: Range of the share of the area that is cropped; aspect ratios are between 3/4 and 4/3.
-        generator: Of the CPU, makes the boxes.
-        hflip: Probability of a horizontal flip.
 
     Returns:
-        (crops [batch_size, 3, size, size], indices [batch_size]).
+        Crops [N, 3, size, size].
     """
-    side, device = images.shape[-1], images.device
+    side = images.shape[-1]
+    top, height, left, width, flip = boxes.ranges
+    rows, columns = resize_matrices(top, height, side, size), resize_matrices(left, width, side, size)
+    columns = torch.where(flip.view(-1, 1, 1) > 0, columns.flip(1), columns)
+    pixels = normalize(images[boxes.indices])
+    return rows[:, None] @ pixels @ columns[:, None].transpose(-1, -2)
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """Return uint8 images [N, 3, H, W] as floats of ImageNet's mean 0 and standard deviation 1."""
+    mean, std = _statistics(images.device)
+    return (images.float() - mean) / std
+
+
+@lru_cache
+def _statistics(device: torch.device) -> Tuple[torch.Tensor, torch.Tensor]:
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in (MEAN, STD))
-    for indices in order.split(batch_size):
-        n = len(indices)
-        if n < batch_size:
-            return
-        area = torch.empty(n).uniform_(*scale, generator=generator)
-        ratio = torch.empty(n).uniform_(-0.2877, 0.2877, generator=generator).exp()  # log of 4/3
-        lengths = [(area * r).sqrt().clamp(max=1) * side for r in (ratio, 1 / ratio)]
-        starts = [torch.rand(n, generator=generator) * (side - length) for length in lengths]
-        flip = torch.rand(n, generator=generator) < hflip
-        rows, columns = (
-            resize_matrices(start.to(device), length.to(device), side, size) for start, length in zip(starts, lengths))
-        columns = torch.where(flip.to(device).view(-1, 1, 1), columns.flip(1), columns)
-        pixels = (images[indices.to(device)].float() - mean) / std
-        yield rows[:, None] @ pixels @ columns[:, None].transpose(-1, -2), indices
+    return mean, std
 
 
 def resize_matrices(starts: torch.Tensor, lengths: torch.Tensor, side: int, size: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ from pathlib import Path
 import timm
 import torch
 from _common import create_parser, print_table, write_results
-from _photographs import MEAN, STD, load_photographs, random_crops
+from _photographs import crop, load_photographs, normalize, random_boxes
 
 import timm_rs
 from timm_rs.calibrate import measure_statistics
@@ -71,8 +71,9 @@ def at_size(model, size, method, images, order):
         return model
     torch.manual_seed(0)
     largest = max(size, model.resolutions[0])
-    crops = random_crops(images, order, 128, largest, (0.25, 1.), torch.Generator().manual_seed(0))
-    model, loader = copy.deepcopy(model), [batch for batch, _ in crops]
+    generator = torch.Generator().manual_seed(0)
+    boxes = [random_boxes(indices, images.shape[-1], (0.25, 1.), generator) for indices in order.split(128)]
+    model, loader = copy.deepcopy(model), [crop(images, b, largest) for b in boxes]
     if size in model.resolutions:
         measure_statistics(model, size, loader)
         return model
@@ -81,10 +82,9 @@ def at_size(model, size, method, images, order):
 
 @torch.inference_mode()
 def accuracy(model, photographs, size):
-    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (MEAN, STD))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of a size that was not trained
-        found = [model((x.float() - mean) / std).argmax(1) for x in photographs.val[size].split(250)]
+        found = [model(normalize(x)).argmax(1) for x in photographs.val[size].split(250)]
     return 100 * (torch.cat(found) == photographs.val_labels).float().mean().item()
 
 

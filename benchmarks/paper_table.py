@@ -14,40 +14,41 @@ own, on a random tenth of the training images that is held out for that; validat
 
     python benchmarks/paper_table.py DIR --model resnet10t --sizes 64 56 48 40 32 --epochs 80 --dry-run
     python benchmarks/paper_table.py DIR --model resnet10t --sizes 64 56 48 40 32 --epochs 80 --amp --channels-last
+    python benchmarks/paper_table.py DIR --model resnet18 --sizes 128 112 96 80 64 --epochs 80 --side 224 --amp \
+        --channels-last --cuda-graphs --jobs 4    # on a GPU, where all images lie in its memory
 
-Every finished run leaves a file in --work and is not repeated; one that was stopped goes on at its last epoch. Images
-are decoded once. --include takes over the runs of a table that was published. Written at the end, and with what is
-there so far by --table-only: results/paper_table.csv, .md (the form of the paper's table, gains over the I-Nets in
-brackets), .png (accuracy against multiply-adds) and .json.
+Every finished run leaves a file in --work and is not repeated; one that was stopped goes on at its last epoch, or on a
+GPU at most 20 s before. Images are decoded once. --include takes over the runs of a table that was published. Written
+at the end, and with what is there so far by --table-only: results/paper_table.csv, .md (the form of the paper's table,
+gains over the I-Nets in brackets), .png (accuracy against multiply-adds) and .json.
 """
 import csv
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from argparse import SUPPRESS, Namespace
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Callable, Container, Dict, List, Optional, Tuple
 
 import timm
 import torch
-import torch.nn.functional as F
 from _common import create_parser, environment, shell_command
-from _photographs import MEAN, STD, list_photographs, load_photographs, random_crops
+from _photographs import Photographs, list_photographs, load_photographs, normalize
 from _tables import DEFAULTS, METHODS, describe, markdown, plot, summarize, top1
-from _variants import ENSEMBLES, share_half
-from timm.models import load_checkpoint
-from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3
+from _training import Diverged, Run, choose_levels, say, train_network, write_json
+from _variants import ENSEMBLES
 
-from timm_rs.evaluate import ENSEMBLE, count_madds, count_parameters
-from timm_rs.quant import quantize
+from timm_rs.evaluate import count_madds
 from timm_rs.train import ResolutionPyramid
 
 RECIPE = (
@@ -56,34 +57,6 @@ RECIPE = (
     'private', 'resample', 'weight_bits', 'activation_bits', 'initial_checkpoint')
 SEARCH_SEED = 0
 BEFORE = dict(resample='antialiased')  # what runs did that do not tell
-
-
-@dataclass(frozen=True)
-class Run:
-    """A network to train.
-
-    Attributes:
-        method: Key of METHODS.
-        sizes: Sizes in pixels that it is trained at, largest first.
-        lr: Learning rate.
-        seed: Of weights, order and crops.
-        search: Trained without the held-out images and evaluated on them, to choose the learning rate.
-    """
-    method: str
-    sizes: Tuple[int, ...]
-    lr: float
-    seed: int
-    search: bool = False
-
-    @property
-    def name(self) -> str:
-        sizes = f'-{self.sizes[0]}' if self.method == 'inet' else ''
-        lr = '?' if math.isnan(self.lr) else f'{self.lr:g}'
-        return f"{self.method}{sizes}-lr{lr}-seed{self.seed}{'-search' if self.search else ''}"
-
-    @property
-    def switchable(self) -> bool:
-        return self.method not in ('inet', 'random_size')
 
 
 def main(argv=None):
@@ -98,15 +71,12 @@ def main(argv=None):
 
     if args.worker:
         return train(Run(**{k: tuple(v) if k == 'sizes' else v for k, v in json.loads(args.worker).items()}), args)
-    if not args.table_only:
-        for search in (True, False):
-            runs = plan(args, search)
-            if args.dry_run:
-                show(runs, args, 'search' if search else 'train')
-            else:
-                train_all(runs, args)
-                if search:
-                    warn_of_the_edge(args)
+    if args.dry_run:
+        show(plan(args, True), args, 'search')
+        show(plan(args, False), args, 'train')
+    elif not args.table_only:
+        train_all(args)
+        warn_of_the_edge(args)
     if not args.dry_run:
         write_table(args)
 
@@ -117,7 +87,8 @@ def parse_args(argv=None):
     add('data_dir', metavar='DIR', help='folder with train/ and val/, each with a folder per class')
     add('--model', default='resnet10t', help='timm model with BatchNorm (default: %(default)s)')
     add('--sizes', type=int, nargs='+', default=[64, 56, 48, 40, 32], metavar='N', help='in pixels')
-    add('--methods', nargs='+', default=list(METHODS), choices=METHODS, help='what to train (default: all)')
+    add('--methods', nargs='+', default=list(METHODS), choices=METHODS,
+        help='what to train, in this order (default: all)')
     add('--epochs', type=int, default=80, metavar='N')
     add('--seeds', type=int, nargs='+', default=[0], metavar='N')
     add('--lrs', type=float, nargs='+', default=[0.1], metavar='LR', help='learning rates to choose from')
@@ -148,7 +119,8 @@ def parse_args(argv=None):
     add('--amp', action='store_true', help='bfloat16')
     add('--channels-last', action='store_true')
     add('--torchcompile', action='store_true', help='compile the networks')
-    add('--jobs', type=int, default=1, metavar='N', help='runs side by side, which share the threads')
+    add('--cuda-graphs', action='store_true', help='launch a step at once: small networks keep a GPU busy then')
+    add('--jobs', type=int, default=1, metavar='N', help='runs side by side, which share the threads or the GPU')
     add('--work', type=Path, default=Path('output/paper_table'), metavar='DIR', help='where runs are kept')
     add('--include', type=Path, metavar='FILE', help='take over the runs of this results/....json, of the same recipe')
     add('--dry-run', action='store_true', help='show the plan and its cost')
@@ -166,10 +138,12 @@ def parse_args(argv=None):
         parser.error('--ensemble classes needs all sizes in each step, not --sampled.')
     if args.weight_bits == 32 > args.activation_bits:
         parser.error('--activation-bits needs --weight-bits.')
+    if args.cuda_graphs and (torch.device(args.device).type != 'cuda' or args.torchcompile):
+        parser.error('--cuda-graphs needs --device cuda, and no --torchcompile.')
     args.sizes = sorted(set(args.sizes), reverse=True)
     args.side = args.side or 2 * args.sizes[0]
     args.dataset = args.dataset or Path(args.data_dir).resolve().name
-    args.methods = [m for m in METHODS if m in args.methods]
+    args.methods = list(dict.fromkeys(args.methods))
     try:
         samples, classes = list_photographs(args.data_dir)
     except ValueError as e:
@@ -262,9 +236,7 @@ def read(run: Run, args: Namespace) -> Optional[dict]:
 
 
 def write(run: Run, result: dict, args: Namespace) -> None:
-    path = args.work / f'{run.name}.json'
-    path.with_suffix('.tmp').write_text(json.dumps(result, indent=2) + '\n')
-    os.replace(path.with_suffix('.tmp'), path)
+    write_json(args.work / f'{run.name}.json', result)
 
 
 def cost(run: Run, args: Namespace) -> float:
@@ -301,184 +273,98 @@ def seconds_left(todo: float, args: Namespace) -> float:
     return todo / rate / args.jobs if done else 0.
 
 
-def train_all(runs: List[Run], args: Namespace) -> None:
-    """Train what is not done, some side by side, each in a process of its own."""
-    todo, running = [run for run in runs if not read(run, args)], {}
+def train_all(args: Namespace) -> None:
+    """Train what is not done, --jobs side by side: in processes, or on a GPU in threads, which share the images."""
+    if next_run(args, ()) is None:
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C: what runs keeps what it has
+    photographs = load(args)
+    on_gpu, failed, children, running = torch.device(args.device).type == 'cuda', threading.Event(), {}, {}
     env = dict(os.environ)
     env.setdefault('OMP_NUM_THREADS', str(max(1, torch.get_num_threads() // args.jobs)))
-    if todo:
-        load(args)
-    while todo or running:
-        while todo and len(running) < args.jobs:
-            run = todo.pop(0)
-            argv = [sys.executable, *sys.argv, '--worker', json.dumps(asdict(run))]
-            running[subprocess.Popen(argv, env=env)] = run
-            left = seconds_left(sum(cost(r, args) for r in [*todo, *running.values()]), args)
-            hours = f', {left / 3600:.1f} h left' if left else ''
-            print(f'{run.name}: begun, {len(todo)} to follow{hours}', flush=True)
-        time.sleep(0.2)
-        for process in [p for p in running if p.poll() is not None]:
-            run = running.pop(process)
-            if process.returncode:
-                for other in running:
-                    other.terminate()
-                raise SystemExit(f'{run.name} ended with {process.returncode}.')
+    if on_gpu:
+        photographs = on_device(photographs, args)
+
+    def in_thread(run):
+        with torch.cuda.stream(streams[threading.current_thread().name]):
+            train(run, args, photographs, failed.is_set)
+
+    def in_process(run):
+        children[run] = subprocess.Popen([sys.executable, *sys.argv, '--worker', json.dumps(asdict(run))], env=env)
+        if children[run].wait():
+            raise SystemExit(f'{run.name} ended with {children[run].returncode}.')
+
+    streams = defaultdict(torch.cuda.Stream)
+    with ThreadPoolExecutor(args.jobs) as executor:
+        try:
+            while True:
+                while len(running) < args.jobs and (run := next_run(args, running)):
+                    say(f'{run.name}: begun{time_left(args)}')
+                    running[run] = executor.submit(in_thread if on_gpu else in_process, run)
+                if not running:
+                    return
+                wait(running.values(), return_when=FIRST_COMPLETED)
+                for run in [run for run, future in running.items() if future.done()]:
+                    running.pop(run).result()
+        finally:
+            failed.set()
+            for child in children.values():
+                child.terminate()
 
 
-def load(args: Namespace):
+def next_run(args: Namespace, running: Container[Run]) -> Optional[Run]:
+    """Return the first run that can begin: those that choose learning rates, then those of the table."""
+    for search in (True, False):
+        for run in plan(args, search):
+            if run not in running and not math.isnan(run.lr) and not read(run, args):
+                return run
+    return None
+
+
+def time_left(args: Namespace) -> str:
+    left = seconds_left(sum(cost(run, args) for search in (True, False) for run in plan(args, search)
+                            if not read(run, args)), args)
+    return f', {left / 3600:.1f} h left' if left > 1800 else f', {left / 60:.0f} min left' if left else ''
+
+
+def load(args: Namespace) -> Photographs:
     try:
         return load_photographs(args.data_dir, args.sizes, args.side, args.crop_pct, args.work / 'photographs.pt')
     except ValueError as e:
         raise SystemExit(str(e)) from e
 
 
-def train(run: Run, args: Namespace) -> None:
+def on_device(photographs: Photographs, args: Namespace) -> Photographs:
+    """Move all images there, for all runs."""
+    photographs = photographs._replace(
+        train=photographs.train.to(args.device),
+        val={size: x.to(args.device) for size, x in photographs.val.items()},
+        held_out={size: x.to(args.device) for size, x in photographs.held_out.items()})
+    normalize(photographs.train[:1])  # its constants are there before any other stream needs them
+    torch.cuda.synchronize()
+    return photographs
+
+
+def train(
+        run: Run, args: Namespace, photographs: Optional[Photographs] = None,
+        stop: Callable[[], bool] = lambda: False,
+) -> None:
     """Train a network and write what it reaches."""
-    began, device = time.perf_counter(), torch.device(args.device)
-    photographs = load(args)
-    count = photographs.num_fit if run.search else len(photographs.train)
-    images, labels = photographs.train[:count].to(device), photographs.train_labels[:count].to(device)
-    torch.manual_seed(run.seed)
-    model = create_network(run, args, len(photographs.classes))
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    model.to(device, memory_format=layout)
-    if args.private != 'both':
-        share_half(model, args.private)
-    network = torch.compile(model) if args.torchcompile else model
-    mode = run.method if run.method in ('ens', 'ens_topdown') else 'none'
-    criterion = ENSEMBLES[args.ensemble](mode, len(run.sizes), len(photographs.classes)).to(device)
-    pyramid = ResolutionPyramid(run.sizes, resample=args.resample)
-    average = ModelEmaV3(model, decay=args.ema) if args.ema else None
-    optimizer = create_optimizer_v2(model, opt='sgd', lr=run.lr, momentum=0.9, weight_decay=args.weight_decay)
-    if mode != 'none' and any(True for _ in criterion.parameters()):
-        optimizer.add_param_group(dict(params=list(criterion.parameters()), weight_decay=0.))
-    epochs, steps = args.search_epochs if run.search else args.epochs, count // args.batch_size
-    partial, epoch, spent = args.work / f'{run.name}.ckpt', 0, 0.
-    if partial.exists():
-        state = torch.load(partial, map_location=device)
-        model.load_state_dict(state['model'])
-        criterion.load_state_dict(state['criterion'])
-        optimizer.load_state_dict(state['optimizer'])
-        epoch, spent = state['epoch'], state['seconds']
-        if average:
-            average.load_state_dict(state['average'])
-
-    def autocast():
-        return torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext()
-
-    while epoch < epochs:
-        generator = torch.Generator().manual_seed(1000003 * run.seed + epoch)
-        order, sums = torch.randperm(count, generator=generator), torch.zeros(4, device=device)
-        model.train()
-        batches = random_crops(images, order, args.batch_size, run.sizes[0], tuple(args.scale), generator, args.hflip)
-        for step, (crops, indices) in enumerate(batches):
-            at = epoch + step / steps
-            warm = min(1., (at + 1 / steps) / max(args.warmup_epochs, 1e-9))
-            for group in optimizer.param_groups:
-                group['lr'] = run.lr * min(warm, 0.5 * (1 + math.cos(math.pi * at / epochs)))
-            crops = crops.contiguous(memory_format=layout)
-            with autocast():
-                levels = pyramid(crops)
-                chosen = choose_levels(run, args, generator)
-                if run.switchable and len(chosen) == len(levels):
-                    logits = network(levels)
-                else:
-                    logits = [network(levels[i]) for i in chosen]
-            alpha = model.alpha[chosen] if run.switchable else torch.zeros(1)
-            terms = criterion(logits, labels[indices.to(device)], alpha)
-            ramp = min(1., at / args.distill_ramp) if args.distill_ramp else 1.
-            loss = terms['classification'] + terms['ensemble'] + ramp * terms['distillation']
-            (loss / len(logits) if args.mean_loss else loss).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if average:
-                average.update(model)
-            sums += torch.stack([terms[k].detach() for k in ('loss', 'classification', 'ensemble', 'distillation')])
-        if not sums.isfinite().all():
-            if run.search:  # a rate like any other, only the worst
-                none = {str(s): 0. for s in run.sizes}
-                return write(run, dict(asdict(run), top1=none, top5=none, loss={}, params=count_parameters(model),
-                                       cost=cost(run, args), seconds=time.perf_counter() - began), args)
-            raise SystemExit(f'{run.name}: the loss is not finite in epoch {epoch}.')
-        epoch += 1
-        seconds = spent + time.perf_counter() - began
-        losses, left = '/'.join(f'{v:.3f}' for v in (sums / steps).tolist()), seconds / epoch * (epochs - epoch)
-        print(f'{run.name}: epoch {epoch}/{epochs}, loss {losses}, {left / 60:.0f} min to go', flush=True)
-        state = dict(model=model.state_dict(), criterion=criterion.state_dict(), optimizer=optimizer.state_dict(),
-                     epoch=epoch, seconds=seconds)
-        if average:
-            state.update(average=average.state_dict())
-        torch.save(state, f'{partial}.tmp')
-        os.replace(f'{partial}.tmp', partial)
-
-    held = (photographs.held_out, photographs.train_labels[count:])
-    target = held if run.search else (photographs.val, photographs.val_labels)
-    sizes = run.sizes if run.method == 'inet' and (run.search or run.sizes[0] != args.sizes[0]) else args.sizes
-    reached = accuracy(model.eval(), criterion, sizes, *target, device, autocast)
-    if average:
-        model, last = average.module, reached
-        reached = dict(accuracy(model.eval(), criterion, sizes, *target, device, autocast), without_average=last)
-    result = dict(
-        asdict(run), **reached, params=count_parameters(model), cost=cost(run, args), seconds=seconds,
-        device=device_name(device), images_per_second=count * epochs / seconds)
-    torch.save({k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()},
-               args.work / f'{run.name}.pth')
-    write(run, result, args)
-    partial.unlink()
-    reached = ', '.join(f'{s} px {v:.2f}' if s.isdigit() else f'{s} {v:.2f}' for s, v in result['top1'].items())
-    print(f'{run.name}: {reached}', flush=True)
-
-
-def create_network(run: Run, args: Namespace, num_classes: int) -> torch.nn.Module:
-    kwargs = dict(num_classes=num_classes)
-    if args.zero_init:
-        kwargs.update(zero_init_last=True)
-    quantized = args.weight_bits < 32
-    if not run.switchable and not quantized:
-        model = timm.create_model(args.model, **kwargs)
-    else:
-        sizes = run.sizes if run.switchable else run.sizes[:1]
-        model = timm.create_model(f'rs_{args.model}', resolutions=sizes, **kwargs)
-    if args.initial_checkpoint:
-        load_checkpoint(model, args.initial_checkpoint)
-    if quantized:
-        quantize(model, args.weight_bits, args.activation_bits, trained=bool(args.initial_checkpoint))
-    return model if run.switchable or not quantized else model.at(run.sizes[0])
-
-
-def choose_levels(run: Run, args: Namespace, generator: torch.Generator) -> List[int]:
-    """Return which of the sizes of a run a step trains."""
-    count = len(run.sizes)
-    if run.method == 'random_size':
-        return [int(torch.randint(count, (), generator=generator))]
-    if args.sampled and count > 3:
-        return [0, 1 + int(torch.randint(count - 2, (), generator=generator)), count - 1]
-    return list(range(count))
-
-
-@torch.inference_mode()
-def accuracy(model, criterion, sizes, images, labels, device, autocast) -> Dict[str, Dict[str, float]]:
-    """Return top-1 and top-5 in percent at each size, and of the ensemble."""
-    logits = {}
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in (MEAN, STD))
-    for size in sizes:
-        batches = images[size].split(250)
-        with autocast():
-            logits[str(size)] = torch.cat([model((x.to(device).float() - mean) / std).float() for x in batches])
-    if hasattr(model, 'alpha'):
-        logits[ENSEMBLE] = criterion.ensemble(torch.stack(list(logits.values())), model.alpha)
-    labels = labels.to(device).view(-1, 1)
-    hits = {k: z.topk(min(5, z.shape[1])).indices == labels for k, z in logits.items()}
-    return dict(
-        top1={k: 100 * h[:, :1].any(1).float().mean().item() for k, h in hits.items()},
-        top5={k: 100 * h.any(1).float().mean().item() for k, h in hits.items()},
-        loss={k: F.cross_entropy(z, labels[:, 0]).item() for k, z in logits.items()})
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    return f"{environment()['cpu']}, {torch.get_num_threads()} threads"
+    if photographs is None:
+        photographs = load(args)
+        photographs = photographs._replace(train=photographs.train.to(args.device))
+    began, checkpoint = time.perf_counter(), args.work / f'{run.name}.ckpt'
+    try:
+        result, weights = train_network(run, args, photographs, checkpoint, stop)
+    except Diverged as e:
+        if not run.search:
+            raise SystemExit(str(e)) from e
+        none = {str(s): 0. for s in run.sizes}  # a rate like any other, only the worst
+        result, weights = dict(asdict(run), top1=none, top5=none, loss={}, seconds=time.perf_counter() - began), {}
+    if weights:
+        torch.save(weights, args.work / f'{run.name}.pth')
+    write(run, dict(result, cost=cost(run, args)), args)
+    checkpoint.unlink(missing_ok=True)
 
 
 def write_table(args: Namespace) -> None:

@@ -2,6 +2,7 @@
 import csv
 import json
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
 import _photographs
+import _training
 import paper_table
-from _photographs import random_crops, resize_matrices
+from _photographs import crop, random_boxes, resize_matrices
 
 from timm_rs.train import EnsembleDistillationLoss
 
@@ -28,16 +30,18 @@ def test_crop_of_the_whole_image_is_an_antialiased_resize():
 
 def test_crops_are_inside_flipped_and_repeatable():
     images = torch.arange(32, dtype=torch.uint8).expand(64, 3, 32, 32).contiguous()  # columns tell where
-    order = torch.arange(64)
-    batches = [list(random_crops(images, order, 30, 16, (0.2, 0.5), torch.Generator().manual_seed(0))) for _ in '12']
-    assert [len(crops) for crops, _ in batches[0]] == [30, 30]
-    assert_equal(batches[0], batches[1])
+    crops = []
+    for _ in '12':
+        generator = torch.Generator().manual_seed(0)
+        boxes = [random_boxes(i, 32, (0.2, 0.5), generator) for i in torch.arange(64).split(32)]
+        crops.append(torch.cat([crop(images, b, 16) for b in boxes]))
+    assert_equal(*crops)
     std = torch.tensor(_photographs.STD).view(3, 1, 1) * 255
     mean = torch.tensor(_photographs.MEAN).view(3, 1, 1) * 255
-    columns = torch.cat([crops for crops, _ in batches[0]]) * std + mean
+    columns = crops[0] * std + mean
     assert columns.min() > -0.01 and columns.max() < 31.01
     steps = (columns[..., -1] - columns[..., 0]).mean((1, 2))
-    assert 15 < (steps < 0).sum() < 45
+    assert 16 < (steps < 0).sum() < 48
     widths = steps.abs() * 16 / 15
     assert 32 * (0.2 * 3 / 4) ** 0.5 - 1 < widths.min() < widths.max() < 32 * (0.5 * 4 / 3) ** 0.5 + 1
 
@@ -124,11 +128,11 @@ def test_moving_average_of_sampled_sizes(argv):
     args = paper_table.parse_args([*argv, '--ema', '1'])
     run, = paper_table.plan(args, False)
     for seed in range(4):
-        chosen = paper_table.choose_levels(run, args, torch.Generator().manual_seed(seed))
-        assert chosen in ([0, 1, 3], [0, 2, 3])
+        chosen = _training.choose_levels(run, args, torch.Generator().manual_seed(seed))
+        assert chosen in ((0, 1, 3), (0, 2, 3))
     train_all(args)
     torch.manual_seed(0)  # an average of decay 1 stays where the network began
-    began = paper_table.create_network(run, args, 2).state_dict()
+    began = _training.create_network(run, args, 2).state_dict()
     found = torch.load(args.work / f'{run.name}.pth')
     assert_equal(
         {k: v for k, v in found.items() if v.is_floating_point()},
@@ -137,11 +141,54 @@ def test_moving_average_of_sampled_sizes(argv):
     assert steps[40] == steps[24] == steps[36] + steps[32] == 5
 
 
+@pytest.mark.parametrize('method, graphs', [('ens_topdown', 1), ('random_size', 2)])
+def test_replayed_steps_do_what_eager_ones_do(argv, monkeypatch, method, graphs):
+    class Replay:
+        """Stands in for a CUDA graph: does again what was captured, on the same tensors."""
+
+        def __init__(self, step, static, chosen):
+            self.step, self.static, self.chosen, self.terms = step, static, chosen, torch.zeros(4)
+            replays.append(self)
+
+        def replay(self):
+            self.terms.copy_(self.step._update(self.static, self.chosen))
+
+    def capture(step, boxes, chosen):
+        static = _photographs.Boxes(*(x.clone() for x in boxes))
+        graph = Replay(step, static, chosen)
+        return graph, static, graph.terms
+
+    replays, found = [], []
+    monkeypatch.setattr(_training.Step, '_capture', capture)
+    monkeypatch.setattr(_training.Step, 'EAGER', 1)
+    for replayed in (False, True):
+        args = paper_table.parse_args([*argv, '--methods', method, '--distill-ramp', '3', '--lrs', '0.01'])
+        args.work.mkdir(exist_ok=True)
+        args.cuda_graphs = replayed
+        run, = paper_table.plan(args, False)
+        result, weights = _training.train_network(run, args, paper_table.load(args), args.work / f'{replayed}.ckpt')
+        found.append((weights, result['loss']))
+    assert len(replays) == graphs
+    torch.testing.assert_close(*found, rtol=2e-3, atol=2e-3)
+
+
+def test_runs_in_processes_side_by_side(argv, tmp_path):
+    options = ['--methods', 'inet', '--lrs', '0.01', '0.1', '--search-epochs', '1', '--epochs', '1', '--jobs', '2']
+    subprocess.run([sys.executable, paper_table.__file__, *argv, *options], check=True, timeout=300)
+    names = {path.name.replace('0.01', 'LR').replace('0.1', 'LR') for path in (tmp_path / 'work').glob('inet*.json')}
+    assert names == {f'inet-{s}-lrLR-seed0{kind}.json' for s in (24, 32) for kind in ('', '-search')}
+    assert (tmp_path / 'table.csv').exists()
+    (tmp_path / 'work' / 'inet-24-lr0.1-seed0-search.json').unlink()
+    failed = subprocess.run(
+        [sys.executable, paper_table.__file__, *argv, *options, '--batch-size', '0'], capture_output=True, text=True)
+    assert failed.returncode == 1
+
+
 @pytest.mark.parametrize('kind', ['classes', 'temperature'])
 def test_learned_ensembles(argv, kind, monkeypatch):
     made = []
-    ensemble = paper_table.ENSEMBLES[kind]
-    monkeypatch.setitem(paper_table.ENSEMBLES, kind, lambda *args: made.append(ensemble(*args)) or made[0])
+    ensemble = _training.ENSEMBLES[kind]
+    monkeypatch.setitem(_training.ENSEMBLES, kind, lambda *args: made.append(ensemble(*args)) or made[0])
     args = paper_table.parse_args([*argv, '--methods', 'ens_topdown', '--ensemble', kind])
     train_all(args)
     (learned,) = made[0].parameters()
@@ -174,7 +221,7 @@ def test_quantized_networks(argv):
     args = paper_table.parse_args([*argv, *quantized])
     train_all(args)
     for run in paper_table.plan(args, False):
-        model = paper_table.create_network(run, args, 2)
+        model = _training.create_network(run, args, 2)
         model.load_state_dict(torch.load(args.work / f'{run.name}.pth'))
         weight = model.eval().layer1[0].conv2.quantized_weight
         assert weight[0].unique().numel() <= 4
@@ -189,7 +236,8 @@ def test_a_stopped_run_goes_on(argv, monkeypatch, tmp_path):
         (run,) = paper_table.plan(args, False)
         if stop:
             with monkeypatch.context() as patch:
-                patch.setattr(paper_table.os, 'replace', stop_after(1, '.ckpt'))
+                patch.setattr(_training, 'SECONDS_BETWEEN_CHECKPOINTS', 0)
+                patch.setattr(_training.os, 'replace', stop_after(1, '.ckpt'))
                 with pytest.raises(KeyboardInterrupt):
                     paper_table.train(run, args)
             assert paper_table.read(run, args) is None
