@@ -76,7 +76,6 @@ def main(argv=None):
         show(plan(args, False), args, 'train')
     elif not args.table_only:
         train_all(args)
-        warn_of_the_edge(args)
     if not args.dry_run:
         write_table(args)
 
@@ -306,6 +305,8 @@ def train_all(args: Namespace) -> None:
                 wait(running.values(), return_when=FIRST_COMPLETED)
                 for run in [run for run, future in running.items() if future.done()]:
                     running.pop(run).result()
+                    if run.search and all(read(r, args) for r in plan(args, search=True)):
+                        warn_of_the_edge(args)
         finally:
             failed.set()
             for child in children.values():

@@ -174,7 +174,9 @@ def test_replayed_steps_do_what_eager_ones_do(argv, monkeypatch, method, graphs)
 
 def test_runs_in_processes_side_by_side(argv, tmp_path):
     options = ['--methods', 'inet', '--lrs', '0.01', '0.1', '--search-epochs', '1', '--epochs', '1', '--jobs', '2']
-    subprocess.run([sys.executable, paper_table.__file__, *argv, *options], check=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, paper_table.__file__, *argv, *options], check=True, timeout=300, capture_output=True, text=True)
+    assert 'of 2 networks chose 0.' in done.stdout
     names = {path.name.replace('0.01', 'LR').replace('0.1', 'LR') for path in (tmp_path / 'work').glob('inet*.json')}
     assert names == {f'inet-{s}-lrLR-seed0{kind}.json' for s in (24, 32) for kind in ('', '-search')}
     assert (tmp_path / 'table.csv').exists()
