@@ -174,15 +174,14 @@ def test_replayed_steps_do_what_eager_ones_do(argv, monkeypatch, method, graphs)
 
 def test_runs_in_processes_side_by_side(argv, tmp_path):
     options = ['--methods', 'inet', '--lrs', '0.01', '0.1', '--search-epochs', '1', '--epochs', '1', '--jobs', '2']
-    done = subprocess.run(
-        [sys.executable, paper_table.__file__, *argv, *options], check=True, timeout=300, capture_output=True, text=True)
+    command = [sys.executable, paper_table.__file__, *argv, *options]
+    done = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
     assert 'of 2 networks chose 0.' in done.stdout
     names = {path.name.replace('0.01', 'LR').replace('0.1', 'LR') for path in (tmp_path / 'work').glob('inet*.json')}
     assert names == {f'inet-{s}-lrLR-seed0{kind}.json' for s in (24, 32) for kind in ('', '-search')}
     assert (tmp_path / 'table.csv').exists()
     (tmp_path / 'work' / 'inet-24-lr0.1-seed0-search.json').unlink()
-    failed = subprocess.run(
-        [sys.executable, paper_table.__file__, *argv, *options, '--batch-size', '0'], capture_output=True, text=True)
+    failed = subprocess.run([*command, '--batch-size', '0'], capture_output=True, text=True)
     assert failed.returncode == 1
 
 
