@@ -139,6 +139,8 @@ def parse_args(argv=None):
         parser.error('--activation-bits needs --weight-bits.')
     if args.cuda_graphs and (torch.device(args.device).type != 'cuda' or args.torchcompile):
         parser.error('--cuda-graphs needs --device cuda, and no --torchcompile.')
+    if args.jobs < 1 or args.jobs > 1 and args.torchcompile and torch.device(args.device).type == 'cuda':
+        parser.error('--jobs is 1 or more, and 1 with --torchcompile on a GPU, where runs share a process.')
     args.sizes = sorted(set(args.sizes), reverse=True)
     args.side = args.side or 2 * args.sizes[0]
     args.dataset = args.dataset or Path(args.data_dir).resolve().name

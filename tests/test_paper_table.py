@@ -388,6 +388,9 @@ def test_a_rate_that_diverges_is_not_chosen(argv, capsys):
 
 
 @pytest.mark.parametrize('options,message', [
+    (['--cuda-graphs'], '--cuda-graphs needs --device cuda, and no --torchcompile'),
+    (['--jobs', '0'], '--jobs is 1 or more'),
+    (['--device', 'cuda', '--torchcompile', '--jobs', '2'], '--jobs is 1 or more, and 1 with --torchcompile on a GPU'),
     (['--weight-bits', '9'], '--weight-bits is 1 to 8, or 32 for float, not 9'),
     (['--activation-bits', '2'], '--activation-bits needs --weight-bits'),
     (['--sampled', '--ensemble', 'classes'], '--ensemble classes needs all sizes in each step, not --sampled'),
