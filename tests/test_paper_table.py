@@ -172,6 +172,20 @@ def test_replayed_steps_do_what_eager_ones_do(argv, monkeypatch, method, graphs)
     torch.testing.assert_close(*found, rtol=2e-3, atol=2e-3)
 
 
+def test_a_mean_loss_is_a_smaller_rate_and_a_larger_decay(argv):
+    found = []
+    for rate, decay, options in ((0.02, 0.01, ['--mean-loss']), (0.01, 0.02, [])):
+        args = paper_table.parse_args([*argv, '--methods', 'ens_topdown', *options, '--weight-decay', str(decay)])
+        args.work.mkdir(exist_ok=True)
+        run = _training.Run('ens_topdown', (32, 24), rate, 0)
+        checkpoint = args.work / f'{rate}.ckpt'
+        found.append(_training.train_network(run, args, paper_table.load(args), checkpoint)[1])
+    torch.testing.assert_close(*found, rtol=2e-3, atol=2e-3)  # in half precision
+    torch.manual_seed(0)
+    began = _training.create_network(run, args, 2).state_dict()
+    assert (found[0]['fc.weight'] - began['fc.weight']).abs().max() > 0.01
+
+
 def test_runs_in_processes_side_by_side(argv, tmp_path):
     options = ['--methods', 'inet', '--lrs', '0.01', '0.1', '--search-epochs', '1', '--epochs', '1', '--jobs', '2']
     command = [sys.executable, paper_table.__file__, *argv, *options]
