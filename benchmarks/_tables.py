@@ -10,7 +10,7 @@ METHODS = dict(
     inet='I-Nets', parallel='Parallel', ens='RS-Net, ensemble alone', ens_topdown='RS-Net', random_size='random size')
 DEFAULTS = dict(
     weight_bits=32, activation_bits=32, resample='matched', private='both', ensemble='sizes', ema=0, sampled=False,
-    mean_loss=False, zero_init=False, distill_ramp=0, initial_checkpoint='')
+    mean_loss=True, zero_init=False, distill_ramp=0, initial_checkpoint='')
 
 
 def top1(results: List[dict], size: int) -> Dict[int, float]:
@@ -77,7 +77,7 @@ def describe(args: Namespace) -> str:
     for key, text in (
         ('weight_bits', '{}-bit weights'), ('activation_bits', '{}-bit activations'), ('resample', '{} downscaling'),
         ('private', 'private {}'), ('ensemble', 'ensemble by {}'), ('ema', 'moving average {}'),
-        ('sampled', 'sampled sizes'), ('mean_loss', 'mean loss'), ('zero_init', 'residual branches from zero'),
+        ('sampled', 'sampled sizes'), ('mean_loss', 'sum of losses'), ('zero_init', 'residual branches from zero'),
         ('distill_ramp', 'distillation from epoch 0 to {}'), ('initial_checkpoint', 'from {}'),
     ):
         value = getattr(args, key)

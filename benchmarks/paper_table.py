@@ -9,8 +9,8 @@ For a model, a folder with train/ and val/ and a list of sizes it trains, all un
     ens_topdown   with the ensemble and every larger size as teachers: the RS-Net
     random_size   a plain network, BatchNorm shared, a random size for every batch
 
-and evaluates each at its sizes (Wang et al., ECCV 2020, table 1). With several --lrs every network first looks for its
-own, on a random tenth of the training images that is held out for that; validation images choose nothing.
+and evaluates each at its sizes (Wang et al., ECCV 2020, table 1). Every network first looks for its own of --lrs, if
+these are several, on a random tenth of the training images that is held out for that; validation images choose nothing.
 
     python benchmarks/paper_table.py DIR --model resnet10t --sizes 64 56 48 40 32 --epochs 80 --dry-run
     python benchmarks/paper_table.py DIR --model resnet10t --sizes 64 56 48 40 32 --epochs 80 --amp --channels-last
@@ -32,7 +32,7 @@ import subprocess
 import sys
 import threading
 import time
-from argparse import SUPPRESS, Namespace
+from argparse import SUPPRESS, BooleanOptionalAction, Namespace
 from collections import defaultdict
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict
@@ -90,15 +90,17 @@ def parse_args(argv=None):
         help='what to train, in this order (default: all)')
     add('--epochs', type=int, default=80, metavar='N')
     add('--seeds', type=int, nargs='+', default=[0], metavar='N')
-    add('--lrs', type=float, nargs='+', default=[0.1], metavar='LR', help='learning rates to choose from')
-    add('--search-epochs', type=int, default=20, metavar='N', help='epochs of the runs that choose one')
+    add('--lrs', type=float, nargs='+', default=[0.1, 0.3, 1.], metavar='LR',
+        help='learning rates to choose from (default: 0.1 0.3 1.0)')
+    add('--search-epochs', type=int, default=8, metavar='N', help='epochs of the runs that choose one')
     add('--batch-size', type=int, default=128, metavar='N')
     add('--weight-decay', type=float, default=5e-4, metavar='W')
     add('--warmup-epochs', type=float, default=2, metavar='N')
     add('--scale', type=float, nargs=2, default=[0.25, 1.], metavar='PCT', help='range of the area of a crop')
     add('--hflip', type=float, default=0.5, metavar='P', help='probability of a horizontal flip (default: %(default)s)')
     add('--distill-ramp', type=float, metavar='N', help='epochs in which distillation comes to its weight')
-    add('--mean-loss', action='store_true', help='divide the loss by the number of sizes')
+    add('--mean-loss', action=BooleanOptionalAction,
+        help='divide the loss by the number of sizes, so that the same learning rates suit all (default: yes)')
     add('--zero-init', action='store_true', help='start residual branches at zero')
     add('--ema', type=float, metavar='D', help='evaluate a moving average of the weights of this decay')
     add('--sampled', action='store_true', help='steps of the largest, the smallest and one size between, not of all')

@@ -57,7 +57,7 @@ def argv(tmp_path):
                 Image.frombytes('RGB', (40, 36), generator.randbytes(40 * 36 * 3)).save(folder / f'{i}.png')
     return [
         str(tmp_path / 'pictures'), '--model', 'test_resnet', '--sizes', '24', '32', '--epochs', '2', '--side', '36',
-        '--batch-size', '8', '--work', str(tmp_path / 'work'), '--output', str(tmp_path / 'table.csv'),
+        '--batch-size', '8', '--lrs', '0.1', '--work', str(tmp_path / 'work'), '--output', str(tmp_path / 'table.csv'),
         '--device', 'cpu']
 
 
@@ -174,7 +174,7 @@ def test_replayed_steps_do_what_eager_ones_do(argv, monkeypatch, method, graphs)
 
 def test_a_mean_loss_is_a_smaller_rate_and_a_larger_decay(argv):
     found = []
-    for rate, decay, options in ((0.02, 0.01, ['--mean-loss']), (0.01, 0.02, [])):
+    for rate, decay, options in ((0.02, 0.01, []), (0.01, 0.02, ['--no-mean-loss'])):
         args = paper_table.parse_args([*argv, '--methods', 'ens_topdown', *options, '--weight-decay', str(decay)])
         args.work.mkdir(exist_ok=True)
         run = _training.Run('ens_topdown', (32, 24), rate, 0)
