@@ -10,7 +10,8 @@ METHODS = dict(
     inet='I-Nets', parallel='Parallel', ens='RS-Net, ensemble alone', ens_topdown='RS-Net', random_size='random size')
 DEFAULTS = dict(
     weight_bits=32, activation_bits=32, resample='matched', private='both', ensemble='sizes', ema=0, sampled=False,
-    mean_loss=True, zero_init=False, distill_ramp=0, initial_checkpoint='')
+    mean_loss=True, zero_init=False, distill_ramp=0, initial_checkpoint='', pretrained=False, pretrained_path='',
+    model_kwargs={}, small_steps=0)
 
 
 def top1(results: List[dict], size: int) -> Dict[int, float]:
@@ -78,7 +79,8 @@ def describe(args: Namespace) -> str:
         ('weight_bits', '{}-bit weights'), ('activation_bits', '{}-bit activations'), ('resample', '{} downscaling'),
         ('private', 'private {}'), ('ensemble', 'ensemble by {}'), ('ema', 'moving average {}'),
         ('sampled', 'sampled sizes'), ('mean_loss', 'sum of losses'), ('zero_init', 'residual branches from zero'),
-        ('distill_ramp', 'distillation from epoch 0 to {}'), ('initial_checkpoint', 'from {}'),
+        ('distill_ramp', 'distillation from epoch 0 to {}'), ('small_steps', 'steps of small sizes alone {}'),
+        ('initial_checkpoint', 'from {}'), ('pretrained_path', 'from {}'), ('pretrained', "from timm's weights"),
     ):
         value = getattr(args, key)
         if value != DEFAULTS[key]:

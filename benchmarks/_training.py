@@ -25,7 +25,10 @@ from timm_rs.evaluate import ENSEMBLE, count_parameters
 from timm_rs.quant import quantize
 from timm_rs.train import ResolutionPyramid
 
-__all__ = ['Diverged', 'Run', 'Stopped', 'choose_levels', 'create_network', 'say', 'train_network', 'write_json']
+__all__ = [
+    'Diverged', 'Run', 'Stopped', 'choose_levels', 'create_network', 'level_shares', 'say', 'train_network',
+    'write_json',
+]
 
 TERMS = ('loss', 'classification', 'ensemble', 'distillation')
 SECONDS_BETWEEN_CHECKPOINTS = 20
@@ -269,7 +272,11 @@ def draw_epoch(
 
 
 def create_network(run: Run, args: Namespace, num_classes: int) -> torch.nn.Module:
-    kwargs = dict(num_classes=num_classes)
+    kwargs = dict(args.model_kwargs, num_classes=num_classes)
+    if args.pretrained or args.pretrained_path:
+        kwargs.update(pretrained=True)
+    if args.pretrained_path:
+        kwargs.update(pretrained_cfg_overlay=dict(file=args.pretrained_path))
     if args.zero_init:
         kwargs.update(zero_init_last=True)
     quantized = args.weight_bits < 32
@@ -281,7 +288,8 @@ def create_network(run: Run, args: Namespace, num_classes: int) -> torch.nn.Modu
     if args.initial_checkpoint:
         load_checkpoint(model, args.initial_checkpoint)
     if quantized:
-        quantize(model, args.weight_bits, args.activation_bits, trained=bool(args.initial_checkpoint))
+        trained = bool(args.initial_checkpoint or kwargs.get('pretrained'))
+        quantize(model, args.weight_bits, args.activation_bits, trained=trained)
     return model if run.switchable or not quantized else model.at(run.sizes[0])
 
 
@@ -292,7 +300,21 @@ def choose_levels(run: Run, args: Namespace, generator: torch.Generator) -> Tupl
         return int(torch.randint(count, (), generator=generator)),
     if args.sampled and count > 3:
         return 0, 1 + int(torch.randint(count - 2, (), generator=generator)), count - 1
+    if args.small_steps and count > 1 and float(torch.rand((), generator=generator)) < args.small_steps:
+        return tuple(range(count // 2, count))
     return tuple(range(count))
+
+
+def level_shares(run: Run, args: Namespace) -> List[float]:
+    """Return the expected share of the steps of a run that train each of its sizes, see choose_levels."""
+    count = len(run.sizes)
+    if run.method == 'random_size':
+        return [1 / count] * count
+    if args.sampled and count > 3:
+        return [1., *[1 / (count - 2)] * (count - 2), 1.]
+    if count == 1:
+        return [1.]
+    return [1 - args.small_steps] * (count // 2) + [1.] * (count - count // 2)
 
 
 @torch.inference_mode()

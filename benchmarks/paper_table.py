@@ -45,8 +45,9 @@ import torch
 from _common import create_parser, environment, shell_command
 from _photographs import Photographs, list_photographs, load_photographs, normalize
 from _tables import DEFAULTS, METHODS, describe, markdown, plot, summarize, top1
-from _training import Diverged, Run, choose_levels, say, train_network, write_json
+from _training import Diverged, Run, create_network, level_shares, say, train_network, write_json
 from _variants import ENSEMBLES
+from timm.utils import ParseKwargs
 
 from timm_rs.evaluate import count_madds
 from timm_rs.train import ResolutionPyramid
@@ -54,15 +55,18 @@ from timm_rs.train import ResolutionPyramid
 RECIPE = (
     'model', 'sizes', 'epochs', 'batch_size', 'weight_decay', 'warmup_epochs', 'scale', 'hflip', 'distill_ramp',
     'mean_loss', 'zero_init', 'amp', 'channels_last', 'side', 'crop_pct', 'search_epochs', 'ema', 'sampled', 'ensemble',
-    'private', 'resample', 'weight_bits', 'activation_bits', 'initial_checkpoint')
+    'private', 'resample', 'weight_bits', 'activation_bits', 'initial_checkpoint', 'pretrained', 'pretrained_path',
+    'model_kwargs', 'small_steps')
 SEARCH_SEED = 0
-BEFORE = dict(resample='antialiased')  # what runs did that do not tell
+BEFORE = dict(DEFAULTS, resample='antialiased', mean_loss=False)  # what runs did that do not tell
 
 
 def main(argv=None):
     args = parse_args(argv)
     published = read_published(args) if args.include and not args.worker else {}
     check_recipe(args)
+    if not args.worker:
+        check_network(args)
     if not args.dry_run or published:
         keep_recipe(args)
     for run, result in published.items():
@@ -104,12 +108,17 @@ def parse_args(argv=None):
     add('--zero-init', action='store_true', help='start residual branches at zero')
     add('--ema', type=float, metavar='D', help='evaluate a moving average of the weights of this decay')
     add('--sampled', action='store_true', help='steps of the largest, the smallest and one size between, not of all')
+    add('--small-steps', type=float, metavar='P',
+        help='share of the steps that train the smaller half of the sizes alone (default: %(default)s)')
     add('--ensemble', choices=ENSEMBLES,
         help='learned weights of the teacher: one per size, one per size and class, or one per size and a temperature')
     add('--private', choices=('both', 'affine', 'statistics'), help='half of BatchNorm that is private')
     add('--resample', choices=ResolutionPyramid.RESAMPLES,
         help='how the smaller images of a batch are made of the largest (default: %(default)s)')
-    add('--initial-checkpoint', metavar='FILE', help='begin with these weights')
+    add('--pretrained', action='store_true', help="begin with timm's weights")
+    add('--pretrained-path', metavar='FILE', help='begin with these weights, adapted as pretrained ones are')
+    add('--initial-checkpoint', metavar='FILE', help='begin with these weights as they are')
+    add('--model-kwargs', nargs='*', action=ParseKwargs, metavar='KEY=VALUE', help='further arguments of the model')
     add('--weight-bits', type=int, metavar='K', help='quantize the networks')
     add('--activation-bits', type=int, metavar='K')
     add('--side', type=int, metavar='N',
@@ -135,8 +144,19 @@ def parse_args(argv=None):
     for key in ('weight_bits', 'activation_bits'):
         if getattr(args, key) not in (*range(1, 9), 32):
             parser.error(f'--{key.replace("_", "-")} is 1 to 8, or 32 for float, not {getattr(args, key)}.')
-    if args.sampled and args.ensemble == 'classes':
-        parser.error('--ensemble classes needs all sizes in each step, not --sampled.')
+    if not 0 <= args.small_steps < 1:
+        parser.error(f'--small-steps is a share of at least 0 and below 1, not {args.small_steps:g}.')
+    for option in ('--sampled',) * args.sampled + ('--small-steps',) * (args.small_steps > 0):
+        if args.ensemble == 'classes':
+            parser.error(f'--ensemble classes needs all sizes in each step, not {option}.')
+    if args.sampled and args.small_steps:
+        parser.error('--sampled and --small-steps exclude each other.')
+    if sum(map(bool, (args.pretrained, args.pretrained_path, args.initial_checkpoint))) > 1:
+        parser.error('--pretrained, --pretrained-path and --initial-checkpoint exclude each other.')
+    for option in ('initial_checkpoint', 'pretrained_path'):
+        path = getattr(args, option)
+        if path and not Path(path).is_file():
+            parser.error(f'--{option.replace("_", "-")}: {path} is no file.')
     if args.weight_bits == 32 > args.activation_bits:
         parser.error('--activation-bits needs --weight-bits.')
     if args.cuda_graphs and (torch.device(args.device).type != 'cuda' or args.torchcompile):
@@ -167,10 +187,29 @@ def check_recipe(args: Namespace) -> None:
     """Keep runs of different recipes and data sets apart."""
     path, recipe = args.work / 'recipe.json', recipe_of(args)
     if path.exists():
-        for key, value in json.loads(path.read_text()).items():
+        for key, value in dict(BEFORE, **json.loads(path.read_text())).items():
             if recipe[key] != value:
                 raise SystemExit(f'{args.work} holds runs with {told(key, value)}, not {told(key, recipe[key])}; '
                                  f'choose another --work.')
+
+
+def check_network(args: Namespace) -> None:
+    """Find out before anything is written whether there are such networks."""
+    runs = {run.switchable: run for run in plan(args, search=bool(args.lrs[1:]))}
+    for switchable, run in runs.items():
+        try:
+            create_network(run, args, args.num_classes)
+        except Exception as e:  # of timm, of file readers and of the client of the Hub
+            raise SystemExit(f"Cannot create {'rs_' * switchable}{args.model}: {one_line(e)}") from e
+    for size in args.sizes:
+        try:
+            madds(args, size)
+        except Exception as e:  # of any layer
+            raise SystemExit(f'{args.model} does not run at {size} px: {one_line(e)}') from e
+
+
+def one_line(error: Exception) -> str:
+    return ' '.join(str(error).split())[:400] or type(error).__name__
 
 
 def keep_recipe(args: Namespace) -> None:
@@ -245,19 +284,18 @@ def write(run: Run, result: dict, args: Namespace) -> None:
 def cost(run: Run, args: Namespace) -> float:
     """Return the multiply-adds of a run per training image, a backward pass counted as two forward ones."""
     sizes = run.sizes if run.switchable or run.method == 'inet' else args.sizes
-    total = 3. * sum(madds(args, s) for s in sizes) * (args.search_epochs if run.search else args.epochs)
-    share = len(choose_levels(run, args, torch.Generator())) / len(run.sizes)
-    return total * share
+    epochs = args.search_epochs if run.search else args.epochs
+    return 3. * epochs * sum(share * madds(args, s) for share, s in zip(level_shares(run, args), sizes))
 
 
 @cache
-def _count(model: str, size: int, num_classes: int) -> int:
-    return count_madds(timm.create_model(model, num_classes=num_classes), size)
+def _count(model: str, size: int, num_classes: int, kwargs: str) -> int:
+    return count_madds(timm.create_model(model, num_classes=num_classes, **json.loads(kwargs)), size)
 
 
 def madds(args: Namespace, size: int) -> int:
     """Return the multiply-adds of an image."""
-    return _count(args.model, size, args.num_classes)
+    return _count(args.model, size, args.num_classes, json.dumps(args.model_kwargs))
 
 
 def show(runs: List[Run], args: Namespace, title: str) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from conftest import assert_equal
@@ -141,6 +142,36 @@ def test_moving_average_of_sampled_sizes(argv):
     assert steps[40] == steps[24] == steps[36] + steps[32] == 5
 
 
+def test_more_steps_of_the_smaller_sizes(argv):
+    argv = [*argv, '--sizes', '40', '36', '32', '24', '--methods', 'inet', 'ens_topdown', '--small-steps', '0.5']
+    args = paper_table.parse_args([*argv, '--epochs', '1'])
+    *plain, run = paper_table.plan(args, False)
+    generator = torch.Generator().manual_seed(0)
+    drawn = [_training.choose_levels(run, args, generator) for _ in range(400)]
+    assert set(drawn) == {(0, 1, 2, 3), (2, 3)} and 160 < drawn.count((2, 3)) < 240
+    assert {_training.choose_levels(r, args, generator) for r in plain} == {(0,)}
+    paper_table.train(run, args)
+    found = torch.load(args.work / f'{run.name}.pth')
+    steps = [int(found[f'bn1.{size}.num_batches_tracked']) for size in run.sizes]
+    assert steps[0] == steps[1] < steps[2] == steps[3] == 5
+
+
+@pytest.mark.parametrize('options', [[], ['--sampled'], ['--small-steps', '0.3']])
+@pytest.mark.parametrize('method', ['ens', 'random_size', 'inet'])
+def test_cost_is_of_the_sizes_that_are_trained(argv, method, options):
+    args = paper_table.parse_args([*argv, '--sizes', '48', '40', '36', '32', '24', '--methods', method, *options])
+    for run in paper_table.plan(args, False):
+        generator, drawn = torch.Generator().manual_seed(0), 2000
+        counts = torch.zeros(len(run.sizes))
+        for _ in range(drawn):
+            counts[list(_training.choose_levels(run, args, generator))] += 1
+        torch.testing.assert_close(
+            torch.tensor(_training.level_shares(run, args)), counts / drawn, rtol=0, atol=0.05)
+        forward = paper_table.cost(run, args) / 3 / args.epochs
+        shares = zip(_training.level_shares(run, args), run.sizes)
+        assert forward == pytest.approx(sum(share * paper_table.madds(args, s) for share, s in shares))
+
+
 @pytest.mark.parametrize('method, graphs', [('ens_topdown', 1), ('random_size', 2)])
 def test_replayed_steps_do_what_eager_ones_do(argv, monkeypatch, method, graphs):
     class Replay:
@@ -243,6 +274,25 @@ def test_quantized_networks(argv):
         assert type(model).__name__ == ('RSResNet' if run.switchable else 'ResNet')
 
 
+@pytest.mark.parametrize('method', ['inet', 'ens_topdown'])
+def test_begins_with_pretrained_weights_of_other_classes(argv, tmp_path, method):
+    path = tmp_path / 'weights.pth'
+    plain = timm.create_model('test_resnet')
+    torch.save(plain.state_dict(), path)
+    args = paper_table.parse_args([*argv, '--methods', method, '--pretrained-path', str(path)])
+    paper_table.check_network(args)
+    run, *_ = paper_table.plan(args, False)
+    model = _training.create_network(run, args, 2)
+    assert_equal(model.conv1[0].weight, plain.conv1[0].weight)
+    assert model.num_classes == 2
+
+
+def test_arguments_of_the_model(argv):
+    args = paper_table.parse_args([*argv, '--model-kwargs', 'in_chans=3', 'drop_rate=0.25'])
+    for run in paper_table.plan(args, False):
+        assert _training.create_network(run, args, 2).drop_rate == 0.25
+
+
 def test_a_stopped_run_goes_on(argv, monkeypatch, tmp_path):
     found = []
     for stop in (False, True):
@@ -308,7 +358,7 @@ def test_published_runs_are_taken_over(argv, tmp_path):
         with pytest.raises(SystemExit, match=f'Cannot read .*{name}, expected a .json that this script wrote'):
             paper_table.main([*argv, '--include', str(tmp_path / name), '--work', str(tmp_path / 'fourth')])
     table = json.loads((tmp_path / 'table.json').read_text())
-    del table['recipe']['resample']
+    del table['recipe']['resample'], table['recipe']['small_steps']  # a table of before there were such options
     (tmp_path / 'before.json').write_text(json.dumps(table))
     with pytest.raises(SystemExit, match='before.json holds runs with --resample antialiased, not --resample matched'):
         paper_table.main(
@@ -401,7 +451,24 @@ def test_a_rate_that_diverges_is_not_chosen(argv, capsys):
         paper_table.train(*paper_table.plan(args, False), args)
 
 
+@pytest.mark.parametrize('options, message', [
+    (['--model', 'resnet_none'], r'Cannot create resnet_none: Unknown model \(resnet_none\)'),
+    (['--model', 'vit_tiny_patch16_224', '--methods', 'ens'], 'Cannot create rs_vit_tiny_patch16_224: .*BatchNorm'),
+    (['--model', 'vgg11_bn', '--sizes', '8'], 'vgg11_bn does not run at 8 px: '),
+    (['--initial-checkpoint', __file__], 'Cannot create test_resnet: '),
+])
+def test_networks_that_cannot_be(argv, tmp_path, options, message):
+    with pytest.raises(SystemExit, match=message):
+        paper_table.main([*argv, *options])
+    assert not (tmp_path / 'work').exists()
+
+
 @pytest.mark.parametrize('options,message', [
+    (['--small-steps', '1'], '--small-steps is a share of at least 0 and below 1, not 1'),
+    (['--small-steps', '0.5', '--ensemble', 'classes'], 'needs all sizes in each step, not --small-steps'),
+    (['--small-steps', '0.5', '--sampled'], '--sampled and --small-steps exclude each other'),
+    (['--pretrained', '--pretrained-path', __file__], 'exclude each other'),
+    (['--pretrained-path', 'nowhere.pth'], '--pretrained-path: nowhere.pth is no file'),
     (['--cuda-graphs'], '--cuda-graphs needs --device cuda, and no --torchcompile'),
     (['--jobs', '0'], '--jobs is 1 or more'),
     (['--device', 'cuda', '--torchcompile', '--jobs', '2'], '--jobs is 1 or more, and 1 with --torchcompile on a GPU'),
