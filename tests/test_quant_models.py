@@ -1,7 +1,6 @@
-"""Quantized networks: where they are quantized, how they are trained, saved, packed and shared"""
+"""Quantized networks: where they are quantized, how they are trained and copied"""
 import copy
 import json
-import os
 import pickle
 from pathlib import Path
 
@@ -12,9 +11,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import yaml
 from conftest import assert_equal, images, plain_model, randomize_bn, rs_model
-from safetensors.torch import load_file, save_file
-from test_hub import REPO, assert_restores, hub  # noqa: F401
-from test_hub import create as create_from_hub
 from timm.models import is_model
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -24,17 +20,9 @@ import train_rs
 import validate_rs
 from timm_rs import add_resolution, make_switchable
 from timm_rs.cli import main
-from timm_rs.convert import load_model, load_weights, save_model
+from timm_rs.convert import load_model
 from timm_rs.evaluate import count_madds
-from timm_rs.quant import (
-    ActivationQuantizer,
-    QuantConv2d,
-    fold,
-    is_quantized,
-    pack_state_dict,
-    quantize,
-    unpack_state_dict,
-)
+from timm_rs.quant import ActivationQuantizer, QuantConv2d, fold, is_quantized, quantize
 from timm_rs.train import MultiResolutionTask
 from timm_rs.train.arguments import parse_args
 
@@ -347,6 +335,11 @@ def test_recipes(path):
     assert rates == pytest.approx(expected)
 
 
+def test_no_config_is_left_out():
+    for path in CONFIGS:
+        assert yaml.safe_load(path.read_text())['resolutions'] == [224, 192, 160, 128, 96]
+
+
 def test_moving_average_of_bases():
     model = preresnet()
     ema = ModelEmaV3(model, decay=0.5)
@@ -496,165 +489,3 @@ def test_export(activation_bits, file_format, tmp_path):
     assert export_resolution(model, 32, str(tmp_path / 'one'), file_format) < 1e-5  # what the file and the model differ
     if file_format == 'onnx':
         assert max(export_switchable(model, str(tmp_path / 'all')).values()) < 1e-5
-
-
-# State dicts and files
-
-def state_of(model):
-    return {k: v.clone() for k, v in model.state_dict().items()}
-
-
-@pytest.mark.parametrize('bits', range(1, 9))
-def test_packing(bits):
-    model = q_model(weight_bits=bits)
-    state = state_of(model)
-    packed = pack_state_dict(state)
-    for name, conv in quantizers(model, QuantConv2d).items():
-        assert packed[f'{name}.weight_codes'].numel() == -(-conv.weight.numel() * bits // 8)
-        assert f'{name}.weight' not in packed
-    unpacked = unpack_state_dict(packed)
-    assert set(unpacked) == set(state)
-    for name, conv in quantizers(model, QuantConv2d).items():
-        assert_equal(unpacked[f'{name}.weight'], conv.quantized_weight.detach())
-    x = images(48)
-    expected = model(x)
-    model.load_state_dict(unpacked)
-    assert_equal(model(x), expected)  # levels take themselves
-    assert_equal(pack_state_dict(model.state_dict()), packed)
-    assert_equal(unpack_state_dict(state), state)
-
-
-def test_packing_nothing():
-    with pytest.raises(ValueError, match='no quantized weights to pack'):
-        pack_state_dict(rs_model().state_dict())
-
-
-@pytest.mark.parametrize('damage, message', [
-    (lambda s, n: s.update({f'{n}.weight_codes': s[f'{n}.weight_codes'][:-1]}), r'codes is \(\d+,\) uint8, expec'),
-    (lambda s, n: s.update({f'{n}.weight_codes': s[f'{n}.weight_codes'].float()}), 'float32, expected .* bytes for'),
-    (lambda s, n: s.update({f'{n}.weight_shape': s[f'{n}.weight_shape'] * 0}), 'packed weights of shape'),
-    (lambda s, n: s.update({f'{n}.basis': s[f'{n}.basis'].repeat(1, 2)}), 'at 4 bits'),
-    (lambda s, n: s.update({f'{n}.basis': s[f'{n}.basis'].repeat(1, 9)}), r'has a basis \(\d+, 18\)'),
-    (lambda s, n: s.pop(f'{n}.basis'), 'is there without .*basis'),
-    (lambda s, n: s.pop(f'{n}.weight_shape'), 'is there without .*weight_shape'),
-])
-def test_damaged_packed_files(tmp_path, damage, message):
-    model = q_model()
-    packed = {k: v.contiguous() for k, v in pack_state_dict(state_of(model)).items()}
-    damage(packed, 'layer2.0.conv1')
-    save_file(packed, tmp_path / 'model.safetensors')
-    before = state_of(model)
-    with pytest.raises(ValueError, match=message) as e:
-        load_weights(model, str(tmp_path / 'model.safetensors'))
-    assert 'model.safetensors: ' in str(e.value) and 'layer2.0.conv1' in str(e.value) and '\n' not in str(e.value)
-    assert_equal(state_of(model), before)
-
-
-@pytest.fixture(scope='module')
-def trained():
-    torch.manual_seed(0)
-    quantization = dict(weight_bits=2, activation_bits=3, skip=['layer4.*'])
-    model = timm.create_model(
-        'rs_test_resnet', resolutions=RESOLUTIONS, num_classes=6, quantization=quantization)
-    return settle(randomize_bn(model))
-
-
-@pytest.mark.parametrize('packed', [False, True])
-def test_folder(trained, packed, tmp_path):
-    save_model(trained, str(tmp_path / 'model'), packed=packed)
-    assert not any('weight_codes' in k for k in trained.state_dict())
-    name = f"local-dir:{tmp_path / 'model'}"
-    model = timm.create_model(name, pretrained=True).eval()
-    x = images(32)
-    assert_equal(model(x), trained(x))
-    assert bases(model).keys() == bases(trained).keys()
-    features = timm.create_model(name, pretrained=True, features_only=True, out_indices=(1, 3)).eval()
-    assert_equal(features(x), trained.at(32).forward_intermediates(x, indices=[1, 3], intermediates_only=True))
-    other = timm.create_model(name, pretrained=True, num_classes=3, resolutions=(32, 16)).eval()
-    assert_equal(other.at(32).forward_features(x), trained.at(32).forward_features(x))
-    assert_equal(load_model(str(tmp_path / 'model')).model(x), trained(x))
-    stored = load_file(tmp_path / 'model' / 'model.safetensors')
-    assert ('layer1.0.conv1.weight' in stored) != packed and 'layer4.0.conv1.weight' in stored
-    again = timm.create_model(name)
-    assert is_quantized(again)
-
-
-def test_folder_of_a_network_quantized_by_hand(tmp_path):
-    model = settle(quantize(make_switchable(timm.create_model('test_resnet', num_classes=5), RESOLUTIONS), 3))
-    save_model(model, str(tmp_path / 'model'), packed=True)
-    x = images(48)
-    assert_equal(timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()(x), model(x))
-
-
-def test_file_size(tmp_path):
-    model = timm.create_model('rs_resnet18_w2a32')
-    save_model(model, str(tmp_path / 'packed'), packed=True)
-    assert os.path.getsize(tmp_path / 'packed' / 'model.safetensors') <= 5.5e6
-
-
-def test_extract(trained, tmp_path):
-    with pytest.raises(ValueError, match='quantizes its activations, which no network of timm does'):
-        save_model(trained.at(32), str(tmp_path / 'plain'))
-    assert not os.listdir(tmp_path)
-    model = settle(timm.create_model('rs_test_resnet', resolutions=RESOLUTIONS, quantization=dict(weight_bits=2)))
-    save_model(model.at(32), str(tmp_path / 'plain'))
-    plain, x = timm.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True).eval(), images(32)
-    assert type(plain) is timm.models.ResNet and plain.layer1[0].conv1.weight[0].unique().numel() == 4
-    assert_equal(plain(x), model(x))
-
-
-@pytest.mark.parametrize('packed', [False, True])
-def test_hub(hub, trained, packed, tmp_path):  # noqa: F811
-    save_model(trained, str(tmp_path / 'model'))
-    main(['push', str(tmp_path / 'model'), REPO, *['--packed'][:packed]])
-    restored = create_from_hub()
-    if not packed:
-        assert_restores(trained, restored)
-    for x in images(*RESOLUTIONS):
-        assert_equal(restored(x), trained(x))
-    assert 'weights of 2 bits, activations of 3, but' in hub.files(REPO)['README.md'].decode()
-    config = json.loads(hub.files(REPO)['config.json'])
-    assert config['model_args']['quantization'] == dict(weight_bits=2, activation_bits=3, skip=['layer4.*'])
-
-
-def test_float_weights_for_a_quantized_network(tmp_path):
-    source = rs_model(num_classes=10)
-    torch.save(source.state_dict(), tmp_path / 'float.pth')
-    model = quantize(rs_model(num_classes=10))
-    load_weights(model, str(tmp_path / 'float.pth'))
-    expected = quantize(source, trained=True)
-    assert_equal(state_of(model), state_of(expected))
-    created = timm.create_model(
-        'rs_test_resnet', resolutions=RESOLUTIONS, num_classes=10, quantization=dict(weight_bits=2), pretrained=True,
-        pretrained_cfg_overlay=dict(file=str(tmp_path / 'float.pth'), num_classes=10))
-    assert_equal(state_of(created), state_of(expected))
-
-
-def test_files_of_another_kind(tmp_path):
-    model = q_model(weight_bits=3)
-    for name, state in (('full', state_of(model)), ('packed', pack_state_dict(state_of(model)))):
-        path = str(tmp_path / f'{name}.pth')
-        torch.save(dict(state), path)
-        with pytest.raises(ValueError, match=r'pth: conv1.3 is quantized at 3 bits, .* has 2 there'):
-            load_weights(q_model(weight_bits=2), path)
-        with pytest.raises(ValueError, match=r'pth: The weights are quantized, .* is not'):
-            load_weights(rs_model(), path)
-        for quantization, message in ((None, 'weights are quantized, .* is not'), (dict(weight_bits=2), 'at 3 bits')):
-            with pytest.raises(ValueError, match=message):
-                timm.create_model(
-                    'rs_test_resnet', resolutions=RESOLUTIONS, num_classes=10, quantization=quantization,
-                    pretrained=True, pretrained_cfg_overlay=dict(file=path, num_classes=10))
-
-
-def test_commands_tell_in_one_line(tmp_path, capsys):
-    save_model(rs_model('resnet10t'), str(tmp_path / 'float'))
-    with pytest.raises(SystemExit):
-        main(['convert', str(tmp_path / 'float'), '--output', str(tmp_path / 'packed'), '--packed'])
-    error = capsys.readouterr().err
-    assert error == ('timm-rs convert: error: There are no quantized weights to pack, see timm_rs.quant.quantize.\n')
-    assert os.listdir(tmp_path) == ['float']
-
-
-def test_no_config_is_left_out():
-    for path in CONFIGS:
-        assert yaml.safe_load(path.read_text())['resolutions'] == [224, 192, 160, 128, 96]

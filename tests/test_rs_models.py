@@ -266,6 +266,12 @@ def test_missing_file(tmp_path):
         create(**from_file(tmp_path / 'none.pth'))
 
 
+@pytest.mark.parametrize('name', ['rs_densenet264d', 'rs_resnet18_w2a32'])
+def test_without_pretrained_weights(name):
+    with pytest.raises(RuntimeError, match=f'no pretrained weights of {name}, create it with pretrained=False'):
+        timm.create_model(name, pretrained=True)
+
+
 # Folders as on the hub
 
 @pytest.fixture
