@@ -5,10 +5,10 @@
     ./distributed_train.sh 8 DIR --config configs/rs_resnet18.yaml
     python train_rs.py --dataset digits --model rs_resnet10t --resolutions 32 24 16 --epochs 10
 
-The flags are those of timm's train.py, and --resolutions, --distill, --flip, --resample and --memory. The output
-folder holds args.yaml, summary.csv (accuracy at every resolution, of the ensemble, and their mean), label_names.txt
-where the data set names its classes, the last and the best checkpoints. A run that was killed goes on with
---resume auto as if it had not been.
+The flags are those of timm's train.py, and --resolutions, --distill, --loss-reduction, --private, --flip, --resample
+and --memory. The output folder holds args.yaml, summary.csv (accuracy at every resolution, of the ensemble, and their
+mean), label_names.txt where the data set names its classes, the last and the best checkpoints. A run that was killed
+goes on with --resume auto as if it had not been.
 """
 import importlib
 import logging
@@ -48,7 +48,8 @@ _logger = logging.getLogger('train')
 
 # Flags that decide which groups of parameters an optimizer has, or what it keeps of each parameter.
 _OPTIMIZER_FLAGS = (
-    'opt', 'distill', 'weight_decay', 'layer_decay', 'layer_decay_min_scale', 'layer_decay_no_opt_scale', 'opt_kwargs')
+    'opt', 'distill', 'private', 'weight_decay', 'layer_decay', 'layer_decay_min_scale', 'layer_decay_no_opt_scale',
+    'opt_kwargs')
 
 
 @dataclass

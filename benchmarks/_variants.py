@@ -1,7 +1,7 @@
 """Variants of the method that paper_table.py compares: other ensembles, and halves of BatchNorm that are shared"""
 import torch
 
-from timm_rs.private_bn import PrivateBN
+from timm_rs.private_bn import PrivateBN, tie_affine
 from timm_rs.train import EnsembleDistillationLoss
 
 __all__ = ['ENSEMBLES', 'share_half']
@@ -36,10 +36,10 @@ ENSEMBLES = dict(
 
 def share_half(model: torch.nn.Module, private: str) -> None:
     """Let the BatchNorms of all sizes share what is not private: affine parameters, or running statistics."""
-    shared = ('running_mean', 'running_var') if private == 'affine' else ('weight', 'bias')
+    if private == 'statistics':
+        return tie_affine(model)
     for layer in model.modules():
         if isinstance(layer, PrivateBN):
             first, *others = (layer[r] for r in layer)
             for bn in others:
-                for name in shared:
-                    setattr(bn, name, getattr(first, name))
+                bn.running_mean, bn.running_var = first.running_mean, first.running_var

@@ -149,6 +149,8 @@ def parse_args(argv=None):
     for option in ('--sampled',) * args.sampled + ('--small-steps',) * (args.small_steps > 0):
         if args.ensemble == 'classes':
             parser.error(f'--ensemble classes needs all sizes in each step, not {option}.')
+    if args.ema and args.private == 'statistics':
+        parser.error('--ema would average repeatedly what --private statistics shares.')
     if args.sampled and args.small_steps:
         parser.error('--sampled and --small-steps exclude each other.')
     if sum(map(bool, (args.pretrained, args.pretrained_path, args.initial_checkpoint))) > 1:

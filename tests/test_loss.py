@@ -225,6 +225,23 @@ def test_holds_no_state():
 def test_unknown_mode():
     with pytest.raises(ValueError, match="'both', expected one of none, ens, ens_topdown"):
         EnsembleDistillationLoss('both')
+    with pytest.raises(ValueError, match="reduction 'none', expected one of sum, mean"):
+        EnsembleDistillationLoss(reduction='none')
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_mean_over_resolutions(mode):
+    logits, a = random_case()
+    found = []
+    for reduction in EnsembleDistillationLoss.REDUCTIONS:
+        z, alpha = as_tensors(logits, a)
+        losses = EnsembleDistillationLoss(mode, reduction=reduction)(z, torch.tensor([0, 1, 2]), alpha)
+        losses['loss'].backward()
+        found.append((losses, [x.grad for x in z] + [alpha.grad] * (mode != 'none')))
+    (sums, of_sum), (means, of_mean) = found
+    assert means['loss'].item() == pytest.approx(sums['loss'].item() / 4)
+    assert all(means[term].equal(sums[term]) for term in TERMS[1:])
+    torch.testing.assert_close(of_mean, [g / 4 for g in of_sum])
 
 
 @pytest.mark.parametrize('mode', MODES)

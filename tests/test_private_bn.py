@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from conftest import RESOLUTIONS, assert_equal, images, plain_model, randomize_bn, rs_model
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm, freeze_batch_norm_2d, unfreeze_batch_norm_2d
 from timm.models import create_feature_extractor
+from timm.optim import create_optimizer_v2
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_rs import PrivateBN, UnknownResolutionError, make_switchable
-from timm_rs.private_bn import check_resolutions
+from timm_rs.private_bn import check_resolutions, tie_affine
 
 
 def private_bn(bn=None, resolutions=RESOLUTIONS):
@@ -221,6 +222,36 @@ def test_copies_switch_on_their_own(duplicate):
     other.switch_to(32)
     assert container.resolution == 48
     assert_equal(other(x), container[32](x))
+
+
+@pytest.mark.parametrize('duplicate', [lambda m: m, copy.deepcopy])
+def test_resolutions_train_one_set_of_affine_parameters(duplicate):
+    model = rs_model()
+    keys = set(model.state_dict())
+    tie_affine(model)
+    model = duplicate(model)
+    assert set(model.state_dict()) == keys
+    assert len(list(model.parameters())) == len(list(plain_model('test_resnet').parameters())) + 1
+    optimizer = create_optimizer_v2(model, opt='sgd', lr=0.1)
+    assert sum(len(g['params']) for g in optimizer.param_groups) == len(list(model.parameters()))
+    logits = model.train()(images(*RESOLUTIONS))
+    sum(z.square().sum() for z in logits).backward()
+    optimizer.step()
+    bn = model.layer1[0].bn1
+    for r in RESOLUTIONS[1:]:
+        assert_equal(bn[r].weight, bn[RESOLUTIONS[0]].weight)
+        assert not torch.equal(bn[r].running_mean, bn[RESOLUTIONS[0]].running_mean)
+    other = rs_model()
+    other.load_state_dict(model.state_dict())
+    assert other.layer1[0].bn1[48].weight is not other.layer1[0].bn1[64].weight
+    for x in images(*RESOLUTIONS):
+        assert_equal(other.eval()(x), model.eval()(x))
+
+
+def test_layers_without_affine_parameters_stay_so():
+    bn = PrivateBN(nn.BatchNorm2d(4, affine=False), (64, 32))
+    tie_affine(bn)
+    assert bn[32].weight is None and bn[32].running_mean is not bn[64].running_mean
 
 
 def test_is_a_leaf_for_fx():

@@ -272,6 +272,21 @@ def test_flags_together(images, tmp_path, flags):
     assert len(rows) == 2 and float(rows[-1]['train_loss']) > 0
 
 
+def test_shared_affine_parameters_are_saved_for_every_size(images, tmp_path):
+    train_rs.main([
+        str(images), *TINY, '--epochs', '1', '--output', str(tmp_path), '--experiment', 'r', '--private', 'statistics'])
+    found = torch.load(tmp_path / 'r' / 'last.pth.tar', weights_only=False)['state_dict']
+    largest = {k: v for k, v in found.items() if '.32.' in k}
+    for key, value in largest.items():
+        is_equal = torch.equal(found[key.replace('.32.', '.16.')], value)
+        assert is_equal == (not key.endswith(('running_mean', 'running_var')))
+    weight = largest['bn1.32.weight']
+    assert not torch.equal(weight, torch.ones_like(weight))
+    model = timm.create_model(
+        MODEL, resolutions=(32, 16), num_classes=2, checkpoint_path=str(tmp_path / 'r' / 'last.pth.tar'))
+    assert model.bn1[32].weight is not model.bn1[16].weight
+
+
 def test_resume_refuses_another_network(images, trained, tmp_path, capfd):
     argv = [images, *TINY, '--output', tmp_path, '--resume', trained / 'last.pth.tar', '--resolutions', '32', '24']
     assert 'was trained with --resolutions [32, 16]' in fails(train_rs.main, argv, capfd)
@@ -300,7 +315,10 @@ def test_flags_win_over_the_optimizer_that_is_resumed(images, trained, tmp_path)
     assert found == [(0.001, 0.8, 0), (0.001, 0.8, 0.01)]
 
 
-@pytest.mark.parametrize('flags', ['', '--opt lamb --layer-decay 0.8', '--opt lookahead_adamw --sched none'])
+@pytest.mark.parametrize('flags', [
+    '', '--opt lamb --layer-decay 0.8', '--opt lookahead_adamw --sched none',
+    '--private statistics --loss-reduction mean --weight-decay 0.01',
+])
 def test_resume_with_the_same_flags_changes_nothing(images, tmp_path, flags):
     argv = [str(images), *TINY, '--output', str(tmp_path), *flags.split(), '--epochs', '2']
     train_rs.main([*argv, '--experiment', 'whole'])
@@ -311,13 +329,16 @@ def test_resume_with_the_same_flags_changes_nothing(images, tmp_path, flags):
         torch.testing.assert_close(parts[key], whole[key], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('flags', ['--opt adamw', '--distill none', '--weight-decay 0', '--layer-decay 0.8'])
+@pytest.mark.parametrize('flags', [
+    '--opt adamw', '--distill none', '--weight-decay 0', '--layer-decay 0.8', '--private statistics'])
 def test_resume_refuses_an_optimizer_that_does_not_fit(images, trained, tmp_path, capfd, flags):
     argv = [str(images), *TINY, '--epochs', '3', '--output', str(tmp_path), '--experiment', 'r', *flags.split(),
             '--resume', str(trained / 'last.pth.tar')]
     line = fails(train_rs.main, argv, capfd)
     name = flags.split()[0]
-    before = {'--opt': 'sgd', '--distill': 'ens_topdown', '--weight-decay': '2e-05', '--layer-decay': 'None'}[name]
+    before = {
+        '--opt': 'sgd', '--distill': 'ens_topdown', '--weight-decay': '2e-05', '--layer-decay': 'None',
+        '--private': 'both'}[name]
     assert f'optimizer with {name} {before}, which does not fit {flags}' in line.replace('0.0:', '0:')
     assert 'give --no-resume-opt' in line
     train_rs.main([*argv, '--no-resume-opt'])
@@ -342,6 +363,7 @@ def test_resume_refuses_an_optimizer_that_does_not_fit(images, trained, tmp_path
     (['--resume', 'auto'], 'needs --experiment'),
     (['--initial-checkpoint', 'nowhere.pth'], 'nowhere.pth'),
     (['--distill', 'both'], "invalid choice: 'both'"),
+    (['--private', 'statistics', '--model-ema'], '--private statistics does not go with --model-ema'),
     (['--sync-bn'], '--sync-bn needs GPUs'),
     (['--config', 'nowhere.yaml'], 'nowhere.yaml: there is no such file'),
     (['--epochs', '0'], '--epochs is 0'),

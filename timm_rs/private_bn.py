@@ -15,7 +15,14 @@ from timm.layers import register_notrace_module
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ['PrivateBN', 'UnknownResolutionError', 'check_resolutions', 'interpolate', 'is_recomputing']
+__all__ = [
+    'PrivateBN',
+    'UnknownResolutionError',
+    'check_resolutions',
+    'interpolate',
+    'is_recomputing',
+    'tie_affine',
+]
 
 # Dictionaries of hooks that belong to the place in the network and not to the layer that stands there.
 _HOOK_DICTS = (
@@ -205,6 +212,28 @@ def interpolate(low: nn.Module, high: nn.Module, share: float) -> Dict[str, torc
     """
     first, second = (dict(chain(bn.named_parameters(), bn.named_buffers())) for bn in (low, high))
     return {k: torch.lerp(v, second[k], share) if v.is_floating_point() else v for k, v in first.items()}
+
+
+def tie_affine(module: nn.Module) -> None:
+    """Let all resolutions train the affine parameters of the largest, in place; their statistics stay private.
+
+    A state dict has the same keys as ever, so a network that was trained in this way is saved, loaded and switched like
+    any other, which it is once it is loaded. A moving average has to count the tied parameters once: timm's does not.
+
+    Args:
+        module: Network that holds PrivateBN.
+
+    Example:
+        >>> bn = PrivateBN(nn.BatchNorm2d(8), (224, 160))
+        >>> tie_affine(bn)
+        >>> bn[160].weight is bn[224].weight, bn[160].running_mean is bn[224].running_mean
+        (True, False)
+    """
+    for layer in module.modules():
+        if isinstance(layer, PrivateBN):
+            first, *others = (layer[r] for r in layer)
+            for bn in others:
+                bn.weight, bn.bias = first.weight, first.bias
 
 
 def is_recomputing() -> bool:

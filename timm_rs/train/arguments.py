@@ -73,6 +73,12 @@ def create_parser() -> argparse.ArgumentParser:
         help="input sizes in pixels that get a BatchNorm of their own (default: the model's, 224 192 160 128 96)")
     add('--distill', default='ens_topdown', choices=EnsembleDistillationLoss.MODES,
         help='teachers of a resolution: nobody, the ensemble, or the ensemble and all larger ones (default)')
+    add('--loss-reduction', default='sum', choices=EnsembleDistillationLoss.REDUCTIONS,
+        help='sum the losses of all resolutions, as the paper does (default), or take the mean, which suits learning '
+             'rates and weight decays of networks of one size')
+    add('--private', default='both', choices=('both', 'statistics'),
+        help='what of a BatchNorm is private to a resolution: both halves (default), or the running statistics alone, '
+             'while all resolutions train one weight and bias')
     add('--flip', default='shared', choices=ResolutionPyramid.FLIPS,
         help='flip an image once for all resolutions (default) or anew for each')
     add('--resample', default='matched', choices=ResolutionPyramid.RESAMPLES,
@@ -362,6 +368,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error('--resume auto needs --experiment, the name of the run to go on with.')
     if args.memory == 'lean' and args.torchcompile:
         parser.error('--memory lean recomputes outside the compiled graph, so it does not go with --torchcompile.')
+    if args.private == 'statistics' and args.model_ema:
+        parser.error('--private statistics does not go with --model-ema, which averages what is shared repeatedly.')
     if args.push_to_hub:
         try:
             validate_repo_id(args.push_to_hub)

@@ -33,7 +33,7 @@ from ..data import (
     share_shards,
 )
 from ..evaluate import ENSEMBLE, count_madds
-from ..private_bn import check_resolutions
+from ..private_bn import check_resolutions, tie_affine
 from ..rs_models import PREFIX, RESOLUTIONS, explain_unknown_model
 from .arguments import largest_size_conflict
 from .determinism import EpochSampler, ReadErrors, SteadyDataset, mix_seed
@@ -154,6 +154,8 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
         model.to(memory_format=torch.channels_last)
     if args.distributed and args.sync_bn:
         model = convert_sync_batchnorm(model)
+    if args.private == 'statistics':
+        tie_affine(model)
     return model
 
 
@@ -325,7 +327,7 @@ def build_task(args: argparse.Namespace, model: nn.Module, device: torch.device)
     hflip = 0. if args.no_aug else args.hflip
     return MultiResolutionTask(
         model,
-        EnsembleDistillationLoss(args.distill, criterion),
+        EnsembleDistillationLoss(args.distill, criterion, args.loss_reduction),
         ResolutionPyramid(args.resolutions, args.flip, hflip, args.resample, _train_interpolation(args, model)),
         device=device,
         verbose=args.rank == 0,

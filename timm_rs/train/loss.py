@@ -26,9 +26,11 @@ class EnsembleDistillationLoss(nn.Module):
     Args:
         mode: 'none' (the paper's Parallel: classification only), 'ens', or 'ens_topdown'.
         criterion: Base criterion on logits [N, C] and the target, cross entropy if None.
+        reduction: 'sum' of the terms, or 'mean', their sum over S: with SGD the learning rate and the weight decay that
+            suit a network of one size suit this then, those of the sum are an S-th and S times of these.
 
     Raises:
-        ValueError: The mode is none of these.
+        ValueError: The mode or the reduction is none of these.
 
     Example:
         >>> criterion = EnsembleDistillationLoss(mode='ens')
@@ -39,12 +41,17 @@ class EnsembleDistillationLoss(nn.Module):
     """
 
     MODES = ('none', 'ens', 'ens_topdown')
+    REDUCTIONS = ('sum', 'mean')
 
-    def __init__(self, mode: str = 'ens_topdown', criterion: Optional[nn.Module] = None):
+    def __init__(
+            self, mode: str = 'ens_topdown', criterion: Optional[nn.Module] = None, reduction: str = 'sum',
+    ):
         super().__init__()
-        if mode not in self.MODES:
-            raise ValueError(f'Unknown distillation mode {mode!r}, expected one of {", ".join(self.MODES)}.')
+        for value, known, title in ((mode, self.MODES, 'distillation mode'), (reduction, self.REDUCTIONS, 'reduction')):
+            if value not in known:
+                raise ValueError(f'Unknown {title} {value!r}, expected one of {", ".join(known)}.')
         self.mode = mode
+        self.reduction = reduction
         self.criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
 
     def forward(self, logits: List[torch.Tensor], target: torch.Tensor, alpha: torch.Tensor) -> Dict[str, torch.Tensor]:
@@ -56,7 +63,7 @@ class EnsembleDistillationLoss(nn.Module):
             alpha: Ensemble weights a before the softmax [S], largest resolution first.
 
         Returns:
-            'loss' and its terms 'classification', 'ensemble', 'distillation'.
+            'loss' and its terms 'classification', 'ensemble', 'distillation', which are sums over resolutions.
 
         Raises:
             ValueError: As many ensemble weights as logits are needed.
@@ -74,8 +81,9 @@ class EnsembleDistillationLoss(nn.Module):
                 z_ens = self.ensemble(stacked, alpha.float())
                 ensemble = self.criterion(z_ens, target)
                 distillation = self._distillation(logits, z_ens.detach())
+        loss = classification + ensemble + distillation
         return dict(
-            loss=classification + ensemble + distillation,
+            loss=loss / len(logits) if self.reduction == 'mean' else loss,
             classification=classification,
             ensemble=ensemble,
             distillation=distillation,
