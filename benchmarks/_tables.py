@@ -8,6 +8,7 @@ __all__ = ['DEFAULTS', 'METHODS', 'cell', 'describe', 'gain', 'markdown', 'plot'
 
 METHODS = dict(
     inet='I-Nets', parallel='Parallel', ens='RS-Net, ensemble alone', ens_topdown='RS-Net', random_size='random size')
+COLORS = dict(inet='C0', parallel='C2', ens='C5', ens_topdown='C3', random_size='C4')  # the same in every figure
 DEFAULTS = dict(
     weight_bits=32, activation_bits=32, resample='matched', private='both', ensemble='sizes', ema=0, sampled=False,
     mean_loss=True, zero_init=False, distill_ramp=0, initial_checkpoint='', pretrained=False, pretrained_path='',
@@ -94,11 +95,12 @@ def plot(rows: List[dict], heading: str, path: Path) -> None:
 
     figure = Figure(figsize=(6, 4), layout='constrained')
     axis = figure.subplots()
+    colors = {METHODS[key]: color for key, color in COLORS.items()}
     for method in dict.fromkeys(row['method'] for row in rows):
         chosen = [row for row in rows if row['method'] == method]
         points = [(row['madds'] / 1e6, row['top1_mean'], row['top1_std'] or 0) for row in chosen]
-        style = dict(marker='s', linestyle='') if method == METHODS['inet'] else dict(marker='o')
-        axis.errorbar(*zip(*points), label=method, capsize=2, **style)
+        style = dict(marker='s', linestyle='', zorder=3) if method == METHODS['inet'] else dict(marker='o')
+        axis.errorbar(*zip(*points), label=method, capsize=2, color=colors.get(method, 'C1'), **style)
     axis.set(xlabel='multiply-adds (millions)', ylabel='top-1 accuracy (%)', title=heading)
     axis.grid(alpha=0.3)
     axis.legend()
