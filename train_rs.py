@@ -5,10 +5,10 @@
     ./distributed_train.sh 8 DIR --config configs/rs_resnet18.yaml
     python train_rs.py --dataset digits --model rs_resnet10t --resolutions 32 24 16 --epochs 10
 
-The flags are those of timm's train.py, and --resolutions, --distill, --loss-reduction, --private, --flip, --resample
-and --memory. The output folder holds args.yaml, summary.csv (accuracy at every resolution, of the ensemble, and their
-mean), label_names.txt where the data set names its classes, the last and the best checkpoints. A run that was killed
-goes on with --resume auto as if it had not been.
+The flags are those of timm's train.py, and --resolutions, --distill, --loss-reduction, --small-steps, --private,
+--flip, --resample and --memory. The output folder holds args.yaml, summary.csv (accuracy at every resolution, of the
+ensemble, and their mean), label_names.txt where the data set names its classes, the last and the best checkpoints. A
+run that was killed goes on with --resume auto as if it had not been.
 """
 import importlib
 import logging

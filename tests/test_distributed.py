@@ -40,7 +40,7 @@ TINY = (
 ).split()
 RANDOM = (
     '--sched-on-updates --recovery-interval 1 --grad-accum-steps 2 --mixup 0.2 --reprob 0.5 --drop-path 0.2 --drop 0.1 '
-    '--model-ema --model-ema-decay 0.5 --aa rand-m5'
+    '--model-ema --model-ema-decay 0.5 --aa rand-m5 --small-steps 0.3'
 ).split()
 
 

@@ -18,6 +18,7 @@ import validate_rs
 from timm_rs.convert import save_model
 from timm_rs.hub import LABEL_FILE
 from timm_rs.train.arguments import parse_args
+from timm_rs.train.engine import choose_levels
 
 ROOT = Path(__file__).parent.parent
 MODEL = 'rs_test_resnet'
@@ -272,6 +273,18 @@ def test_flags_together(images, tmp_path, flags):
     assert len(rows) == 2 and float(rows[-1]['train_loss']) > 0
 
 
+def test_some_updates_of_the_smaller_sizes(images, tmp_path):
+    train_rs.main([
+        str(images), *TINY, '--epochs', '4', '--output', str(tmp_path), '--experiment', 'r', '--small-steps', '0.5',
+        '--resolutions', '32', '24', '16'])
+    found = torch.load(tmp_path / 'r' / 'last.pth.tar', weights_only=False)['state_dict']
+    steps = [int(found[f'bn1.{r}.num_batches_tracked']) for r in (32, 24, 16)]
+    assert 0 < steps[0] < steps[1] == steps[2]
+    args = parse_args(['x', '--small-steps', '0.25', '--resolutions', '32', '24', '16'])
+    drawn = [choose_levels(args, epoch, update) for epoch in range(20) for update in range(20)]
+    assert set(drawn) == {None, (1, 2)} and 60 < drawn.count((1, 2)) < 140
+
+
 def test_shared_affine_parameters_are_saved_for_every_size(images, tmp_path):
     train_rs.main([
         str(images), *TINY, '--epochs', '1', '--output', str(tmp_path), '--experiment', 'r', '--private', 'statistics'])
@@ -317,7 +330,7 @@ def test_flags_win_over_the_optimizer_that_is_resumed(images, trained, tmp_path)
 
 @pytest.mark.parametrize('flags', [
     '', '--opt lamb --layer-decay 0.8', '--opt lookahead_adamw --sched none',
-    '--private statistics --loss-reduction mean --weight-decay 0.01',
+    '--private statistics --loss-reduction mean --weight-decay 0.01', '--small-steps 0.5',
 ])
 def test_resume_with_the_same_flags_changes_nothing(images, tmp_path, flags):
     argv = [str(images), *TINY, '--output', str(tmp_path), *flags.split(), '--epochs', '2']
@@ -363,6 +376,7 @@ def test_resume_refuses_an_optimizer_that_does_not_fit(images, trained, tmp_path
     (['--resume', 'auto'], 'needs --experiment'),
     (['--initial-checkpoint', 'nowhere.pth'], 'nowhere.pth'),
     (['--distill', 'both'], "invalid choice: 'both'"),
+    (['--small-steps', '1'], '--small-steps is 1, expected a share of the updates'),
     (['--private', 'statistics', '--model-ema'], '--private statistics does not go with --model-ema'),
     (['--sync-bn'], '--sync-bn needs GPUs'),
     (['--config', 'nowhere.yaml'], 'nowhere.yaml: there is no such file'),

@@ -75,6 +75,30 @@ def test_step_equals_one_by_hand(mode, name):
     torch.testing.assert_close(dict(model.named_buffers()), dict(other.named_buffers()), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('levels', [(1, 2), (2,), (0, 2)])
+@pytest.mark.parametrize('mode', MODES)
+def test_step_of_some_resolutions(mode, levels):
+    task, (x, target) = build(mode), batch()
+    model = task.trainable_module
+    other, before = copy.deepcopy(model), copy.deepcopy(model)
+    task.levels = levels
+    result = task(x, target)
+    result['loss'].backward()
+    pyramid = ResolutionPyramid(RESOLUTIONS)(x)
+    logits = [other.at(RESOLUTIONS[i])(pyramid[i]) for i in levels]
+    expected = EnsembleDistillationLoss(mode)(logits, target, other.alpha[list(levels)])
+    expected['loss'].backward()
+    torch.testing.assert_close(result['loss'], expected['loss'])
+    torch.testing.assert_close(result['output'], logits)
+    found, wanted = gradients(model), gradients(other)
+    for name, parameter in model.named_parameters():  # all have a gradient, the others' is zero
+        if parameter.requires_grad:
+            torch.testing.assert_close(found[name], wanted.get(name, torch.zeros_like(parameter)))
+    for i, r in enumerate(RESOLUTIONS):
+        same = torch.equal(model.bn1[r].running_mean, before.bn1[r].running_mean)
+        assert same == (i not in levels)
+
+
 @pytest.mark.parametrize('mode', MODES)
 def test_every_parameter_learns(mode):
     task = build(mode)
@@ -114,9 +138,8 @@ def test_pyramid_of_ones_own():
 
 
 def test_pyramid_of_other_resolutions():
-    task = MultiResolutionTask(rs_model(), pyramid=ResolutionPyramid((64, 32)), verbose=False)
-    with pytest.raises(ValueError, match=r'list of 2 sizes \(64x64, 32x32\)'):
-        task(*batch())
+    with pytest.raises(ValueError, match=r'pyramid of \(64, 32\), expected the resolutions \(64, 48, 32\)'):
+        MultiResolutionTask(rs_model(), pyramid=ResolutionPyramid((64, 32)), verbose=False)
 
 
 def test_wrong_input_size():

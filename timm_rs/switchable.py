@@ -134,16 +134,16 @@ class SwitchableMixin:
         """Run at the resolution of the input, which becomes the active one.
 
         Args:
-            x: Images [N, C, H, W], or a list of one batch at every resolution, in any order. For a size without BN of
-                its own, with one warning, BN is interpolated by area between the two neighbouring sizes in eval mode;
-                beyond them, in training and with gradient checkpointing the nearest size serves.
+            x: Images [N, C, H, W], or a list of a batch each at some or all resolutions, in any order. For a size
+                without BN of its own, with one warning, BN is interpolated by area between the two neighbouring sizes
+                in eval mode; beyond them, in training and with gradient checkpointing the nearest size serves.
 
         Returns:
             What the plain network returns, e.g. logits [N, num_classes]; for a list the list of these in the order
             given, and the active resolution stays.
 
         Raises:
-            ValueError: A list that does not hold each resolution once, or images too small for the network.
+            ValueError: A list that holds another size, or one twice, or nothing; images too small for the network.
         """
         if isinstance(x, (list, tuple)):
             return self._forward_pyramid(x, *args, **kwargs)
@@ -191,9 +191,10 @@ class SwitchableMixin:
 
     def _forward_pyramid(self, pyramid: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> List[Any]:
         sizes = [tuple(x.shape[-2:]) for x in pyramid]  # dynamic ones, which do not sort, under a compiler
-        if len(sizes) != len(self.resolutions) or not all((r, r) in sizes for r in self.resolutions):
+        if not sizes or len(sizes) != sum((r, r) in sizes for r in self.resolutions):
             got = ', '.join(f'{h}x{w}' for h, w in sizes) or 'none'
-            raise ValueError(f'Got a list of {len(sizes)} sizes ({got}), expected each of {self.resolutions} once.')
+            raise ValueError(
+                f'Got a list of {len(sizes)} sizes ({got}), expected each of {self.resolutions} at most once.')
         before = self.resolution
         forward = partial(SwitchableMixin.forward, self)
         if self._switch.recompute and self.training and torch.is_grad_enabled():

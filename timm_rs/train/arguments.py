@@ -76,6 +76,9 @@ def create_parser() -> argparse.ArgumentParser:
     add('--loss-reduction', default='sum', choices=EnsembleDistillationLoss.REDUCTIONS,
         help='sum the losses of all resolutions, as the paper does (default), or take the mean, which suits learning '
              'rates and weight decays of networks of one size')
+    add('--small-steps', type=float, default=0., metavar='P',
+        help='share of the updates that train the smaller half of the resolutions alone, which costs little and lets '
+             'these train for more epochs (default: 0)')
     add('--private', default='both', choices=('both', 'statistics'),
         help='what of a BatchNorm is private to a resolution: both halves (default), or the running statistics alone, '
              'while all resolutions train one weight and bias')
@@ -368,6 +371,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error('--resume auto needs --experiment, the name of the run to go on with.')
     if args.memory == 'lean' and args.torchcompile:
         parser.error('--memory lean recomputes outside the compiled graph, so it does not go with --torchcompile.')
+    if not 0 <= args.small_steps < 1:
+        parser.error(f'--small-steps is {args.small_steps:g}, expected a share of the updates, from 0 to below 1.')
     if args.private == 'statistics' and args.model_ema:
         parser.error('--private statistics does not go with --model-ema, which averages what is shared repeatedly.')
     if args.push_to_hub:

@@ -2,11 +2,12 @@
 import argparse
 import logging
 import os
+import random
 import signal
 import time
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 import torch
 import torch.distributed as dist
@@ -18,13 +19,14 @@ from tqdm import tqdm
 from ..errors import TrainingFault
 from ..evaluate import average, evaluate
 from .builders import Loaders
-from .determinism import ReadErrors, seed_all
+from .determinism import ReadErrors, mix_seed, seed_all
 from .saver import AtomicCheckpointSaver, Progress
 from .task import TERMS, MultiResolutionTask
 
 __all__ = [
     'Preempted',
     'Preemption',
+    'choose_levels',
     'ensemble_weights',
     'flatten_metrics',
     'train_one_epoch',
@@ -98,8 +100,10 @@ class _Faults:
         self.finite = torch.ones(len(resolutions), device=device, dtype=torch.bool)
         self.at_once = device.type == 'cpu'
 
-    def note(self, step: int, losses: Dict[str, Any]) -> None:
+    def note(self, step: int, losses: Dict[str, Any], levels: Optional[Tuple[int, ...]]) -> None:
         finite = torch.stack([z.detach().isfinite().all() for z in losses['output']])
+        if levels is not None:
+            finite = torch.ones_like(self.finite).index_copy_(0, torch.tensor(levels, device=finite.device), finite)
         first = (self.step < 0) & ~(losses['loss'].detach().isfinite() & finite.all())
         self.step = torch.where(first, step, self.step)
         self.finite = torch.where(first, finite, self.finite)
@@ -174,6 +178,7 @@ def train_one_epoch(
     for batch_idx, (images, target) in batches:
         if batch_idx < progress.batch:  # a stream begins anew, its first batches are done
             continue
+        task.levels = choose_levels(args, epoch, batch_idx // accum_steps)
         seed_all(args.seed, args.rank, epoch, batch_idx)
         if args.no_prefetcher:
             images, target = images.to(device, dtype=loaders.normalize.mean.dtype), target.to(device)
@@ -191,7 +196,7 @@ def train_one_epoch(
             with nullcontext() if need_update else task.no_sync():
                 with amp_autocast():
                     losses = task(images, target)
-                faults.note(batch_idx, losses)
+                faults.note(batch_idx, losses, task.levels)
                 loss = losses['loss'] / steps
                 if loss_scaler is not None:
                     loss_scaler(
@@ -262,6 +267,15 @@ def train_one_epoch(
     if unreadable:
         _logger.warning(unreadable)
     return dict(zip(TERMS, (sums / count).tolist()))
+
+
+def choose_levels(args: argparse.Namespace, epoch: int, update: int) -> Optional[Tuple[int, ...]]:
+    """Return the indices of the resolutions that an update trains, None for all: with --small-steps some updates train
+    the smaller half alone, the same ones on all processes and after a resume."""
+    if random.Random(mix_seed(args.seed, epoch, update)).random() >= args.small_steps:
+        return None
+    count = len(args.resolutions)
+    return tuple(range(count // 2, count))
 
 
 def _own_sums(sums: List[float], args: argparse.Namespace, device: torch.device) -> torch.Tensor:

@@ -1,12 +1,13 @@
 """The multi-resolution step as a timm training task"""
 from dataclasses import asdict
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 import torch.nn as nn
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
+from ..private_bn import PrivateBN
 from ..switchable import SwitchableMixin
 from .loss import EnsembleDistillationLoss
 from .pyramid import ResolutionPyramid
@@ -31,8 +32,11 @@ class MultiResolutionTask(ClassificationTask):
         dtype: Dtype for task tensors.
         verbose: Log what is trained.
 
+    Attributes:
+        levels: Indices of the resolutions that the next steps train, largest first; None for all of them.
+
     Raises:
-        ValueError: The model is a plain one, or the criterion is not the one for resolutions.
+        ValueError: The model is a plain one, the criterion not the one for resolutions, or the pyramid of others.
 
     Example:
         >>> import timm, timm_rs
@@ -55,9 +59,13 @@ class MultiResolutionTask(ClassificationTask):
         criterion = criterion if criterion is not None else EnsembleDistillationLoss()
         if not isinstance(criterion, EnsembleDistillationLoss):
             raise ValueError(f'Got criterion {type(criterion).__name__}, expected EnsembleDistillationLoss around it.')
+        pyramid = pyramid if pyramid is not None else ResolutionPyramid(model.resolutions)
+        if pyramid.resolutions != model.resolutions:
+            raise ValueError(f'Got a pyramid of {pyramid.resolutions}, expected the resolutions {model.resolutions}.')
         super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose)
-        self.pyramid = (pyramid if pyramid is not None else ResolutionPyramid(model.resolutions)).to(device)
+        self.pyramid = pyramid.to(device)
         self.progress = Progress()
+        self.levels: Optional[Tuple[int, ...]] = None
         if self.criterion.mode == 'none':
             model.alpha.requires_grad_(False)  # DistributedDataParallel would wait for its gradient
 
@@ -85,8 +93,16 @@ class MultiResolutionTask(ClassificationTask):
 
         Returns:
             'loss', its terms as EnsembleDistillationLoss gives them, and 'output': logits [N, num_classes] of each
-            resolution, largest first.
+            resolution that is trained, largest first.
         """
-        logits = self.trainable_module(self.pyramid(input))
-        losses = self.criterion(logits, target, unwrap_model(self.trainable_module).alpha)
-        return dict(losses, output=logits)
+        model, pyramid = unwrap_model(self.trainable_module), self.pyramid(input)
+        if self.levels is None:
+            logits = self.trainable_module(pyramid)
+            return dict(self.criterion(logits, target, model.alpha), output=logits)
+        logits = self.trainable_module([pyramid[i] for i in self.levels])
+        losses = self.criterion(logits, target, model.alpha[list(self.levels)])
+        idle = [r for i, r in enumerate(model.resolutions) if i not in self.levels]
+        layers = [bn for bn in model.modules() if isinstance(bn, PrivateBN)]
+        # DistributedDataParallel waits for the gradients of all parameters.
+        zero = sum(0. * p.sum() for bn in layers for r in idle for p in bn[r].parameters())
+        return dict(losses, loss=losses['loss'] + zero, output=logits)
