@@ -123,6 +123,8 @@ def set_up(args, flags):
     loaders = build_loaders(args, model, device, *datasets)
     task = build_task(args, model, device)
     optimizer = build_optimizer(args, model)
+    if args.small_steps:  # of Lookahead the one inside, whose step it calls
+        getattr(optimizer, '_base_optimizer', optimizer).register_step_pre_hook(lambda *_: task.drop_idle_gradients())
     amp_autocast, loss_scaler = nullcontext, None
     if args.amp:
         dtype = getattr(torch, args.amp_dtype)
@@ -154,6 +156,8 @@ def set_up(args, flags):
 
     saver = writer = push = None
     if utils.is_primary(args):
+        writer = open_writer(args, output_dir)
+        push = TrainingPush(args, output_dir) if args.push_to_hub else None
         os.makedirs(output_dir, exist_ok=True)
         saver = AtomicCheckpointSaver(
             model=model, optimizer=optimizer, args=args, amp_scaler=loss_scaler, checkpoint_dir=output_dir,
@@ -163,9 +167,7 @@ def set_up(args, flags):
             saver.resume(checkpoint)
         with open(os.path.join(output_dir, 'args.yaml'), 'w') as f:
             yaml.safe_dump(dict(flags, num_classes=args.num_classes, in_chans=args.in_chans), f)
-        write_label_names(output_dir, loaders.eval.dataset, args.num_classes)
-        writer = open_writer(args, output_dir)
-        push = TrainingPush(args, output_dir) if args.push_to_hub else None
+        write_label_names(output_dir, datasets[1], args.num_classes)
         _logger.info(
             f'Training {args.model} at {" ".join(map(str, args.resolutions))}, distillation {args.distill}, for '
             f'{args.stop_epoch or num_epochs} epochs of {updates_per_epoch} updates. Output: {output_dir}')
@@ -248,6 +250,10 @@ def resume_run(path, args, model, task, optimizer, loss_scaler):
             raise ValueError(
                 f"--resume {path} was trained with --{name.replace('_', '-')} {getattr(saved, name, None)}, "
                 f'now it is {getattr(args, name)}.')
+    if args.private == 'statistics' != getattr(saved, 'private', 'both'):
+        raise ValueError(
+            f'--resume {path} was trained with --private both, now it is statistics: load it with '
+            '--initial-checkpoint, and all resolutions begin with the weights and biases of the largest.')
     if args.no_resume_opt:
         resume_checkpoint(model, path, log_info=utils.is_primary(args))
     else:
@@ -264,6 +270,10 @@ def resume_with_optimizer(path, saved, args, model, optimizer, loss_scaler):
     """Restore weights and what the optimizer has gathered; its rates, decay and momentum are those of the flags."""
     names = ('lr', 'lr_scale', 'weight_decay', 'momentum', 'betas', 'eps', *args.opt_kwargs)
     given = [{k: group[k] for k in names if k in group} for group in optimizer.param_groups]
+    if args.sched == 'plateau':  # its rate follows from what has happened
+        for hyperparameters in given:
+            hyperparameters.pop('lr')
+        _logger.warning('--sched plateau goes on at the learning rate that it had come to, its patience begins anew.')
     changed = [n for n in _OPTIMIZER_FLAGS if getattr(saved, n, None) != getattr(args, n)]
     try:
         if 'opt' in changed:  # the state of another optimizer can load, and fail in the first step
@@ -301,10 +311,16 @@ def share_progress(progress, saved, args):
 def open_writer(args, output_dir):
     """Return a TensorBoard writer, wandb, or None."""
     if args.log_tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as e:
+            raise ValueError(f'--log-tensorboard needs the package tensorboard: {e}.') from e
         return SummaryWriter(output_dir)
     if args.log_wandb:
-        import wandb
+        try:
+            import wandb
+        except ImportError as e:
+            raise ValueError(f'--log-wandb needs the package wandb: {e}.') from e
         wandb.init(
             project=args.wandb_project, name=args.experiment or os.path.basename(output_dir), config=vars(args),
             tags=args.wandb_tags, resume='must' if args.wandb_resume_id else None, id=args.wandb_resume_id or None)

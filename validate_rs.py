@@ -34,6 +34,7 @@ from timm_rs import SwitchableMixin, explain_unknown_model
 from timm_rs.checkpoint import neighbours, read_checkpoint
 from timm_rs.convert import load_weights, model_args
 from timm_rs.data import (
+    INTERPOLATIONS,
     PyramidNormalizer,
     choose_img_mode,
     count_classes,
@@ -42,7 +43,7 @@ from timm_rs.data import (
     explain_classes,
     number_classes,
 )
-from timm_rs.errors import OneLineParser, one_line_errors
+from timm_rs.errors import OneLineParser, check_folder_of, one_line_errors
 from timm_rs.evaluate import ENSEMBLE, count_madds, count_parameters, evaluate
 from timm_rs.hub import LABEL_FILE
 from timm_rs.private_bn import check_resolutions
@@ -108,11 +109,11 @@ def create_parser():
         help="sizes to evaluate at, trained or not (default: all of the model's resolutions and their ensemble)")
     add('--input-size', type=int, nargs=3, default=None, metavar='N', help='channels, height and width of one size')
     add('--crop-pct', default=None, type=float, metavar='PCT', help='share of the image that is cropped')
-    add('--crop-mode', default=None, metavar='NAME', help='how it is cropped: center, squash or border')
+    add('--crop-mode', default=None, choices=('center', 'squash', 'border'), help='how it is cropped')
     add('--crop-border-pixels', default=None, type=int, metavar='N', help='pixels cut off every border before')
     add('--mean', type=float, nargs='+', default=None, metavar='MEAN', help='pixel mean for normalization')
     add('--std', type=float, nargs='+', default=None, metavar='STD', help='pixel standard deviation')
-    add('--interpolation', default='', metavar='NAME', help='interpolation of the images')
+    add('--interpolation', default='', choices=('', *INTERPOLATIONS), metavar='NAME', help='interpolation of the images')
     add('-b', '--batch-size', default=256, type=int, metavar='N', help='images per batch (default: 256)')
     add('-j', '--workers', default=4, type=int, metavar='N', help='loader processes (default: 4)')
     add('--log-freq', default=10, type=int, metavar='N', help='batches between log lines')
@@ -165,6 +166,8 @@ def main(argv=None):
                 'of --in-chans and --img-size if these are given.')
 
     with one_line_errors('validate_rs.py'):
+        if args.results_file:
+            check_folder_of(args.results_file)
         if args.img_size is not None:
             args.img_size = check_resolutions(args.img_size)
         for module in args.device_modules:
@@ -237,7 +240,7 @@ def take_over_training_args(args):
     if not args.checkpoint.endswith('.safetensors'):
         checkpoint = read_checkpoint(args.checkpoint)
         saved = checkpoint.get('args') if isinstance(checkpoint, dict) else None
-    if saved is None:
+    if not hasattr(saved, 'model'):  # of another program than a train.py
         if not args.model:
             raise ValueError(f'{args.checkpoint} does not tell its model, give --model.')
         return

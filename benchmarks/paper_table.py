@@ -144,6 +144,9 @@ def parse_args(argv=None):
     for key in ('weight_bits', 'activation_bits'):
         if getattr(args, key) not in (*range(1, 9), 32):
             parser.error(f'--{key.replace("_", "-")} is 1 to 8, or 32 for float, not {getattr(args, key)}.')
+    for key in ('epochs', 'search_epochs', 'batch_size'):
+        if getattr(args, key) < 1:
+            parser.error(f'--{key.replace("_", "-")} is at least 1, not {getattr(args, key)}.')
     if not 0 <= args.small_steps < 1:
         parser.error(f'--small-steps is a share of at least 0 and below 1, not {args.small_steps:g}.')
     for option in ('--sampled',) * args.sampled + ('--small-steps',) * (args.small_steps > 0):
@@ -182,7 +185,8 @@ def parse_args(argv=None):
 
 
 def recipe_of(args: Namespace) -> dict:
-    return dict({k: getattr(args, k) for k in RECIPE}, dataset=args.dataset, images=args.images)
+    recipe = dict({k: getattr(args, k) for k in RECIPE}, dataset=args.dataset, images=args.images)
+    return json.loads(json.dumps(recipe))  # as it is read again
 
 
 def check_recipe(args: Namespace) -> None:
@@ -266,9 +270,10 @@ def read_published(args: Namespace) -> Dict[Run, dict]:
         recipe.update({k: table[k] for k in ('images',) if k in table})
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise SystemExit(f'Cannot read {args.include}, expected a .json that this script wrote: {e!r}') from e
+    now = recipe_of(args)
     for key, value in recipe.items():
-        if getattr(args, key) != value:
-            raise SystemExit(f'{args.include} holds runs with {told(key, value)}, not {told(key, getattr(args, key))}.')
+        if now[key] != value:
+            raise SystemExit(f'{args.include} holds runs with {told(key, value)}, not {told(key, now[key])}.')
     return {
         Run(**{k: tuple(v) if k == 'sizes' else v for k, v in r.items() if k in Run.__dataclass_fields__}): r
         for r in results}

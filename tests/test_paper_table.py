@@ -291,6 +291,10 @@ def test_arguments_of_the_model(argv):
     args = paper_table.parse_args([*argv, '--model-kwargs', 'in_chans=3', 'drop_rate=0.25'])
     for run in paper_table.plan(args, False):
         assert _training.create_network(run, args, 2).drop_rate == 0.25
+    for _ in range(2):  # a tuple is a list in recipe.json
+        args = paper_table.parse_args([*argv, '--model', 'resnet10t', '--model-kwargs', 'layers=(1,1,1,1)'])
+        paper_table.check_recipe(args)
+        paper_table.keep_recipe(args)
 
 
 def test_a_stopped_run_goes_on(argv, monkeypatch, tmp_path):
@@ -464,6 +468,7 @@ def test_networks_that_cannot_be(argv, tmp_path, options, message):
 
 
 @pytest.mark.parametrize('options,message', [
+    (['--epochs', '0'], '--epochs is at least 1, not 0'),
     (['--small-steps', '1'], '--small-steps is a share of at least 0 and below 1, not 1'),
     (['--small-steps', '0.5', '--ensemble', 'classes'], 'needs all sizes in each step, not --small-steps'),
     (['--small-steps', '0.5', '--sampled'], '--sampled and --small-steps exclude each other'),

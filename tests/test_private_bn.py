@@ -248,6 +248,18 @@ def test_resolutions_train_one_set_of_affine_parameters(duplicate):
         assert_equal(other.eval()(x), model.eval()(x))
 
 
+def test_tied_network_takes_the_affine_parameters_of_the_largest():
+    state_dict = {k: torch.rand_like(v) if v.is_floating_point() else v for k, v in rs_model().state_dict().items()}
+    model = rs_model()
+    tie_affine(model)
+    keys = list(state_dict)
+    model.load_state_dict(state_dict)
+    assert list(state_dict) == keys
+    for r in RESOLUTIONS:
+        assert_equal(model.bn1[r].bias, state_dict[f'bn1.{RESOLUTIONS[0]}.bias'])
+        assert_equal(model.bn1[r].running_mean, state_dict[f'bn1.{r}.running_mean'])
+
+
 def test_layers_without_affine_parameters_stay_so():
     bn = PrivateBN(nn.BatchNorm2d(4, affine=False), (64, 32))
     tie_affine(bn)

@@ -1,9 +1,11 @@
 """The command lines, run in this process"""
+import argparse
 import csv
 import json
 import random
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,9 @@ import train_rs
 import validate_rs
 from timm_rs.convert import save_model
 from timm_rs.hub import LABEL_FILE
+from timm_rs.train import MultiResolutionTask, engine
 from timm_rs.train.arguments import parse_args
+from timm_rs.train.builders import build_model
 from timm_rs.train.engine import choose_levels
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +70,7 @@ def fails(main, argv, capfd):
 def test_output_folder(trained):
     names = {p.name for p in trained.iterdir()}
     assert {'args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'checkpoint-1.pth.tar'} <= names
+    assert (trained / LABEL_FILE).read_text() == 'cat\ndog\n'
     args = yaml.safe_load((trained / 'args.yaml').read_text())
     assert args['model'] == MODEL and args['resolutions'] == [32, 16]
     assert args['num_classes'] == 2 and args['in_chans'] == 3
@@ -234,7 +239,7 @@ def test_classes_of_both_splits_are_the_same(images, tmp_path, capfd, split):
 def test_validation_compares_the_classes_that_are_named_beside_the_checkpoint(images, trained, tmp_path, capfd):
     shutil.copy(trained / 'last.pth.tar', tmp_path)
     argv = [str(images), '--checkpoint', str(tmp_path / 'last.pth.tar'), '--device', 'cpu', '--workers', '0']
-    (tmp_path / LABEL_FILE).write_text('cat\ndog\n')
+    shutil.copy(trained / LABEL_FILE, tmp_path)
     validate_rs.main(argv)
     (tmp_path / LABEL_FILE).write_text('bird\ncat\n')
     assert f"has other classes than {tmp_path}/{LABEL_FILE}: class 0 is 'cat', expected 'bird'; class 1 is 'dog', " \
@@ -283,6 +288,20 @@ def test_some_updates_of_the_smaller_sizes(images, tmp_path):
     args = parse_args(['x', '--small-steps', '0.25', '--resolutions', '32', '24', '16'])
     drawn = [choose_levels(args, epoch, update) for epoch in range(20) for update in range(20)]
     assert set(drawn) == {None, (1, 2)} and 60 < drawn.count((1, 2)) < 140
+
+
+@pytest.mark.parametrize('flags', ['--opt adamw --lr 0.01', '--opt sgd', '--opt lookahead_adamw --lr 0.01'])
+def test_updates_of_the_smaller_sizes_leave_the_larger_ones_alone(images, tmp_path, monkeypatch, flags):
+    """Although the optimizer has momentum from before."""
+    monkeypatch.setattr(engine, 'choose_levels', lambda args, epoch, update: None if epoch == 0 else (1,))
+    train_rs.main([
+        str(images), *TINY, '--epochs', '2', '--output', str(tmp_path), '--experiment', 'r', '--small-steps', '0.5',
+        *flags.split()])
+    first, last = (torch.load(tmp_path / 'r' / f'{name}.pth.tar', weights_only=False)['state_dict']
+                   for name in ('checkpoint-0', 'last'))
+    same = {key for key, value in first.items() if torch.equal(value, last[key])}
+    assert {key for key in first if '.32.' in key} <= same
+    assert not {'conv1.0.weight', 'bn1.16.weight', 'bn1.16.bias'} & same
 
 
 def test_shared_affine_parameters_are_saved_for_every_size(images, tmp_path):
@@ -343,18 +362,83 @@ def test_resume_with_the_same_flags_changes_nothing(images, tmp_path, flags):
 
 
 @pytest.mark.parametrize('flags', [
-    '--opt adamw', '--distill none', '--weight-decay 0', '--layer-decay 0.8', '--private statistics'])
+    '--opt adamw', '--distill none', '--weight-decay 0', '--layer-decay 0.8'])
 def test_resume_refuses_an_optimizer_that_does_not_fit(images, trained, tmp_path, capfd, flags):
     argv = [str(images), *TINY, '--epochs', '3', '--output', str(tmp_path), '--experiment', 'r', *flags.split(),
             '--resume', str(trained / 'last.pth.tar')]
     line = fails(train_rs.main, argv, capfd)
     name = flags.split()[0]
     before = {
-        '--opt': 'sgd', '--distill': 'ens_topdown', '--weight-decay': '2e-05', '--layer-decay': 'None',
-        '--private': 'both'}[name]
+        '--opt': 'sgd', '--distill': 'ens_topdown', '--weight-decay': '2e-05', '--layer-decay': 'None'}[name]
     assert f'optimizer with {name} {before}, which does not fit {flags}' in line.replace('0.0:', '0:')
     assert 'give --no-resume-opt' in line
     train_rs.main([*argv, '--no-resume-opt'])
+
+
+def test_resume_refuses_to_tie_what_was_private(images, trained, tmp_path, capfd):
+    argv = [str(images), *TINY, '--epochs', '3', '--output', str(tmp_path), '--experiment', 'r', '--private',
+            'statistics', '--no-resume-opt', '--resume', str(trained / 'last.pth.tar')]
+    assert 'was trained with --private both, now it is statistics' in fails(train_rs.main, argv, capfd)
+    argv[-2] = '--initial-checkpoint'
+    argv.remove('--no-resume-opt')
+    train_rs.main([*argv, '--lr', '0', '--epochs', '1'])
+    before, after = (torch.load(folder / 'last.pth.tar', weights_only=False)['state_dict']
+                     for folder in (trained, tmp_path / 'r'))
+    torch.testing.assert_close(after['bn1.16.weight'], before['bn1.32.weight'], rtol=0, atol=0)
+    assert not torch.equal(before['bn1.16.weight'], before['bn1.32.weight'])
+
+
+def test_plateau_goes_on_at_its_rate(images, tmp_path):
+    """At the one that it had come to, not at that of the flags."""
+    argv = [str(images), *TINY, '--output', str(tmp_path), '--experiment', 'r', '--epochs', '4', '--sched', 'plateau',
+            '--patience-epochs', '0', '--decay-rate', '0.5', '--lr', '0.08', '--warmup-epochs', '0', '--eval-metric',
+            'top5']  # 100 % of two classes, always
+    train_rs.main([*argv, '--stop-epoch', '3'])
+    train_rs.main([*argv, '--resume', 'auto'])
+    rates = [float(row['lr']) for row in csv.DictReader((tmp_path / 'r' / 'summary.csv').open())]
+    assert rates[:3] == [0.08, 0.04, 0.02] and rates[3] <= 0.02
+
+
+@pytest.mark.parametrize('workers', ['0', '1'])
+def test_mixing_ends(images, tmp_path, monkeypatch, workers):
+    """Also in the workers of the loader."""
+    mixed = []
+
+    def forward(self, images, target):
+        mixed.append(bool((target.amax(1) < 1).any()))
+        return step(self, images, target)
+
+    step = MultiResolutionTask.forward
+    monkeypatch.setattr(MultiResolutionTask, 'forward', forward)
+    train_rs.main([
+        str(images), *TINY, '--epochs', '2', '--output', str(tmp_path), '--mixup', '1', '--mixup-off-epoch', '1',
+        '--smoothing', '0', '--workers', workers])
+    half = len(mixed) // 2
+    assert any(mixed[:half]) and not any(mixed[half:])
+
+
+def test_resolutions_are_those_of_the_model():
+    args = parse_args(['x', '--model', 'rs_resnet10t.imagenette', '--pretrained'])
+    args.distributed = False
+    build_model(args, torch.device('cpu'))
+    assert args.resolutions == [48, 40, 32, 24]
+
+
+@pytest.mark.parametrize('flags', [[], ['--resolutions', '32', '16']])
+def test_folder_of_a_plain_network(images, tmp_path, capfd, flags):
+    save_model(timm.create_model(MODEL[3:], num_classes=2), tmp_path / 'plain')
+    argv = [images, '--model', f"local-dir:{tmp_path / 'plain'}", '--device', 'cpu', '--output', tmp_path / 'out',
+            '--batch-size', '4', *flags]
+    assert 'is a plain network, expected a switchable one' in fails(train_rs.main, argv, capfd)
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('package,flag', [('wandb', '--log-wandb'), ('torch.utils.tensorboard', '--log-tensorboard')])
+def test_missing_package_leaves_nothing_behind(images, tmp_path, capfd, monkeypatch, package, flag):
+    monkeypatch.setitem(sys.modules, package, None)
+    argv = [images, *TINY, '--epochs', '1', '--output', tmp_path / 'out', flag]
+    assert f'{flag} needs the package' in fails(train_rs.main, argv, capfd)
+    assert not (tmp_path / 'out').exists()
 
 
 @pytest.mark.parametrize('flags,message', [
@@ -378,6 +462,10 @@ def test_resume_refuses_an_optimizer_that_does_not_fit(images, trained, tmp_path
     (['--distill', 'both'], "invalid choice: 'both'"),
     (['--small-steps', '1'], '--small-steps is 1, expected a share of the updates'),
     (['--private', 'statistics', '--model-ema'], '--private statistics does not go with --model-ema'),
+    (['--mixup', '0.2', '--batch-size', '3'], '--batch-size is 3, expected an even one'),
+    (['--scale', '0.5'], '--scale is [0.5], expected 2 numbers'),
+    (['--opt', 'adamw', '--opt-betas', '0.9'], '--opt-betas is [0.9], expected 2 or 3 numbers'),
+    (['--train-interpolation', 'cubic'], "invalid choice: 'cubic'"),
     (['--sync-bn'], '--sync-bn needs GPUs'),
     (['--config', 'nowhere.yaml'], 'nowhere.yaml: there is no such file'),
     (['--epochs', '0'], '--epochs is 0'),
@@ -446,6 +534,7 @@ def test_recipes_parse_and_name_a_model(path):
     (['--checkpoint', 'nowhere.pth'], 'nowhere.pth: there is no such file'),
     (['--model', 'rs_resnet10'], 'did you mean rs_resnet10'),
     (['--model', MODEL, '--img-size', '0'], 'expected positive integers'),
+    (['--results-file', 'nowhere/x.csv', '--model', MODEL], 'nowhere does not exist, expected a folder for x.csv'),
     (['--results-file', 'x.txt'], 'expected a name that ends in .csv or .json'),
     ([], 'give --checkpoint, --model, or both'),
     (['--model', 'rs_resnet10t.imagenette'], 'has 2 classes, the model has 10'),
@@ -465,6 +554,30 @@ def test_bad_validation_input(images, capfd, flags, message):
 def test_validation_of_a_checkpoint_of_other_classes(images, trained, capfd):
     argv = [images, '--checkpoint', trained / 'last.pth.tar', '--num-classes', '5', '--device', 'cpu']
     assert 'fc.weight is (2, 96), expected (5, 96)' in fails(validate_rs.main, argv, capfd)
+
+
+@pytest.mark.parametrize('told', [dict(model='resnet10t'), argparse.Namespace(arch='resnet10t')])
+def test_validation_of_a_checkpoint_of_another_program(images, tmp_path, capfd, told):
+    model = timm.create_model(MODEL[3:], num_classes=2)
+    torch.save(dict(state_dict=model.state_dict(), args=told), tmp_path / 'x.pth')
+    argv = [str(images), '--checkpoint', str(tmp_path / 'x.pth'), '--device', 'cpu', '--workers', '0']
+    assert 'does not tell its model, give --model' in fails(validate_rs.main, argv, capfd)
+    validate_rs.main([*argv, '--model', MODEL[3:], '--num-classes', '2', '--img-size', '32'])
+
+
+def test_validation_says_that_there_is_a_moving_average(images, tmp_path, caplog):
+    train_rs.main([
+        str(images), *TINY, '--epochs', '1', '--output', str(tmp_path), '--experiment', 'r', '--model-ema'])
+    argv = [str(images), '--checkpoint', str(tmp_path / 'r' / 'last.pth.tar'), '--device', 'cpu', '--workers', '0']
+    for flags in ([], ['--use-ema']):
+        caplog.clear()
+        validate_rs.main([*argv, *flags])
+        assert ('not their moving average, which is --use-ema' in caplog.text) == (not flags)
+
+
+def test_batch_that_is_too_small_for_batchnorm(images, tmp_path, capfd):
+    argv = [images, *TINY, '--epochs', '1', '--output', tmp_path, '--batch-size', '1']
+    assert 'BatchNorm needs more than one value per channel, --batch-size 1' in fails(train_rs.main, argv, capfd)
 
 
 def test_loss_that_is_not_finite_names_step_and_resolution(images, tmp_path, capfd):

@@ -6,6 +6,7 @@ A switchable network names the resolution behind the layer that it belongs to (`
 The authors' code wraps shared layers in a `module` and numbers the BN layers, the largest size first: `conv1.weight`
 is `conv1.module.weight`, `bn1.224.weight` is `bn1.bn_0.weight`.
 """
+import logging
 import os
 import re
 import warnings
@@ -32,6 +33,7 @@ __all__ = [
     'state_dict_resolutions',
 ]
 
+_logger = logging.getLogger(__name__)
 _RUNNING_MEAN = re.compile(r'(?:^|\.)(\d+)\.running_mean$')
 _REFERENCE_KEY = re.compile(r'(?P<layer>.+)\.(?:module|bn_(?P<index>\d+))\.(?P<rest>\w+)')
 _MOBILENETV2_DEPTHS = (1, 2, 3, 4, 3, 3, 1)  # blocks per stage
@@ -87,6 +89,8 @@ def pick_state_dict(checkpoint: Any, use_ema: Optional[bool] = None) -> Dict[str
         held = [checkpoint[name] for name in names if isinstance(checkpoint.get(name), Mapping)]
         if use_ema and not held:
             raise ValueError('There is no moving average of the weights in it, leave --use-ema out.')
+        if use_ema is False and isinstance(checkpoint.get('state_dict_ema'), Mapping):
+            _logger.warning('Taking the weights of the last step, not their moving average, which is --use-ema.')
         state_dict = clean_state_dict(held[0] if held else checkpoint)
     if not state_dict or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
         raise ValueError('There are no weights in it, expected a state dict or a training checkpoint.')

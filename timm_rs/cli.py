@@ -195,7 +195,7 @@ def _calibrate(args: argparse.Namespace) -> None:
 
     check_output(args.output)
     labels = _read_labels(args.label_names or _labels_beside(args.checkpoint))
-    device = torch.device(args.device if torch.cuda.is_available() or args.device != 'cuda' else 'cpu')
+    device = torch.device(args.device if torch.cuda.is_available() or not args.device.startswith('cuda') else 'cpu')
     model = _load(args).model.to(device)
     loader = None
     if args.method != 'copy':

@@ -18,7 +18,10 @@ _TRAIN = ('train', 'training')  # names that timm takes for the same split
 _EVAL = ('val', 'valid', 'validation', 'eval', 'evaluation')
 _IMG_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 
+INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')  # that timm knows by name
+
 __all__ = [
+    'INTERPOLATIONS',
     'DigitsDataset',
     'PyramidNormalizer',
     'choose_img_mode',

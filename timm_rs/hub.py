@@ -243,7 +243,8 @@ def read_metrics(path: str, epoch: Optional[int] = None) -> Dict[Union[int, str]
         found = {}
         for row in rows:
             if 'resolution' in row:
-                found[str(row['resolution'])] = {k: float(row[k]) for k in ('top1', 'top5', 'loss') if row.get(k)}
+                told = {k: row[k] for k in ('top1', 'top5', 'loss') if row.get(k) not in (None, '')}
+                found[str(row['resolution'])] = {k: float(v) for k, v in told.items()}
             elif epoch is None or int(row['epoch']) == epoch:
                 for key, value in row.items():
                     match = re.fullmatch(rf'eval_(top1|top5|loss)_(\d+|{ENSEMBLE})', key)

@@ -198,6 +198,15 @@ class PrivateBN(nn.Module):
                 return bn(x)
         return bn(x)
 
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        first, *others = self
+        for name, parameter in self[first].named_parameters(recurse=False):
+            source = f'{prefix}{first}.{name}'
+            for r in others:
+                if getattr(self[r], name) is parameter and source in state_dict:  # tied: whatever is copied last stays
+                    state_dict[f'{prefix}{r}.{name}'] = state_dict[source]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def extra_repr(self) -> str:
         return f'active={self._switch.active}'
 
@@ -218,7 +227,8 @@ def tie_affine(module: nn.Module) -> None:
     """Let all resolutions train the affine parameters of the largest, in place; their statistics stay private.
 
     A state dict has the same keys as ever, so a network that was trained in this way is saved, loaded and switched like
-    any other, which it is once it is loaded. A moving average has to count the tied parameters once: timm's does not.
+    any other, which it is once it is loaded. A tied network that loads a state dict takes the parameters of the largest
+    resolution. A moving average has to count the tied parameters once: timm's does not.
 
     Args:
         module: Network that holds PrivateBN.

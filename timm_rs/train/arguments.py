@@ -8,6 +8,7 @@ import yaml
 from huggingface_hub.utils import validate_repo_id
 from timm.utils import ParseKwargs
 
+from ..data import INTERPOLATIONS
 from ..errors import OneLineParser
 from ..private_bn import check_resolutions
 from .loss import EnsembleDistillationLoss
@@ -123,7 +124,7 @@ def create_parser() -> argparse.ArgumentParser:
     add('--crop-pct', type=float, default=None, metavar='PCT', help='share of the image that validation crops')
     add('--mean', type=float, nargs='+', default=None, metavar='MEAN', help='pixel mean for normalization')
     add('--std', type=float, nargs='+', default=None, metavar='STD', help='pixel standard deviation for normalization')
-    add('--interpolation', default='', metavar='NAME', help='interpolation of validation images')
+    add('--interpolation', default='', choices=('', *INTERPOLATIONS), metavar='NAME', help='interpolation of validation images')
     add('-b', '--batch-size', type=int, default=128, metavar='N', help='images per process and step (default: 128)')
     add('-vb', '--validation-batch-size', type=int, default=None, metavar='N', help='images per validation batch')
     add('--channels-last', action='store_true', help='channels_last memory layout')
@@ -193,7 +194,7 @@ def create_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group('Augmentation and regularization').add_argument
     add('--no-aug', action='store_true', help='no training augmentation at all')
-    add('--train-crop-mode', default=None, help='crop of training images: rrc, rkrc or rkrr')
+    add('--train-crop-mode', default=None, choices=('rrc', 'rkrc', 'rkrr'), help='crop of training images')
     add('--scale', type=float, nargs='+', default=[0.08, 1.0], help='area of the random crop')
     add('--ratio', type=float, nargs='+', default=[3. / 4., 4. / 3.], help='aspect ratio of the random crop')
     add('--hflip', type=float, default=0.5, help='probability of a horizontal flip')
@@ -210,7 +211,7 @@ def create_parser() -> argparse.ArgumentParser:
     add('--bce-target-thresh', type=float, default=None, help='threshold that makes soft BCE targets hard')
     add('--bce-pos-weight', type=float, default=None, help='weight of positive BCE targets')
     add('--reprob', type=float, default=0., help='probability of random erasing')
-    add('--remode', default='pixel', help='fill of random erasing')
+    add('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='fill of random erasing')
     add('--recount', type=int, default=1, help='erased regions')
     add('--mixup', type=float, default=0., help='alpha of mixup')
     add('--cutmix', type=float, default=0., help='alpha of cutmix')
@@ -220,7 +221,8 @@ def create_parser() -> argparse.ArgumentParser:
     add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='what shares a mixing ratio')
     add('--mixup-off-epoch', type=int, default=0, metavar='N', help='no mixing from this epoch on')
     add('--smoothing', type=float, default=0.1, help='label smoothing')
-    add('--train-interpolation', default='random', help='interpolation of training images')
+    add('--train-interpolation', default='random', choices=(*INTERPOLATIONS, 'random'),
+        help='interpolation of training images')
     add('--drop', type=float, default=0., help='dropout rate')
     add('--drop-connect', type=float, default=None, help='old name of --drop-path')
     add('--drop-path', type=float, default=None, help='stochastic depth rate')
@@ -241,7 +243,7 @@ def create_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group('Miscellaneous').add_argument
     add('--seed', type=int, default=42, help='random seed (default: 42)')
-    add('--worker-seeding', default='all', help='seeding of loader workers')
+    add('--worker-seeding', default='all', choices=('all', 'part'), help='seeding of loader workers')
     add('--log-interval', type=int, default=50, metavar='N', help='updates between log lines')
     add('--val-interval', type=int, default=1, metavar='N', help='epochs between validations')
     add('--recovery-interval', type=int, default=0, metavar='N', help='updates between recovery checkpoints')
@@ -256,7 +258,7 @@ def create_parser() -> argparse.ArgumentParser:
     add('--experiment', default='', metavar='NAME', help='sub-folder of the output (default: from time and model)')
     add('--eval-metric', default='top1_mean', metavar='NAME',
         help='metric of the best checkpoint, e.g. top1_160, top1_ens or top1_mean, over resolutions (default)')
-    add('--use-multi-epochs-loader', action='store_true', help='keep loader workers between epochs')
+    add('--use-multi-epochs-loader', action='store_true', help='keep loader workers between epochs, as is done anyway')
     add('--log-tensorboard', action='store_true', help='log to TensorBoard, in the output folder')
     add('--log-wandb', action='store_true', help='log to wandb')
     add('--wandb-project', default=None, help='wandb project')
@@ -375,6 +377,13 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f'--small-steps is {args.small_steps:g}, expected a share of the updates, from 0 to below 1.')
     if args.private == 'statistics' and args.model_ema:
         parser.error('--private statistics does not go with --model-ema, which averages what is shared repeatedly.')
+    for name, lengths in _LENGTHS.items():
+        value = getattr(args, name)
+        if value is not None and len(value) not in lengths:
+            parser.error(f"--{name.replace('_', '-')} is {value}, expected {' or '.join(map(str, lengths))} numbers.")
+    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    if mixing and args.batch_size % 2:
+        parser.error(f'--batch-size is {args.batch_size}, expected an even one: mixup and cutmix mix pairs of images.')
     if args.push_to_hub:
         try:
             validate_repo_id(args.push_to_hub)
@@ -390,6 +399,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         args.loss = 'bce'
 
 
+_LENGTHS = dict(scale=(2,), ratio=(2,), cutmix_minmax=(2,), opt_betas=(2, 3))
 _LEAST = dict(
     epochs=1, batch_size=1, validation_batch_size=1, grad_accum_steps=1, num_classes=1, in_chans=1, workers=0,
     log_interval=1, max_unreadable=0, val_interval=1, recovery_interval=0, checkpoint_hist=1, push_interval=0,

@@ -34,7 +34,8 @@ from ..data import (
 )
 from ..evaluate import ENSEMBLE, count_madds
 from ..private_bn import check_resolutions, tie_affine
-from ..rs_models import PREFIX, RESOLUTIONS, explain_unknown_model
+from ..rs_models import PREFIX, explain_unknown_model
+from ..switchable import SwitchableMixin
 from .arguments import largest_size_conflict
 from .determinism import EpochSampler, ReadErrors, SteadyDataset, mix_seed
 from .loss import EnsembleDistillationLoss
@@ -53,6 +54,7 @@ __all__ = [
 
 _logger = logging.getLogger('train')
 _METRICS = ('top1', 'top5', 'loss')
+_PLAIN = '{} is a plain network, expected a switchable one: give an rs_* model, and its weights by --initial-checkpoint.'
 
 
 @dataclass
@@ -108,23 +110,28 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
     kwargs = dict(args.model_kwargs)
     if args.resolutions is not None:
         kwargs['resolutions'] = tuple(args.resolutions)
-    elif ':' not in args.model:
-        kwargs.setdefault('resolutions', RESOLUTIONS)
     if args.pretrained_path:
         kwargs['pretrained_cfg_overlay'] = dict(file=args.pretrained_path, num_classes=-1)  # a new classifier
-    model = timm.create_model(
-        args.model,
-        pretrained=args.pretrained or bool(args.pretrained_path),
-        in_chans=args.in_chans,
-        num_classes=args.num_classes,
-        drop_rate=args.drop or None,
-        drop_path_rate=args.drop_path,
-        drop_block_rate=args.drop_block,
-        global_pool=args.gp,
-        bn_momentum=args.bn_momentum,
-        bn_eps=args.bn_eps,
-        **kwargs,
-    )
+    try:
+        model = timm.create_model(
+            args.model,
+            pretrained=args.pretrained or bool(args.pretrained_path),
+            in_chans=args.in_chans,
+            num_classes=args.num_classes,
+            drop_rate=args.drop or None,
+            drop_path_rate=args.drop_path,
+            drop_block_rate=args.drop_block,
+            global_pool=args.gp,
+            bn_momentum=args.bn_momentum,
+            bn_eps=args.bn_eps,
+            **kwargs,
+        )
+    except TypeError as e:
+        if ':' in args.model and "'resolutions'" in str(e):  # which only switchable networks take
+            raise ValueError(_PLAIN.format(args.model)) from e
+        raise
+    if not isinstance(model, SwitchableMixin):
+        raise ValueError(_PLAIN.format(args.model))
     if args.initial_checkpoint:
         load_weights(model, args.initial_checkpoint)
     args.resolutions = list(check_resolutions(model.resolutions))
@@ -271,8 +278,8 @@ def build_loaders(
         img_dtype=dtype,
         device=device,
         use_prefetcher=prefetcher,
-        use_multi_epochs_loader=args.use_multi_epochs_loader,
-        persistent_workers=not isinstance(train_set, IterableDataset),  # new ones read a stream as a resumed run does
+        # New workers read a stream as a resumed run does, and learn that mixing has ended.
+        persistent_workers=not isinstance(train_set, IterableDataset) and not args.mixup_off_epoch,
         worker_seeding=args.worker_seeding,
     )
     if args.aug_repeats and args.batch_size > len(train_loader.sampler):
@@ -281,7 +288,7 @@ def build_loaders(
             f'{len(train_loader.sampler)} images that each takes per epoch with --aug-repeats {args.aug_repeats:g}, '
             'expected no more.')
     order = None
-    if not isinstance(train_set, IterableDataset) and not args.use_multi_epochs_loader:
+    if not isinstance(train_set, IterableDataset):
         batch_sampler = train_loader.batch_sampler
         order = batch_sampler.sampler = EpochSampler(batch_sampler.sampler, args.seed, args.batch_size)
     eval_loader = create_eval_loader(

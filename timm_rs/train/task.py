@@ -1,11 +1,12 @@
 """The multi-resolution step as a timm training task"""
 from dataclasses import asdict
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
+from torch.nn.parallel import DistributedDataParallel
 
 from ..private_bn import PrivateBN
 from ..switchable import SwitchableMixin
@@ -101,8 +102,20 @@ class MultiResolutionTask(ClassificationTask):
             return dict(self.criterion(logits, target, model.alpha), output=logits)
         logits = self.trainable_module([pyramid[i] for i in self.levels])
         losses = self.criterion(logits, target, model.alpha[list(self.levels)])
-        idle = [r for i, r in enumerate(model.resolutions) if i not in self.levels]
+        if isinstance(self.trainable_module, DistributedDataParallel):  # waits for the gradients of all parameters
+            losses['loss'] = losses['loss'] + sum(0. * p.sum() for p in self._idle_parameters())
+        return dict(losses, output=logits)
+
+    def drop_idle_gradients(self) -> None:
+        """Leave the resolutions that the step did not train to themselves: an optimizer would move them by momentum."""
+        for parameter in self._idle_parameters():
+            parameter.grad = None
+
+    def _idle_parameters(self) -> List[nn.Parameter]:
+        """Return the parameters of BN that belong to no resolution of the step."""
+        if self.levels is None:
+            return []
+        model = unwrap_model(self.trainable_module)
         layers = [bn for bn in model.modules() if isinstance(bn, PrivateBN)]
-        # DistributedDataParallel waits for the gradients of all parameters.
-        zero = sum(0. * p.sum() for bn in layers for r in idle for p in bn[r].parameters())
-        return dict(losses, loss=losses['loss'] + zero, output=logits)
+        in_use = {id(p) for bn in layers for i in self.levels for p in bn[model.resolutions[i]].parameters()}
+        return [p for bn in layers for p in bn.parameters() if id(p) not in in_use]
