@@ -113,7 +113,8 @@ def create_parser():
     add('--crop-border-pixels', default=None, type=int, metavar='N', help='pixels cut off every border before')
     add('--mean', type=float, nargs='+', default=None, metavar='MEAN', help='pixel mean for normalization')
     add('--std', type=float, nargs='+', default=None, metavar='STD', help='pixel standard deviation')
-    add('--interpolation', default='', choices=('', *INTERPOLATIONS), metavar='NAME', help='interpolation of the images')
+    add('--interpolation', default='', choices=('', *INTERPOLATIONS), metavar='NAME',
+        help='interpolation of the images')
     add('-b', '--batch-size', default=256, type=int, metavar='N', help='images per batch (default: 256)')
     add('-j', '--workers', default=4, type=int, metavar='N', help='loader processes (default: 4)')
     add('--log-freq', default=10, type=int, metavar='N', help='batches between log lines')

@@ -26,11 +26,10 @@ RECIPE = (
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n', 1)[0])
-    parser.add_argument('--output', default='output/demo', type=Path, help='folder of the results, made anew')
+    parser.add_argument('--output', default='output/demo', type=Path, help='folder of the results')
     parser.add_argument('--epochs', default=8, type=int, help='epochs of both networks (default: 8)')
     args = parser.parse_args()
-    shutil.rmtree(args.output, ignore_errors=True)
-    args.output.mkdir(parents=True)
+    args.output.mkdir(parents=True, exist_ok=True)
 
     networks = {
         'RS-Net': ['--resolutions', *RESOLUTIONS],
@@ -39,6 +38,7 @@ def main():
     results = {}
     for name, flags in networks.items():
         run = name.replace(' ', '-').lower()
+        shutil.rmtree(args.output / run, ignore_errors=True)
         train(args, run, flags)
         results[name] = validate(args, run)
     print_table(results)

@@ -223,6 +223,40 @@ def test_a_full_queue_refuses_some_and_serves_the_others():
     assert session.predict(PHOTOGRAPH).logits.shape == (1, 2)
 
 
+def test_a_refused_file_may_come_again():
+    session, simulated = adaptive(100, max_queue=0)
+    file = io.BytesIO()
+    PHOTOGRAPH.save(file, 'png')
+    with ThreadPoolExecutor(8) as pool:
+        futures, go_on = queue_up(session, simulated, pool, [])
+        with pytest.raises(QueueFullError):
+            session.predict(file)
+        go_on.set()
+        assert all(f.result(10).in_time for f in futures)
+    assert session.predict(file).logits.shape == session.predict(file).logits.shape == (1, 2)
+
+
+def test_files_of_whole_batches_alone():
+    """One image takes as long as four; so do two, and five take twice as long."""
+    class Batches(SimulatedSession):
+        batch_size = 4
+
+        def predict(self, batch):
+            runs = -(-len(batch) // self.batch_size)
+            super().predict(np.zeros((runs * self.batch_size, *batch.shape[1:]), np.float32))
+            return np.zeros((len(batch), 2), np.float32)
+
+    simulated = Batches()
+    session = AdaptiveSession(simulated, 40, clock=simulated.clock)
+    assert session.latency == pytest.approx({r: 4 * t for r, t in LATENCY.items()})
+    for count, resolution in ((1, 160), (4, 160), (5, 96), (1, 96)):
+        answer = session.predict([PHOTOGRAPH] * count)
+        assert (answer.resolution, answer.in_time) == (resolution, True)
+    assert session.stats()['slowdown'] == pytest.approx(1)
+    with pytest.warns(RuntimeWarning, match='A budget of 15 ms is below the 16.0 ms that 96 px takes'):
+        AdaptiveSession(simulated, 15, clock=simulated.clock)
+
+
 def test_a_bad_image_leaves_the_line_before_its_turn(tmp_path):
     session, simulated = adaptive(100)
     (tmp_path / 'bad.jpg').write_text('nothing')

@@ -135,6 +135,12 @@ def test_unusable_thresholds(session, thresholds, message):
         CascadeSession(session, thresholds)
 
 
+def test_no_cascade_without_classes(tmp_path):
+    export_switchable(rs_model(num_classes=0), str(tmp_path / 'features.onnx'))
+    with pytest.raises(ValueError, match='features.onnx has no classes to be sure of'):
+        CascadeSession(str(tmp_path / 'features.onnx'), {48: 0.})
+
+
 # How it is fitted
 
 def test_fit_by_hand():

@@ -12,6 +12,7 @@ from conftest import assert_equal, images, randomize_bn
 from timm_rs.checkpoint import pick_state_dict, read_checkpoint
 from timm_rs.cli import main
 from timm_rs.convert import load_model, save_model
+from timm_rs.private_bn import tie_affine
 
 RESOLUTIONS = (64, 48, 32)
 NAME = 'resnet10t'
@@ -303,6 +304,24 @@ def test_save_model_of_make_switchable(tmp_path):
     with pytest.raises(ValueError, match='no model that timm.create_model could build'):
         save_model(own, str(tmp_path / 'own'))
     assert not (tmp_path / 'own').exists()
+
+
+def test_save_model_of_tied_parameters(tmp_path):
+    model = rs_model()
+    tie_affine(model)
+    save_model(model, str(tmp_path / 'out'))
+    assert_equal(dict(create(tmp_path / 'out').state_dict()), dict(model.state_dict()))
+    assert model.bn1[32].weight is model.bn1[64].weight
+
+
+@pytest.mark.parametrize('head', [
+    torch.nn.Linear(96, 6), torch.nn.Sequential(torch.nn.Linear(96, 10))], ids=['Linear', 'Sequential'])
+def test_save_model_refuses_a_classifier_that_is_not_built_again(tmp_path, head):
+    model = rs_model()
+    model.fc = head
+    with pytest.raises(ValueError, match='fc is a .* change classifiers by reset_classifier'):
+        save_model(model, str(tmp_path / 'out'))
+    assert not (tmp_path / 'out').exists()
 
 
 def test_load_model_tells_of_the_run(trained):

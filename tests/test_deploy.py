@@ -14,8 +14,9 @@ from PIL import Image
 pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 
-from timm_rs.deploy import ImageError, Session, session  # noqa: E402
+from timm_rs.deploy import AdaptiveSession, CascadeSession, ImageError, Session, session  # noqa: E402
 from timm_rs.deploy.export import export_int8, export_resolution, export_switchable  # noqa: E402
+from timm_rs.deploy.predict import Predictor  # noqa: E402
 from timm_rs.deploy.session import MODES  # noqa: E402
 
 RESOLUTIONS = (64, 48, 32)
@@ -165,6 +166,21 @@ def test_one_size_and_fixed_batches(model, tmp_path):
     for count in (1, 3, 5):
         x = images(48, n=count)
         np.testing.assert_allclose(opened.predict(x.numpy()), expected(model, x), rtol=1e-5, atol=1e-5)
+
+
+def test_channels_that_are_no_image(tmp_path, photograph):
+    model = rs_model(in_chans=4)
+    path = str(tmp_path / 'four.onnx')
+    export_switchable(model, path)
+    opened = Session(path, threads=1)
+    x = torch.randn(2, 4, 48, 48)
+    np.testing.assert_allclose(opened.predict(x.numpy()), expected(model, x), rtol=1e-5, atol=1e-5)
+    for use in (opened.predict, lambda _: AdaptiveSession(opened, 100), lambda _: Predictor(opened),
+                lambda _: CascadeSession(opened, {48: 0.})):
+        with pytest.raises(ImageError, match='four.onnx takes 4 channels, so no images but float32 arrays'):
+            use(photograph)
+    with pytest.raises(ValueError, match='int8 is calibrated on images, but .*test_resnet takes 4 channels'):
+        export_int8(model, str(tmp_path / 'int8.onnx'), [photograph])
 
 
 def test_nothing_in_nothing_out(file):

@@ -180,7 +180,12 @@ def test_whatever_a_reader_raises_names_the_image(error, tmp_path, monkeypatch):
 def test_bytes_and_what_is_no_image(tmp_path):
     path = saved(tmp_path / 'a.png', Image.effect_noise((9, 7), 50))
     with open(path, 'rb') as f:
-        assert open_image(f.read()).tobytes() == open_image(path).tobytes()
+        content = f.read()
+    for kind in (bytes, bytearray, memoryview):
+        assert open_image(kind(content)).tobytes() == open_image(path).tobytes()
+    for size in ((0, 5), (5, 0)):
+        with pytest.raises(ImageError, match=f'The image is {size[0]}x{size[1]}, which holds no pixels'):
+            Preprocessing(MEAN, STD)(Image.new('RGB', size), 32)
     for nothing in (3, None, ['a.png']):
         with pytest.raises(ImageError, match=f'Got {type(nothing).__name__}, expected the name of an image'):
             open_image(nothing)

@@ -2,6 +2,7 @@
 import argparse
 import copy
 import json
+import math
 import os
 import shutil
 
@@ -18,6 +19,7 @@ from timm_rs.checkpoint import nearest_resolution
 from timm_rs.cli import main
 from timm_rs.convert import save_model
 from timm_rs.private_bn import PrivateBN
+from timm_rs.quant import quantize
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
@@ -427,6 +429,23 @@ def test_a_file_that_differs_is_not_written(tiny, tmp_path, monkeypatch):
     assert (tmp_path / 'all.onnx').read_text() == 'what was there' and os.listdir(tmp_path) == ['all.onnx']
     export_switchable(tiny, str(tmp_path / 'all.onnx'), tolerance=1e-3)
     assert (tmp_path / 'all.onnx').read_bytes() != b'what was there'
+
+
+def test_levels_of_activations_may_flip():
+    """Rounding moves some a whole level; a file of another network is farther off."""
+    def verify(model, share):
+        plain = {32: export._take(model, 32)}
+        return export.verify(lambda x: off(plain[32](x).detach(), share), plain, 'rs_net')
+
+    def off(logits, share):
+        deviation = (logits - logits.mean(-1, keepdim=True)).square().mean().sqrt()
+        return logits + share * deviation * torch.ones_like(logits)
+
+    quantized = quantize(rs_model(), weight_bits=2, activation_bits=2)
+    assert verify(quantized, 0.1)[32] > 1e-3
+    for model, share in ((quantized, 0.2), (quantized, math.nan), (rs_model(), 0.1)):
+        with pytest.raises(ExportError, match='The exported rs_net differs from the network by .* at 32 px'):
+            verify(model, share)
 
 
 @pytest.mark.parametrize('change, message', [

@@ -538,7 +538,7 @@ def test_recipes_parse_and_name_a_model(path):
     (['--results-file', 'x.txt'], 'expected a name that ends in .csv or .json'),
     ([], 'give --checkpoint, --model, or both'),
     (['--model', 'rs_resnet10t.imagenette'], 'has 2 classes, the model has 10'),
-    (['--model', 'rs_preresnet18'], 'Cannot load the pretrained weights of rs_preresnet18, give --checkpoint: There are no'),
+    (['--model', 'rs_preresnet18'], 'Cannot load the pretrained weights of rs_preresnet18, give --checkpoint: There'),
     (['--model', MODEL], f'Cannot load the pretrained weights of {MODEL}, give --checkpoint: '),  # there is no network
     (['--model', 'rs_resnet10t.imagenette', '--split', ''], "as the split instead of ''"),
     (['--model', 'rs_resnet10t.imagenette', '--reparam'], '--reparam is for plain models'),

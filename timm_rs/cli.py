@@ -293,7 +293,10 @@ def _predict(args: argparse.Namespace) -> None:
         warnings.showwarning = lambda message, *_: print(f'timm-rs predict: {message}', file=sys.stderr)
         warnings.simplefilter('always', RuntimeWarning)
         predictor = Predictor(args.model, args.resolution, args.budget_ms, args.cascade, args.threads, args.mode)
-    if predict_all(predictor, args.images, args.top, args.json):
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Palette images with Transparency')  # by Pillow
+        failed = predict_all(predictor, args.images, args.top, args.json)
+    if failed:
         raise SystemExit(1)
 
 
@@ -387,7 +390,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         subparser.set_defaults(command=command, argv=argv)
     args = parser.parse_args(argv)
     with one_line_errors(f'timm-rs {args.command.name}'):
-        args.command.run(args)
+        try:
+            args.command.run(args)
+            sys.stdout.flush()
+        except BrokenPipeError:  # who reads has seen enough, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None  # of SIGPIPE
 
 
 if __name__ == '__main__':

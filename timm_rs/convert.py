@@ -207,12 +207,26 @@ def describe_for_timm(model: nn.Module, label_names: Optional[Sequence[str]] = N
             args.update(quantization=model._quantization)
     if architecture not in timm.list_models(architecture):  # it leaves those out that are registered to say why not
         raise ValueError(f'{type(model).__name__} is no model that timm.create_model could build again.')
+    _check_classifier(model)
     config['pretrained_cfg'] = dict(architecture=architecture)
     if label_names is not None:
         if len(label_names) != model.num_classes:
             raise ValueError(f'There are {len(label_names)} label names, the model has {model.num_classes} classes.')
         config['label_names'] = list(label_names)
     return dict(model_config=config, model_args=args)
+
+
+def _check_classifier(model: nn.Module) -> None:
+    """Raise ValueError if a classifier was put into a network that another of its num_classes would not have."""
+    names = model.pretrained_cfg.get('classifier')
+    modules = dict(model.named_modules())
+    for name in (names,) if isinstance(names, str) else names or ():
+        head = modules.get(name)
+        rows = getattr(getattr(head, 'weight', None), 'shape', (model.num_classes,))[0]
+        if isinstance(head, nn.Sequential) or model.num_classes and rows != model.num_classes:
+            raise ValueError(
+                f'{name} is a {type(head).__name__} that timm.create_model would not build for num_classes '
+                f'{model.num_classes}: change classifiers by reset_classifier.')
 
 
 def model_args(
@@ -244,22 +258,30 @@ def model_args(
 @contextmanager
 def ready_to_save(model: nn.Module, packed: bool = False) -> Iterator[nn.Module]:
     """Give a network as timm can save it: the largest resolution active, whose size goes into config.json, and its
-    memory contiguous, as safetensors asks for. If packed, its state dict is."""
+    memory contiguous and each tensor's own, as safetensors asks for. If packed, its state dict is."""
     original, resolution = model, model.resolution if isinstance(model, SwitchableMixin) else None
-    hook = None
+    hooks = []
     try:
         if resolution is not None:
             model.switch_to(model.resolutions[0])
         if not all(t.is_contiguous() for t in model.state_dict().values()):
             model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-        if packed:
-            hook = model.register_state_dict_post_hook(_pack)
+        hooks = [model.register_state_dict_post_hook(f) for f in (_separate, *[_pack] * packed)]
         yield model
     finally:
-        if hook is not None:
+        for hook in hooks:
             hook.remove()
         if resolution is not None:
             original.switch_to(resolution)
+
+
+def _separate(module: nn.Module, state_dict: Dict[str, torch.Tensor], *_: Any) -> None:
+    """Copy what resolutions share (tie_affine): a file holds every tensor on its own."""
+    seen = set()
+    for key, tensor in state_dict.items():
+        if tensor.data_ptr() in seen:
+            state_dict[key] = tensor.clone()
+        seen.add(tensor.data_ptr())
 
 
 def _pack(module: nn.Module, state_dict: Dict[str, torch.Tensor], *_: Any) -> None:

@@ -112,6 +112,9 @@ class CascadeSession:
         self.session = path if hasattr(path, 'predict') else Session(path, threads, mode)
         for resolution in self.cascade.resolutions:
             self.session.check_resolution(resolution)
+        if not self.session.num_classes:
+            raise ValueError(f'{self.session.path} has no classes to be sure of, expected a classifier.')
+        self.session.check_takes_images()
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}({self.session!r}, {self.cascade})'

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import check_folder_of
 from ..evaluate import count_madds
-from ..quant.quantize import fold, is_quantized
+from ..quant.quantize import StepFunction, fold, is_quantized
 from ..switchable import SwitchableMixin
 from ..version import __version__
 from .preprocess import MODES
@@ -43,6 +43,7 @@ FORMATS = ('onnx', 'torch-export', 'torchscript')
 TOLERANCE = 1e-4
 OPSET = 17
 _SEEDS = (0, 1, 2)
+_STEP_TOLERANCE = 0.15
 _INT8_TOLERANCE = 0.5
 
 
@@ -115,6 +116,9 @@ def export_int8(
     metadata = dict(_describe_switchable(model, class_names), precision='int8')
     if not images:
         raise ValueError('There are no images to calibrate on.')
+    if len(metadata['mean']) not in MODES:
+        channels = len(metadata['mean'])
+        raise ValueError(f"int8 is calibrated on images, but {metadata['architecture']} takes {channels} channels.")
     preprocessing = preprocessing_of(metadata)
     plain = {r: _take(model, r) for r in model.resolutions}
     graph = _trace_all(plain, metadata['architecture'])
@@ -328,7 +332,9 @@ def verify(
         run: Computes logits of a tensor.
         plain: The network of each resolution.
         name: Of the network, for the message.
-        tolerance: Largest difference; that of float32 rounding, 1e-6 of the largest logit, is always allowed.
+        tolerance: Largest difference; that of float32 rounding, 1e-6 of the largest logit, is always allowed. Where
+            activations are quantized, rounding moves some of them by a whole level: there the root mean square of the
+            differences may be 15 % of that of the logits (less their mean) too.
         batch_sizes: Taken in turns.
 
     Raises:
@@ -336,17 +342,19 @@ def verify(
     """
     errors = {}
     for resolution, network in plain.items():
-        errors[resolution] = 0.
-        for seed in _SEEDS:
-            images = _random_images(network, resolution, batch_sizes[seed % len(batch_sizes)], seed)
-            with torch.inference_mode():
-                expected = network(images)
-            error = (torch.as_tensor(run(images)) - expected).abs().max().item()
-            if not error <= max(tolerance, 1e-6 * expected.abs().max().item()):
-                raise ExportError(
-                    f'The exported {name} differs from the network by {error:.2g} at {resolution} px, '
-                    f'expected at most {tolerance:.0e}; no file was written.')
-            errors[resolution] = max(errors[resolution], error)
+        batches = [_random_images(network, resolution, batch_sizes[s % len(batch_sizes)], s) for s in _SEEDS]
+        with torch.inference_mode():
+            expected = torch.cat([network(images) for images in batches])
+        difference = torch.cat([torch.as_tensor(run(images)) for images in batches]) - expected
+        error = errors[resolution] = difference.abs().max().item()
+        is_close = error <= max(tolerance, 1e-6 * expected.abs().max().item())
+        if not is_close and any(isinstance(m, StepFunction) for m in network.modules()):
+            spread = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
+            is_close = bool(difference.square().mean().sqrt() <= _STEP_TOLERANCE * spread)
+        if not is_close:
+            raise ExportError(
+                f'The exported {name} differs from the network by {error:.2g} at {resolution} px, '
+                f'expected at most {tolerance:.0e}; no file was written.')
     return errors
 
 

@@ -55,6 +55,7 @@ class Predictor:
     ):
         session = path if hasattr(path, 'predict') else Session(path, threads, mode)
         self.session = session
+        session.check_takes_images()
         self._resolution = session.check_resolution(session.resolutions[0] if resolution is None else resolution)
         self._adaptive = None if budget_ms is None else AdaptiveSession(session, budget_ms)
         self._cascade = None if cascade is None else CascadeSession(session, cascade)

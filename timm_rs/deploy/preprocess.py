@@ -10,8 +10,9 @@ from PIL import Image
 
 __all__ = ['MODES', 'ImageError', 'Preprocessing', 'find_images', 'open_image']
 
-ImageSource = Union[str, os.PathLike, bytes, IO[bytes], Image.Image]
+ImageSource = Union[str, os.PathLike, bytes, bytearray, memoryview, IO[bytes], Image.Image]
 
+_IN_MEMORY = (bytes, bytearray, memoryview)
 _MAX_CROP_PCT = 4  # the crop may be larger than the image
 MODES = {1: 'L', 3: 'RGB'}  # of Pillow, by channels
 
@@ -115,11 +116,13 @@ def open_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
     """
     try:
         if isinstance(source, Image.Image):
+            if not all(source.size):
+                raise ImageError(f'{_name(source)} is {source.width}x{source.height}, which holds no pixels.')
             source.load()
             return source if source.mode == mode else source.convert(mode)
         if not is_image_source(source):
             raise ImageError(f'Got {type(source).__name__}, expected the name of an image, a binary file or an image.')
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, _IN_MEMORY) else source) as image:
             converted = image.convert(mode)
             converted.filename = _name(source)  # for messages
             return converted
@@ -134,7 +137,7 @@ def open_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
 
 
 def buffered(source: ImageSource) -> ImageSource:
-    """Return what is in a binary file, read to its end; other images as they are.
+    """Return what is in a binary file, from its beginning to its end; other images as they are.
 
     Raises:
         ImageError: It cannot be read.
@@ -142,6 +145,8 @@ def buffered(source: ImageSource) -> ImageSource:
     if not hasattr(source, 'read'):
         return source
     try:
+        if getattr(source, 'seekable', bool)():
+            source.seek(0)  # as Pillow does, so that a request can be made once more
         buffer = io.BytesIO(source.read())
     except Exception as e:  # of any kind of file
         raise ImageError(f'{_name(source)} cannot be read: {str(e) or type(e).__name__}.') from e
@@ -199,7 +204,7 @@ def _name(source: ImageSource) -> str:
 
 def is_image_source(value: object) -> bool:
     """Return whether a value is one image, not several."""
-    return isinstance(value, (str, os.PathLike, bytes, Image.Image)) or hasattr(value, 'read')
+    return isinstance(value, (str, os.PathLike, Image.Image, *_IN_MEMORY)) or hasattr(value, 'read')
 
 
 def stack(images: Sequence[ImageSource], preprocessing: Preprocessing, resolution: int) -> np.ndarray:

@@ -5,7 +5,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from .preprocess import ImageSource, Preprocessing, is_image_source, stack
+from .preprocess import MODES as IMAGE_MODES
+from .preprocess import ImageError, ImageSource, Preprocessing, is_image_source, stack
 
 __all__ = ['MODES', 'Session']
 
@@ -31,7 +32,7 @@ class Session:
         num_classes: Number of classes.
         class_names: Names of the classes, or None.
         madds: Multiply-adds of an image, by resolution.
-        preprocessing: What is done to an image.
+        preprocessing: What is done to an image; None where the channels are not those of one, so that only batches go.
         mean: Pixel mean of each channel, of values in [0, 1].
         std: Pixel standard deviation of each channel.
         batch_size: Images that are run at a time, where the file takes batches of one size only; None for any number.
@@ -65,8 +66,8 @@ class Session:
         self.num_classes: int = self.metadata['num_classes']
         self.class_names: Optional[List[str]] = self.metadata.get('class_names')
         self.madds: Dict[int, int] = {int(r): n for r, n in self.metadata.get('madds', {}).items()}
-        self.preprocessing = preprocessing_of(self.metadata)
-        self.mean, self.std = self.preprocessing.mean, self.preprocessing.std
+        self.mean, self.std = (tuple(self.metadata[key]) for key in ('mean', 'std'))
+        self.preprocessing = preprocessing_of(self.metadata) if len(self.mean) in IMAGE_MODES else None
         self._sessions = self._open(threads)
         (images,) = self._sessions[self.resolutions[0]].get_inputs()
         self._input = images.name
@@ -102,6 +103,7 @@ class Session:
             resolution = self.check_resolution(self.resolutions[0] if resolution is None else resolution)
             if not images:
                 return np.zeros((0, self.num_classes), np.float32)
+            self.check_takes_images()
             images = stack(images, self.preprocessing, resolution)
         else:
             resolution = self._check_batch(images, resolution)
@@ -117,6 +119,7 @@ class Session:
             ImageError: The image cannot be used.
             ValueError: There is no such resolution.
         """
+        self.check_takes_images()
         resolution = self.resolutions[0] if resolution is None else resolution
         return self.preprocessing(image, self.check_resolution(resolution))
 
@@ -172,6 +175,11 @@ class Session:
         images = np.random.default_rng(0).standard_normal((1, len(self.mean), size, size), np.float32)
         expected, actual = (s.run(None, {'images': images})[0] for s in (open_onnx(self.path, threads), blocked))
         return blocked if np.allclose(actual, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max()) else None
+
+    def check_takes_images(self) -> None:
+        """Raise ImageError if the channels are not those of an image."""
+        if self.preprocessing is None:
+            raise ImageError(f'{self.path} takes {len(self.mean)} channels, so no images but float32 arrays of them.')
 
     def _check_batch(self, images: np.ndarray, resolution: Optional[int]) -> int:
         channels = len(self.mean)

@@ -124,7 +124,8 @@ def create_parser() -> argparse.ArgumentParser:
     add('--crop-pct', type=float, default=None, metavar='PCT', help='share of the image that validation crops')
     add('--mean', type=float, nargs='+', default=None, metavar='MEAN', help='pixel mean for normalization')
     add('--std', type=float, nargs='+', default=None, metavar='STD', help='pixel standard deviation for normalization')
-    add('--interpolation', default='', choices=('', *INTERPOLATIONS), metavar='NAME', help='interpolation of validation images')
+    add('--interpolation', default='', choices=('', *INTERPOLATIONS), metavar='NAME',
+        help='interpolation of validation images')
     add('-b', '--batch-size', type=int, default=128, metavar='N', help='images per process and step (default: 128)')
     add('-vb', '--validation-batch-size', type=int, default=None, metavar='N', help='images per validation batch')
     add('--channels-last', action='store_true', help='channels_last memory layout')

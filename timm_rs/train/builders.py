@@ -54,7 +54,7 @@ __all__ = [
 
 _logger = logging.getLogger('train')
 _METRICS = ('top1', 'top5', 'loss')
-_PLAIN = '{} is a plain network, expected a switchable one: give an rs_* model, and its weights by --initial-checkpoint.'
+_PLAIN = '{} is a plain network, expected a switchable one: an rs_* model, its weights by --initial-checkpoint.'
 
 
 @dataclass

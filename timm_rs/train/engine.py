@@ -213,8 +213,9 @@ def train_one_epoch(
         except ValueError as e:
             if 'more than 1 value per channel' not in str(e):
                 raise
-            raise TrainingFault(f'BatchNorm needs more than one value per channel, --batch-size {args.batch_size} gives '
-                                f'one at the smallest resolutions. ({e})') from e
+            raise TrainingFault(
+                f'BatchNorm needs more than one value per channel, --batch-size {args.batch_size} gives only one where '
+                f'a map has shrunk to a pixel. ({e})') from e
         sums += torch.stack([losses[term].detach() for term in TERMS]).to(sums.dtype) * len(images)
         progress.num_images += len(images)
         progress.batch = batch_idx + 1
