@@ -251,7 +251,7 @@ def take_over_training_args(args):
         for name in ('resolutions', 'num_classes', 'in_chans', 'gp', 'bn_eps', 'model_kwargs'):
             if not getattr(args, name):
                 setattr(args, name, getattr(saved, name, None))
-    for name in ('crop_pct', 'mean', 'std', 'interpolation', 'class_map'):
+    for name in ('crop_pct', 'mean', 'std', 'interpolation', 'class_map', 'input_img_mode'):
         if not getattr(args, name):
             setattr(args, name, getattr(saved, name, None))
 

@@ -155,6 +155,15 @@ def test_validate_a_plain_timm_model(images, tmp_path, capfd):
     assert [line.split()[0] for line in lines[1:]] == ['32', '16']
 
 
+def test_validation_reads_images_as_training_did(images, tmp_path):
+    train_rs.main([
+        str(images), *TINY, '--input-img-mode', 'YCbCr', '--epochs', '1', '--output', str(tmp_path), '--experiment',
+        'r'])
+    row, = csv.DictReader((tmp_path / 'r' / 'summary.csv').open())
+    rows = validated(images, tmp_path, '--checkpoint', str(tmp_path / 'r' / 'last.pth.tar'))
+    assert float(row['eval_loss_32']) == pytest.approx(rows[32]['loss'], rel=1e-5)
+
+
 def test_validation_takes_over_what_the_model_was_trained_with(images, tmp_path):
     train_rs.main([
         str(images), *TINY, '--model', 'rs_test_efficientnet', '--bn-eps', '0.5', '--epochs', '1', '--output',
