@@ -18,9 +18,9 @@ these are several, on a random tenth of the training images that is held out for
         --channels-last --cuda-graphs --jobs 4    # on a GPU, where all images lie in its memory
 
 Every finished run leaves a file in --work and is not repeated; one that was stopped goes on where it was at the end of
-an epoch, 20 s before at most if epochs take less. Images are decoded once. --include takes over the runs of a table that was published. Written
-at the end, and with what is there so far by --table-only: results/paper_table.csv, .md (the form of the paper's table,
-gains over the I-Nets in brackets), .png (accuracy against multiply-adds) and .json.
+an epoch, 20 s before at most if epochs take less. Images are decoded once. --include takes over the runs of a published
+table. Written at the end, and with what is there so far by --table-only: results/paper_table.csv, .md (the form
+of the paper's table, gains over the I-Nets in brackets), .png (accuracy against multiply-adds) and .json.
 """
 import csv
 import json

@@ -4,6 +4,7 @@ import copy
 import pytest
 import torch
 from conftest import assert_equal, images, randomize_bn, rs_model
+from timm.utils import freeze
 
 from timm_rs import PrivateBN, add_resolution, make_switchable
 from timm_rs.calibrate import METHODS
@@ -111,6 +112,35 @@ def test_failure_on_the_way_leaves_the_network_alone(method):
     add_resolution(model, 48, loader(64), method=method)
     assert [m.training for m in model.modules() if not isinstance(m, torch.nn.BatchNorm2d)] == [
         m.training for m in before.modules() if not isinstance(m, torch.nn.BatchNorm2d)]
+
+
+@pytest.mark.parametrize('method', [m for m in METHODS if m != 'copy'])
+def test_frozen_networks_learn_a_size(method):
+    """As they do where nothing is frozen, and frozen they stay."""
+    original, batches = rs_model(), loader(64)
+    expected = add_resolution(copy.deepcopy(original), 40, batches, method=method)
+    model = copy.deepcopy(original).requires_grad_(False)
+    with torch.no_grad():
+        add_resolution(model, 40, batches, method=method)
+    assert_equal(dict(model.state_dict()), dict(expected.state_dict()))
+    assert not any(p.requires_grad for p in model.bn1[40].parameters())
+    model = copy.deepcopy(original)
+    freeze(model, 'layer1')
+    add_resolution(model, 40, batches, method=method)
+    between = add_resolution(original, 40, method='copy')
+    assert_equal(dict(model.layer1.state_dict()), {
+        k: v for k, v in between.layer1.state_dict().items() if 'num_batches' not in k})
+    assert not torch.equal(model.layer2[0].bn1[40].running_mean, between.layer2[0].bn1[40].running_mean) \
+        or not torch.equal(model.layer2[0].bn1[40].weight, between.layer2[0].bn1[40].weight)
+
+
+def test_what_gives_no_logits_is_not_taught():
+    model = rs_model(features_only=True)
+    with pytest.raises(ValueError, match='gives a list, expected logits'):
+        add_resolution(model, 40, loader(64))
+    with pytest.raises(ValueError, match='has no classifier to teach'):
+        add_resolution(model, 40, loader(64), method='tune_bn_head')
+    assert model.resolutions == (64, 48, 32)
 
 
 @pytest.mark.parametrize('resolution,batches,kwargs,message', [

@@ -12,6 +12,7 @@ from conftest import assert_equal, images, randomize_bn
 from timm_rs.checkpoint import pick_state_dict, read_checkpoint
 from timm_rs.cli import main
 from timm_rs.convert import load_model, save_model
+from timm_rs.evaluate import count_madds
 from timm_rs.private_bn import tie_affine
 
 RESOLUTIONS = (64, 48, 32)
@@ -125,6 +126,30 @@ def test_convert_plain_timm_checkpoints(suffix, tmp_path):
     assert converted.num_classes == 7
     for x in images(*RESOLUTIONS, channels=1):
         assert_equal(converted(x), plain(x))
+
+
+def test_convert_networks_of_other_classifiers(tmp_path):
+    model = timm.create_model(f'rs_{NAME}', resolutions=RESOLUTIONS, num_classes=0)
+    torch.save(model.state_dict(), tmp_path / 'none.pth')
+    run('convert', tmp_path / 'none.pth', '--model', f'rs_{NAME}', '--num-classes', 0, '--output', tmp_path / 'none')
+    assert create(tmp_path / 'none').num_classes == 0
+    torch.save(timm.create_model('repvit_m0_9', num_classes=6).state_dict(), tmp_path / 'two.pth')
+    assert load_model(str(tmp_path / 'two.pth'), 'repvit_m0_9').model.num_classes == 6
+
+
+def test_calibrate_a_network_of_four_channels(tmp_path):
+    pytest.importorskip('sklearn')
+    save_model(rs_model(in_chans=4), str(tmp_path / 'four'))
+    run('calibrate', tmp_path / 'four', '--resolution', 40, '--dataset', 'digits', '--images', 64, '--workers', 0,
+        '--method', 'statistics', '--output', tmp_path / 'out')
+    assert create(tmp_path / 'out').resolutions == (64, 48, 40, 32)
+
+
+def test_modes_survive_the_count_of_multiply_adds():
+    model = timm.create_model(NAME).train()
+    model.bn1.eval()
+    count_madds(model, 64)
+    assert model.training and model.conv1.training and not model.bn1.training
 
 
 def test_weights_of_another_preprocessing_and_variant(tmp_path):

@@ -9,6 +9,7 @@ from conftest import RESOLUTIONS, assert_equal, images, plain_model, randomize_b
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm, freeze_batch_norm_2d, unfreeze_batch_norm_2d
 from timm.models import create_feature_extractor
 from timm.optim import create_optimizer_v2
+from timm.utils import freeze
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_rs import PrivateBN, UnknownResolutionError, make_switchable
@@ -246,6 +247,20 @@ def test_resolutions_train_one_set_of_affine_parameters(duplicate):
     assert other.layer1[0].bn1[48].weight is not other.layer1[0].bn1[64].weight
     for x in images(*RESOLUTIONS):
         assert_equal(other.eval()(x), model.eval()(x))
+
+
+def test_frozen_layers_are_recomputed():
+    batch = images(*RESOLUTIONS)
+    for checkpointing in ('set_grad_checkpointing', 'set_resolution_checkpointing'):
+        model = rs_model().train()
+        freeze(model, 'layer1')
+        other = copy.deepcopy(model)
+        getattr(model, checkpointing)()
+        for m in (model, other):
+            sum(z.square().sum() for z in m(batch)).backward()
+        for (name, p), (_, q) in zip(model.named_parameters(), other.named_parameters()):
+            if q.grad is not None:
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_tied_network_takes_the_affine_parameters_of_the_largest():

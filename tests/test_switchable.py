@@ -2,6 +2,7 @@ import copy
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -265,6 +266,24 @@ def test_at_is_the_plain_network_on_the_same_tensors(name):
     assert list(held) == list({**dict(plain.named_parameters()), **dict(plain.named_buffers())})
     expected = {(plain_key(k)[0]): v for k, v in shared.items() if plain_key(k)[1] in (None, 48) and k != 'alpha'}
     assert all(held[k] is v for k, v in expected.items()) and len(held) == len(expected)
+
+
+def test_at_keeps_the_mode_of_every_module():
+    """Of a graph of torch.fx too, which torch copies into train mode."""
+    model = rs_model(features_only=True, out_indices=(0, 2), feature_cls='fx').eval()
+    assert not any(m.training for m in model.at(48).modules())
+    x = images(48)
+    assert_equal(model.at(48)(x), model(x))
+    model = rs_model().train()
+    model.layer1.eval()
+    assert [m.training for m in model.at(48).layer1.modules()] == [False] * len(list(model.at(48).layer1.modules()))
+    assert model.at(48).training and model.at(48).layer2.training
+
+
+def test_numbers_of_numpy_are_resolutions():
+    model = make_switchable(small_net(), np.array([64, 48]))
+    assert model.resolutions == (64, 48) and type(model.resolutions[0]) is int
+    assert_equal(dict(model.at(48.0).state_dict()), dict(model.at(np.int64(48)).state_dict()))
 
 
 def test_at_leaves_the_network_alone():

@@ -49,6 +49,8 @@ def add_resolution(
     - 'tune_bn_head': the classifier learns too. It is shared, so the other resolutions change: only for a network that
       serves the new resolution alone.
 
+    The ensemble weights become a longer parameter; an optimizer that was made before knows neither it nor the new BN.
+
     Args:
         model: A switchable network.
         resolution: Input size in pixels.
@@ -80,6 +82,8 @@ def add_resolution(
         raise ValueError(f'Unknown method {method!r}, expected one of {", ".join(METHODS)}.')
     if not isinstance(resolution, int) or resolution <= 0 or resolution in model.resolutions:
         raise ValueError(f'Cannot add resolution {resolution!r} to {model.resolutions}, expected a new size in pixels.')
+    if method == 'tune_bn_head' and not hasattr(model, 'get_classifier'):
+        raise ValueError(f'{type(model).__name__} has no classifier to teach (get_classifier), take method tune_bn.')
     if method.startswith('tune') and epochs < 1:
         raise ValueError(f'epochs is {epochs}, expected a positive number.')
     if method != 'copy':
@@ -138,6 +142,7 @@ def measure_statistics(model: nn.Module, resolution: int, loader: Iterable) -> N
         _set_statistics(layers[i], mean, var)
 
 
+@torch.enable_grad()
 def tune(
         model: nn.Module,
         resolution: int,
@@ -157,25 +162,38 @@ def tune(
         lr: Learning rate of AdamW, with a cosine schedule.
     """
     parameters = [p for layer in _layers(model, resolution) for p in layer.parameters()]
+    if not parameters:
+        raise ValueError(f'There are no BN parameters to teach at {resolution} px, all are frozen.')
     teacher = _teacher(model, resolution)
     teaching = model.at(teacher)
     if head:
         teaching = copy.deepcopy(teaching)  # the lesson stays what it was
         parameters += model.get_classifier().parameters()
+    frozen = [p for p in parameters if not p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.)
     steps = epochs * (len(loader) if hasattr(loader, '__len__') else sum(1 for _ in loader))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(epochs):
-        for images in _batches(model, loader):
-            with torch.no_grad():
-                target = F.log_softmax(teaching(_resize(model, images, teacher)).float(), dim=-1)
-            log_p = F.log_softmax(model(_resize(model, images, resolution)).float(), dim=-1)
-            loss = F.kl_div(log_p, target, reduction='batchmean', log_target=True)
-            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
-                parameter.grad = gradient  # of these alone, whatever gradients the others hold
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        for _ in range(epochs):
+            for images in _batches(model, loader):
+                with torch.no_grad():
+                    target = teaching(_resize(model, images, teacher))
+                logits = model(_resize(model, images, resolution))
+                if not isinstance(logits, torch.Tensor):
+                    name = type(model).__name__
+                    raise ValueError(f'{name} gives a {type(logits).__name__}, expected logits to teach.')
+                target, log_p = (F.log_softmax(z.float(), dim=-1) for z in (target, logits))
+                loss = F.kl_div(log_p, target, reduction='batchmean', log_target=True)
+                for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+                    parameter.grad = gradient  # of these alone, whatever gradients the others hold
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
     _logger.info(f'Tuned {resolution} px for {steps} steps, last KL divergence {loss.item():.4f}.')
 
 
@@ -231,7 +249,7 @@ def _set_statistics(layer: nn.Module, mean: torch.Tensor, var: torch.Tensor) -> 
 def _layers(model: nn.Module, resolution: int) -> List[nn.Module]:
     """Return the BN layers of a resolution that keep statistics."""
     layers = [m[resolution] for m in model.modules() if isinstance(m, PrivateBN)]
-    return [layer for layer in layers if layer.track_running_stats]
+    return [layer for layer in layers if getattr(layer, 'track_running_stats', False)]  # not frozen ones of timm
 
 
 def _teacher(model: nn.Module, resolution: int) -> int:

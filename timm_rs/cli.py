@@ -191,7 +191,7 @@ def _calibrate(args: argparse.Namespace) -> None:
 
     from .calibrate import add_resolution
     from .convert import check_output, save_model
-    from .data import create_dataset
+    from .data import choose_img_mode, create_dataset
 
     check_output(args.output)
     labels = _read_labels(args.label_names or _labels_beside(args.checkpoint))
@@ -203,7 +203,7 @@ def _calibrate(args: argparse.Namespace) -> None:
         size = max(args.resolution, model.resolutions[0])
         channels = config.pop('input_size')[0]
         dataset = create_dataset(
-            args.dataset, args.data_dir, args.split, input_img_mode='L' if channels == 1 else 'RGB')
+            args.dataset, args.data_dir, args.split, input_img_mode=choose_img_mode(channels))
         dataset.transform = create_transform((channels, size, size), is_training=False, **config)
         chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:args.images]
         loader = torch.utils.data.DataLoader(

@@ -91,7 +91,7 @@ def load_model(
     data_config = data_config or {}
     is_name = not os.path.exists(source) and (':' in source or (source.startswith(PREFIX) and is_model(source)))
     if os.path.isdir(source) or is_name:
-        if name or num_classes or use_ema or model_kwargs:
+        if name or num_classes is not None or use_ema or model_kwargs:
             raise ValueError(f'{source} tells its model itself, leave out all that describes it but the resolutions.')
         model = _create_from_config(source, resolutions)
         model.pretrained_cfg.update(data_config)
@@ -169,7 +169,7 @@ def save_model(
     check_output(folder)
     if is_quantized(model) and not isinstance(model, SwitchableMixin):
         model = _fold_for_timm(model)
-    partial = f'{os.path.normpath(folder)}.part-{os.getpid()}'
+    partial = f'{os.path.abspath(folder)}.part-{os.getpid()}'
     os.makedirs(partial)
     try:
         with ready_to_save(model, packed) as ready:
@@ -245,13 +245,14 @@ def model_args(
     """
     kwargs = {k: v for k, v in (args.get('model_kwargs') or {}).items() if k != 'resolutions'}
     kwargs.update(global_pool=args.get('gp'), bn_eps=args.get('bn_eps'), in_chans=args.get('in_chans'))
-    kwargs['num_classes'] = num_classes or args.get('num_classes')
+    kwargs['num_classes'] = args.get('num_classes') if num_classes is None else num_classes
     cfg = None if ':' in name else timm.get_pretrained_cfg(name)
     for key, layer, axis in (('num_classes', 'classifier', 0), ('in_chans', 'first_conv', 1)):
         layer = getattr(cfg, layer, None)
+        layer = layer[0] if isinstance(layer, (list, tuple)) and layer else layer
         weight = state_dict.get(f'{layer}.weight') if isinstance(layer, str) else None
         if weight is not None and weight.ndim > axis:
-            kwargs[key] = kwargs[key] or weight.shape[axis]
+            kwargs[key] = weight.shape[axis] if kwargs[key] is None else kwargs[key]
     return {k: v for k, v in kwargs.items() if v is not None}
 
 

@@ -47,7 +47,7 @@ def count_madds(model: nn.Module, resolution: int, in_chans: int = 3) -> int:
         model = model.at(nearest_resolution(resolution, resolution, model.resolutions))
     if is_quantized(model):
         model = fold(model)
-    training = model.training
+    modes = {m: m.training for m in model.modules()}
     model.eval()
     logger = logging.getLogger('torch._subclasses.fake_tensor')  # shows a traceback of what is raised anyway
     disabled, logger.disabled = logger.disabled, True
@@ -58,7 +58,8 @@ def count_madds(model: nn.Module, resolution: int, in_chans: int = 3) -> int:
     except (RuntimeError, AssertionError, ValueError) as e:
         raise ValueError(f'{type(model).__name__} cannot take images of {resolution}x{resolution}: {e}') from e
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
         logger.disabled = disabled
     return counter.get_total_flops() // 2
 

@@ -7,6 +7,7 @@ for Runtime Efficient Image Recognition", ECCV 2020, section 3.2).
 import copy
 from contextlib import contextmanager
 from itertools import chain
+from numbers import Integral
 from typing import Any, Dict, Iterable, Iterator, Optional, Sequence, Tuple, Union
 
 import torch
@@ -64,12 +65,12 @@ def check_resolutions(resolutions: Union[int, Sequence[int]]) -> Tuple[int, ...]
     if not resolutions:
         raise ValueError('resolutions is empty, expected at least one input size in pixels such as (224, 160).')
     for r in resolutions:
-        if not isinstance(r, int) or isinstance(r, bool) or r <= 0:
+        if not isinstance(r, Integral) or isinstance(r, bool) or r <= 0:
             raise ValueError(f'resolutions {resolutions} holds {r!r}, expected positive integers (pixels).')
     if len(set(resolutions)) < len(resolutions):
         twice = sorted({r for r in resolutions if resolutions.count(r) > 1}, reverse=True)
         raise ValueError(f'resolutions {resolutions} names {", ".join(map(str, twice))} twice.')
-    return tuple(sorted(resolutions, reverse=True))
+    return tuple(sorted(map(int, resolutions), reverse=True))
 
 
 class Switch:
@@ -168,7 +169,7 @@ class PrivateBN(nn.Module):
     def __getitem__(self, resolution: int) -> nn.Module:
         if resolution not in self._switch.resolutions:
             raise UnknownResolutionError(resolution, self._switch.resolutions)
-        return self._modules[str(resolution)]
+        return self._modules[str(int(resolution))]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._switch.resolutions)
@@ -254,7 +255,7 @@ def is_recomputing() -> bool:
 @contextmanager
 def _frozen_statistics(bn: nn.Module) -> Iterator[None]:
     """Normalize with batch statistics as in training, but leave the running ones alone."""
-    if not bn.track_running_stats:
+    if not getattr(bn, 'track_running_stats', False):  # a frozen one (timm.utils.freeze) has no such flag
         yield
         return
     before = bn.momentum, bn.num_batches_tracked

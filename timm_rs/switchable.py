@@ -121,6 +121,10 @@ class SwitchableMixin:
         for module in private:
             module.copy_hooks(memo[id(module)], memo)
         plain = copy.deepcopy(self, memo)
+        modules = dict(self.named_modules())
+        for name, module in plain.named_modules():  # torch builds a copied graph of torch.fx in train mode
+            original = modules.get(name, module)
+            module.training = (original[resolution] if isinstance(original, PrivateBN) else original).training
         plain.__class__ = self._plain_class
         del plain.alpha, plain._switch
         architecture = plain.__dict__.pop('_plain_architecture')
@@ -132,6 +136,9 @@ class SwitchableMixin:
 
     def forward(self, x: Union[torch.Tensor, Sequence[torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
         """Run at the resolution of the input, which becomes the active one.
+
+        The active resolution is one for the whole network, so threads do not share it: each takes its own `at(size)`,
+        which costs no memory for weights.
 
         Args:
             x: Images [N, C, H, W], or a list of a batch each at some or all resolutions, in any order. For a size
