@@ -226,8 +226,9 @@ def test_runs_in_processes_side_by_side(argv, tmp_path):
     assert names == {f'inet-{s}-lrLR-seed0{kind}.json' for s in (24, 32) for kind in ('', '-search')}
     assert (tmp_path / 'table.csv').exists()
     (tmp_path / 'work' / 'inet-24-lr0.1-seed0-search.json').unlink()
-    failed = subprocess.run([*command, '--batch-size', '0'], capture_output=True, text=True)
-    assert failed.returncode == 1
+    (tmp_path / 'work' / 'inet-24-lr0.1-seed0-search.ckpt').mkdir()  # which no process can read
+    failed = subprocess.run(command, timeout=300, capture_output=True, text=True)
+    assert failed.returncode == 1 and 'inet-24-lr0.1-seed0-search ended with 1.' in failed.stderr
 
 
 @pytest.mark.parametrize('kind', ['classes', 'temperature'])
