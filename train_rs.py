@@ -145,11 +145,15 @@ def set_up(args, flags):
 
     decreasing = args.eval_metric.startswith('loss')
     updates_per_epoch = (len(loaders.train) + args.grad_accum_steps - 1) // args.grad_accum_steps
+    rates = [group['lr'] for group in optimizer.param_groups]
     lr_scheduler, num_epochs = create_scheduler_v2(
         optimizer, **scheduler_kwargs(args, decreasing_metric=decreasing), updates_per_epoch=updates_per_epoch)
     progress = task.progress
     if lr_scheduler is not None and (progress.epoch or progress.batch):
-        if args.sched_on_updates:
+        if args.sched == 'plateau' and progress.epoch > args.warmup_epochs:  # timm begins with the warm-up again
+            for group, rate in zip(optimizer.param_groups, rates):
+                group['lr'] = rate
+        elif args.sched_on_updates:
             lr_scheduler.step_update(progress.epoch * updates_per_epoch - (-progress.batch // args.grad_accum_steps))
         else:
             lr_scheduler.step(progress.epoch)
@@ -268,12 +272,13 @@ def resume_run(path, args, model, task, optimizer, loss_scaler):
 
 def resume_with_optimizer(path, saved, args, model, optimizer, loss_scaler):
     """Restore weights and what the optimizer has gathered; its rates, decay and momentum are those of the flags."""
-    names = ('lr', 'lr_scale', 'weight_decay', 'momentum', 'betas', 'eps', *args.opt_kwargs)
-    given = [{k: group[k] for k in names if k in group} for group in optimizer.param_groups]
+    names = ('lr_scale', 'weight_decay', 'momentum', 'betas', 'eps', *args.opt_kwargs)
     if args.sched == 'plateau':  # its rate follows from what has happened
-        for hyperparameters in given:
-            hyperparameters.pop('lr')
         _logger.warning('--sched plateau goes on at the learning rate that it had come to, its patience begins anew.')
+    else:
+        names += ('lr',)
+    given = [{k: group[k] for k in names if k in group} for group in optimizer.param_groups]
+    rates = [group['lr'] for group in optimizer.param_groups]
     changed = [n for n in _OPTIMIZER_FLAGS if getattr(saved, n, None) != getattr(args, n)]
     try:
         if 'opt' in changed:  # the state of another optimizer can load, and fail in the first step
@@ -287,10 +292,10 @@ def resume_with_optimizer(path, saved, args, model, optimizer, loss_scaler):
         raise ValueError(
             f'--resume {path} holds the state of an optimizer with {before}, which does not fit {now}: '
             'give --no-resume-opt to start with a new one.') from None
-    for group, hyperparameters in zip(optimizer.param_groups, given):
+    for group, hyperparameters, rate in zip(optimizer.param_groups, given, rates):
         group.update(hyperparameters)
         if 'initial_lr' in group:  # from which the schedule starts
-            group['initial_lr'] = group['lr']
+            group['initial_lr'] = rate
 
 
 def share_progress(progress, saved, args):

@@ -162,13 +162,13 @@ def tune(
         lr: Learning rate of AdamW, with a cosine schedule.
     """
     parameters = [p for layer in _layers(model, resolution) for p in layer.parameters()]
-    if not parameters:
-        raise ValueError(f'There are no BN parameters to teach at {resolution} px, all are frozen.')
     teacher = _teacher(model, resolution)
     teaching = model.at(teacher)
     if head:
         teaching = copy.deepcopy(teaching)  # the lesson stays what it was
         parameters += model.get_classifier().parameters()
+    if not parameters:
+        raise ValueError(f'{type(model).__name__} has no BN parameters to teach that are not frozen.')
     frozen = [p for p in parameters if not p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.)
     steps = epochs * (len(loader) if hasattr(loader, '__len__') else sum(1 for _ in loader))

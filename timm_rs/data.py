@@ -18,7 +18,7 @@ _TRAIN = ('train', 'training')  # names that timm takes for the same split
 _EVAL = ('val', 'valid', 'validation', 'eval', 'evaluation')
 _IMG_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 
-INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')  # that timm knows by name
+INTERPOLATIONS = tuple(name.lower() for name in Image.Resampling.__members__)  # as timm names them
 
 __all__ = [
     'INTERPOLATIONS',

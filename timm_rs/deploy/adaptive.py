@@ -125,7 +125,7 @@ class Controller:
 
         Args:
             left: Seconds until the deadline of each, in the order in which they are served.
-            counts: Images of each, one if None.
+            counts: Images of each, one if None; runs of the network where it takes whole batches alone.
         """
         counts = counts or [1] * len(left)
         fitting = self._largest(left, counts, 1.)
@@ -145,7 +145,7 @@ class Controller:
             resolution: Its size.
             inference: Seconds that the network took.
             overhead: Seconds that all else took.
-            count: Its images.
+            count: Its images, or runs.
         """
         self._slowdown.update(inference / max(self._latency[resolution] * count, 1e-9))
         self._overhead.update(overhead / count)
@@ -197,7 +197,8 @@ class AdaptiveSession:
     Attributes:
         session: The Session.
         budget_ms: The budget.
-        latency: Seconds that one image takes the network at each resolution, as measured at the start.
+        latency: Seconds that one image takes the network at each resolution, as measured at the start; a batch where
+            the file takes no less.
         feasible: Whether the floor, with nothing in the queue, keeps the budget. If not, requests are served at the
             floor all the same, and a RuntimeWarning says so at the start.
 

@@ -14,7 +14,7 @@ from ..private_bn import check_resolutions
 from .loss import EnsembleDistillationLoss
 from .pyramid import ResolutionPyramid
 
-__all__ = ['create_parser', 'largest_size_conflict', 'parse_args']
+__all__ = ['create_parser', 'is_mixing', 'largest_size_conflict', 'parse_args']
 
 # Flags of timm's train.py that have no meaning here, with the reason that the user is given.
 _REFUSED = {
@@ -382,8 +382,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and len(value) not in lengths:
             parser.error(f"--{name.replace('_', '-')} is {value}, expected {' or '.join(map(str, lengths))} numbers.")
-    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    if mixing and args.batch_size % 2:
+    if is_mixing(args) and args.batch_size % 2:
         parser.error(f'--batch-size is {args.batch_size}, expected an even one: mixup and cutmix mix pairs of images.')
     if args.push_to_hub:
         try:
@@ -406,6 +405,11 @@ _LEAST = dict(
     log_interval=1, max_unreadable=0, val_interval=1, recovery_interval=0, checkpoint_hist=1, push_interval=0,
     stop_epoch=1, start_epoch=0,
 )
+
+
+def is_mixing(args: argparse.Namespace) -> bool:
+    """Return whether mixup or cutmix is on."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
 def largest_size_conflict(args: argparse.Namespace, resolutions: Sequence[int]) -> Optional[str]:

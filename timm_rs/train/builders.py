@@ -36,7 +36,7 @@ from ..evaluate import ENSEMBLE, count_madds
 from ..private_bn import check_resolutions, tie_affine
 from ..rs_models import PREFIX, explain_unknown_model
 from ..switchable import SwitchableMixin
-from .arguments import largest_size_conflict
+from .arguments import is_mixing, largest_size_conflict
 from .determinism import EpochSampler, ReadErrors, SteadyDataset, mix_seed
 from .loss import EnsembleDistillationLoss
 from .pyramid import ResolutionPyramid
@@ -226,10 +226,9 @@ def build_loaders(
 ) -> Loaders:
     """Give batches as timm's train.py does, and evaluation batches at all resolutions in one pass."""
     data_config = resolve_input_data_config(model, args=_data_args(args), verbose=args.rank == 0)
-    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     mixup = collate = None
     prefetcher = not args.no_prefetcher
-    if mixing:
+    if is_mixing(args):
         mixup_kwargs = dict(
             mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
             switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
@@ -322,11 +321,10 @@ def _end_with_parent() -> None:
 
 def build_task(args: argparse.Namespace, model: nn.Module, device: torch.device) -> MultiResolutionTask:
     """Build the multi-resolution step around timm's criterion."""
-    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     criterion = create_classification_loss(
         args.loss,
         smoothing=args.smoothing,
-        soft_targets=mixing,
+        soft_targets=is_mixing(args),
         pos_weight=args.bce_pos_weight,
         bce_target_thresh=args.bce_target_thresh,
         bce_sum=args.bce_sum,
