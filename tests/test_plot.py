@@ -3,7 +3,7 @@ import matplotlib.image
 import pytest
 import timm
 import yaml
-from test_scripts import fails
+from command_lines import fails
 
 from timm_rs.cli import main
 from timm_rs.evaluate import count_madds

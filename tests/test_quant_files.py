@@ -121,7 +121,7 @@ def test_extract(trained, tmp_path):
 
 
 @pytest.mark.parametrize('packed', [False, True])
-def test_hub(hub, trained, packed, tmp_path):  # noqa: F811
+def test_hub(hub, trained, packed, tmp_path):
     save_model(trained, str(tmp_path / 'model'))
     main(['push', str(tmp_path / 'model'), REPO, *['--packed'][:packed]])
     restored = create_from_hub()

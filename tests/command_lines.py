@@ -1,0 +1,57 @@
+"""What the tests of train_rs.py and validate_rs.py share: photographs, a run, and the line of an error"""
+import json
+import random
+
+import pytest
+from PIL import Image
+
+import train_rs
+import validate_rs
+
+MODEL = 'rs_test_resnet'
+TINY = (
+    f'--model {MODEL} --resolutions 32 16 --batch-size 4 --workers 0 --device cpu --lr 0.05 --warmup-epochs 0'
+).split()
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """Photographs of several shapes in two classes, one of them greyscale."""
+    root = tmp_path_factory.mktemp('images')
+    generator = random.Random(0)
+    for split, count in (('train', 5), ('validation', 7)):
+        for name in ('cat', 'dog'):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                size = (generator.randint(20, 60), generator.randint(20, 60))
+                image = Image.frombytes('RGB', size, generator.randbytes(3 * size[0] * size[1]))
+                image.convert('L' if i == 0 else 'RGB').save(folder / f'{i}.jpg')
+    return root
+
+
+@pytest.fixture(scope='module')
+def trained(images, tmp_path_factory):
+    output = tmp_path_factory.mktemp('trained')
+    train_rs.main([str(images), *TINY, '--epochs', '2', '--output', str(output), '--experiment', 'run'])
+    return output / 'run'
+
+
+def fails(main, argv, capfd):
+    """Return the one line on stderr that a failing command ends with."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as e:
+        main([str(a) for a in argv])
+    assert e.value.code not in (0, None)
+    captured = capfd.readouterr()
+    assert 'Traceback' not in captured.err
+    errors = [line for line in captured.err.splitlines() if 'error: ' in line]
+    assert len(errors) == 1 and captured.err.strip().endswith(errors[0])
+    return errors[0]
+
+
+def validated(images, tmp_path, *flags):
+    """Return what validate_rs.py writes of each resolution."""
+    results = tmp_path / 'results.json'
+    validate_rs.main([str(images), *flags, '--workers', '0', '--device', 'cpu', '--results-file', str(results)])
+    return {row['resolution']: row for row in json.loads(results.read_text())}
