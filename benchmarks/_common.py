@@ -15,6 +15,7 @@ import timm
 import torch
 
 import timm_rs
+from timm_rs.errors import OneLineParser
 
 __all__ = [
     'add_deployed_arguments', 'add_timing_arguments', 'create_parser', 'environment', 'measure', 'median',
@@ -29,7 +30,7 @@ _CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
 
 def create_parser(doc: str) -> argparse.ArgumentParser:
     """Return a parser described by the first line of a script's docstring, with the flag that every benchmark has."""
-    parser = argparse.ArgumentParser(description=doc.split('\n', 1)[0])
+    parser = OneLineParser(description=doc.split('\n', 1)[0])
     parser.add_argument('--output', default=f'results/{Path(sys.argv[0]).stem}.json', type=Path, metavar='FILE',
                         help='JSON file to write (default: %(default)s)')
     return parser
