@@ -36,14 +36,14 @@ lint: $(INSTALLED_DEV)  ## check the code with ruff
 
 clean:  ## remove build leftovers, caches and output/demo; the environment stays
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache output/demo
-	find timm_rs tests examples benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	find timm_rs timm_rs_cli runtime tests examples benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(INSTALLED): setup.cfg pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[$(EXTRAS)]'
+$(INSTALLED): setup.cfg runtime/setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install $(PIP_ARGS) -e ./runtime -e '.[$(EXTRAS)]'
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)
-	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[dev]'
+	$(BIN)/python -m pip install $(PIP_ARGS) -e ./runtime -e '.[dev]'
 	@touch $@
 
 $(BIN)/python:

@@ -27,8 +27,7 @@ from timm import utils
 from timm.models import resume_checkpoint, safe_model_name
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-from timm_rs.errors import TrainingFault, one_line_errors
-from timm_rs.hub import TrainingPush, write_label_names
+from timm_rs.hub.push import TrainingPush, write_label_names
 from timm_rs.train import MultiResolutionTask
 from timm_rs.train.arguments import parse_args
 from timm_rs.train.builders import (
@@ -41,8 +40,10 @@ from timm_rs.train.builders import (
     select_device,
 )
 from timm_rs.train.engine import Preempted, Preemption, ensemble_weights, train_one_epoch, validate
+from timm_rs.train.faults import TrainingFault
 from timm_rs.train.saver import AtomicCheckpointSaver, Progress, find_latest
 from timm_rs.train.summary import append_summary, trim_summary
+from timm_rs_runtime.errors import UserError, one_line_errors
 
 _logger = logging.getLogger('train')
 
@@ -234,11 +235,11 @@ def find_output(args):
     output_dir = os.path.join(root, name)
     resume = find_latest(output_dir) if args.resume == 'auto' else args.resume
     if resume and not os.path.isfile(resume):
-        raise ValueError(f'--resume {resume}: there is no such checkpoint.')
+        raise UserError(f'--resume {resume}: there is no such checkpoint.')
     in_place = resume and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(output_dir)
     unfinished = args.resume == 'auto' and not resume  # killed before its first checkpoint
     if os.path.isdir(output_dir) and os.listdir(output_dir) and not in_place and not unfinished:
-        raise ValueError(
+        raise UserError(
             f'Output folder {output_dir} exists and is not overwritten, give another --experiment or --resume auto.')
     return output_dir, os.path.join(output_dir, os.path.basename(resume)) if in_place else resume
 
@@ -248,14 +249,14 @@ def resume_run(path, args, model, task, optimizer, loss_scaler):
     checkpoint = utils.load_checkpoint_metadata(path)
     saved = checkpoint.get('args') if isinstance(checkpoint, dict) else None
     if saved is None or 'task_state' not in checkpoint:
-        raise ValueError(f'--resume {path} is no checkpoint of train_rs.py, load it with --initial-checkpoint.')
+        raise UserError(f'--resume {path} is no checkpoint of train_rs.py, load it with --initial-checkpoint.')
     for name in ('model', 'resolutions', 'num_classes'):
         if getattr(saved, name, None) != getattr(args, name):
-            raise ValueError(
+            raise UserError(
                 f"--resume {path} was trained with --{name.replace('_', '-')} {getattr(saved, name, None)}, "
                 f'now it is {getattr(args, name)}.')
     if args.private == 'statistics' != getattr(saved, 'private', 'both'):
-        raise ValueError(
+        raise UserError(
             f'--resume {path} was trained with --private both, now it is statistics: load it with '
             '--initial-checkpoint, and all resolutions begin with the weights and biases of the largest.')
     if args.no_resume_opt:
@@ -289,7 +290,7 @@ def resume_with_optimizer(path, saved, args, model, optimizer, loss_scaler):
             raise
         before, now = (
             ' '.join(f"--{n.replace('_', '-')} {getattr(a, n, None)}" for n in changed) for a in (saved, args))
-        raise ValueError(
+        raise UserError(
             f'--resume {path} holds the state of an optimizer with {before}, which does not fit {now}: '
             'give --no-resume-opt to start with a new one.') from None
     for group, hyperparameters, rate in zip(optimizer.param_groups, given, rates):
@@ -319,13 +320,13 @@ def open_writer(args, output_dir):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as e:
-            raise ValueError(f'--log-tensorboard needs the package tensorboard: {e}.') from e
+            raise UserError(f'--log-tensorboard needs the package tensorboard: {e}.') from e
         return SummaryWriter(output_dir)
     if args.log_wandb:
         try:
             import wandb
         except ImportError as e:
-            raise ValueError(f'--log-wandb needs the package wandb: {e}.') from e
+            raise UserError(f'--log-wandb needs the package wandb: {e}.') from e
         wandb.init(
             project=args.wandb_project, name=args.experiment or os.path.basename(output_dir), config=vars(args),
             tags=args.wandb_tags, resume='must' if args.wandb_resume_id else None, id=args.wandb_resume_id or None)

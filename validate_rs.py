@@ -31,9 +31,8 @@ from timm.models._input import get_model_input_config
 from tqdm import tqdm
 
 from timm_rs import SwitchableMixin, explain_unknown_model
-from timm_rs.checkpoint import neighbours, read_checkpoint
-from timm_rs.convert import load_weights, model_args
-from timm_rs.data import (
+from timm_rs.checkpoint import read_checkpoint
+from timm_rs.data.datasets import (
     INTERPOLATIONS,
     PyramidNormalizer,
     choose_img_mode,
@@ -43,10 +42,12 @@ from timm_rs.data import (
     explain_classes,
     number_classes,
 )
-from timm_rs.errors import OneLineParser, check_folder_of, one_line_errors
 from timm_rs.evaluate import ENSEMBLE, count_madds, count_parameters, evaluate
-from timm_rs.hub import LABEL_FILE
-from timm_rs.private_bn import check_resolutions
+from timm_rs.hub.convert import load_weights, model_args
+from timm_rs.hub.push import LABEL_FILE
+from timm_rs.resolutions import check_resolutions, neighbours
+from timm_rs_runtime.errors import OneLineParser, UserError, one_line_errors
+from timm_rs_runtime.files import atomic_write, check_new_file
 
 _logger = logging.getLogger('validate')
 _COLUMNS = ('resolution', 'top1', 'top5', 'loss', 'madds', 'params', 'images_per_second')
@@ -168,7 +169,7 @@ def main(argv=None):
 
     with one_line_errors('validate_rs.py'):
         if args.results_file:
-            check_folder_of(args.results_file)
+            check_new_file(args.results_file)
         if args.img_size is not None:
             args.img_size = check_resolutions(args.img_size)
         for module in args.device_modules:
@@ -236,14 +237,14 @@ def main(argv=None):
 def take_over_training_args(args):
     """Fill in what the command line leaves open with what a training checkpoint tells of itself."""
     if not os.path.isfile(args.checkpoint):
-        raise ValueError(f'--checkpoint {args.checkpoint}: there is no such file.')
+        raise UserError(f'--checkpoint {args.checkpoint}: there is no such file.')
     saved = None
     if not args.checkpoint.endswith('.safetensors'):
         checkpoint = read_checkpoint(args.checkpoint)
         saved = checkpoint.get('args') if isinstance(checkpoint, dict) else None
     if not hasattr(saved, 'model'):  # of another program than a train.py
         if not args.model:
-            raise ValueError(f'{args.checkpoint} does not tell its model, give --model.')
+            raise UserError(f'{args.checkpoint} does not tell its model, give --model.')
         return
     same_model = args.model in (None, saved.model)
     args.model = args.model or saved.model
@@ -258,7 +259,7 @@ def take_over_training_args(args):
 
 def build_model(args, device):
     if ':' not in args.model and not is_model(args.model):
-        raise ValueError(explain_unknown_model(args.model))
+        raise UserError(explain_unknown_model(args.model))
     if args.fast_norm:
         set_fast_norm()
     kwargs = dict(model_args(args.model, vars(args), {}, args.num_classes), **args.model_kwargs or {})
@@ -270,11 +271,11 @@ def build_model(args, device):
         if not args.pretrained:
             raise
         reason = ' '.join(str(e).split())[:300] or type(e).__name__
-        raise ValueError(f'Cannot load the pretrained weights of {args.model}, give --checkpoint: {reason}') from e
+        raise UserError(f'Cannot load the pretrained weights of {args.model}, give --checkpoint: {reason}') from e
     if args.checkpoint:
         load_weights(model, args.checkpoint, use_ema=None if args.use_ema else False)
     if args.reparam and isinstance(model, SwitchableMixin):
-        raise ValueError('--reparam is for plain models: take one resolution out first, timm-rs convert --extract N.')
+        raise UserError('--reparam is for plain models: take one resolution out first, timm-rs convert --extract N.')
     if args.reparam:
         model = utils.reparameterize_model(model)
     model.to(device=device, dtype=getattr(torch, args.model_dtype) if args.model_dtype else None)
@@ -295,14 +296,14 @@ def check_classes(args, dataset, model):
     where = f'Split {args.split!r} of {args.data_dir or args.dataset}'
     num_classes, numbers = count_classes(dataset), number_classes(dataset)
     if num_classes not in (None, model.num_classes):
-        raise ValueError(f'{where} has {num_classes} classes, the model has {model.num_classes}.')
+        raise UserError(f'{where} has {num_classes} classes, the model has {model.num_classes}.')
     path = os.path.join(os.path.dirname(args.checkpoint), LABEL_FILE)
     if args.checkpoint and numbers and os.path.isfile(path):
         with open(path, encoding='utf-8') as f:
             expected = {name: i for i, name in enumerate(f.read().splitlines())}
         differ = explain_classes({str(name): i for name, i in numbers.items()}, expected)
         if differ:
-            raise ValueError(f'{where} has other classes than {path}: {differ}. A --class-map could number them.')
+            raise UserError(f'{where} has other classes than {path}: {differ}. A --class-map could number them.')
 
 
 def format_table(rows):
@@ -318,15 +319,13 @@ def format_table(rows):
 
 def write_results(path, rows, format):
     """Write the rows as CSV or JSON; the file is there complete or not at all."""
-    partial_path = f'{path}.part'
-    with open(partial_path, 'w', newline='') as f:
+    with atomic_write(path, newline='') as f:
         if format == 'json':
             json.dump(rows, f, indent=2)
         else:
             writer = csv.DictWriter(f, fieldnames=_COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
-    os.replace(partial_path, path)
 
 
 if __name__ == '__main__':

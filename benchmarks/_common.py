@@ -15,7 +15,7 @@ import timm
 import torch
 
 import timm_rs
-from timm_rs.errors import OneLineParser
+from timm_rs_runtime.errors import OneLineParser
 
 __all__ = [
     'add_deployed_arguments', 'add_timing_arguments', 'create_parser', 'environment', 'measure', 'median',

@@ -5,12 +5,12 @@ Requests for real images arrive at random (Poisson), whether or not earlier ones
 that the largest size can carry, and bursts that it cannot. Both rates are fractions of what was measured at the start:
 a burst's is --burst times the rate at which the largest size alone is fully busy. The same arrivals and images go to
 
-- adaptive: timm_rs.deploy.AdaptiveSession with --budget-ms;
+- adaptive: timm_rs_runtime.AdaptiveSession with --budget-ms;
 - fixed at the largest and at the smallest size: the same queue and the same budget, one size to choose from.
 
 Time runs from a request's arrival to its answer, the reading of the image included; a miss is an answer later than the
 budget, or a refusal. Accuracy is that of the answers, late ones included, where folders name classes
-(timm_rs.deploy.cascade.label_folders). n: --cycles cycles of calm and burst. Contenders take turns, cycle by cycle.
+(timm_rs_runtime.cascade.label_folders). n: --cycles cycles of calm and burst. Contenders take turns, cycle by cycle.
 Wanted: in bursts, adaptive misses less than 1 % where the largest size misses more than 30 %, and is right more often
 than the smallest size.
 
@@ -24,8 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from _common import add_deployed_arguments, create_parser, print_table, write_results
 
-from timm_rs.deploy import AdaptiveSession, Session
-from timm_rs.deploy.cascade import label_folders
+from timm_rs_runtime import AdaptiveSession, Session
+from timm_rs_runtime.cascade import label_folders
 
 COLUMNS = ('contender', 'phase', 'requests', 'p50_ms', 'p99_ms', 'misses', 'accuracy', 'mean_size')
 

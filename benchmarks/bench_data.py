@@ -22,7 +22,7 @@ from _common import add_timing_arguments, create_parser, measure, median, print_
 from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_data_config
 
-from timm_rs.data import PyramidNormalizer, create_eval_loader
+from timm_rs.data.datasets import PyramidNormalizer, create_eval_loader
 from timm_rs.train import ResolutionPyramid
 
 RESOLUTIONS = (224, 192, 160, 128, 96)

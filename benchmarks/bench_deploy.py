@@ -4,7 +4,7 @@
 All in ONNX Runtime, on the CPU, batch 1, five sizes, random weights. The scale is timm's network at one size with its
 BatchNorms folded, in float32, as `timm-rs export --resolution` writes it. Beside it, from one file for all sizes:
 
-- fast: timm_rs.deploy.Session as it is by default, a folded graph for each size. Wanted: a ratio of at most 1.03.
+- fast: timm_rs_runtime.Session as it is by default, a folded graph for each size. Wanted: a ratio of at most 1.03.
 - low_memory: one graph with the weights once. Wanted: at most 1.15.
 - int8, int8_low_memory: the same two of an int8 file. Wanted: at most 0.45.
 
@@ -33,8 +33,8 @@ from _common import add_timing_arguments, create_parser, measure, median, print_
 from PIL import Image
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from timm_rs.deploy import Session
-from timm_rs.deploy.export import export_int8, export_resolution, export_switchable
+from timm_rs.export.export import export_int8, export_resolution, export_switchable
+from timm_rs_runtime import Session
 
 KINDS = ('fast', 'low_memory', 'int8', 'int8_low_memory')
 WANTED = dict(fast=1.03, low_memory=1.15, int8=0.45, int8_low_memory=0.45)
@@ -44,7 +44,7 @@ MEMORY_COLUMNS = ('case', 'megabytes')
 PROGRAM = """
 import sys
 import numpy as np, onnxruntime, onnx
-from timm_rs.deploy import Session
+from timm_rs_runtime import Session
 def resident():
     with open('/proc/self/status') as f:
         return next(int(line.split()[1]) for line in f if line.startswith('VmRSS')) / 1e3

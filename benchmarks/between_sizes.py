@@ -26,7 +26,7 @@ from _photographs import crop, load_photographs, normalize, random_boxes
 
 import timm_rs
 from timm_rs.calibrate import measure_statistics
-from timm_rs.checkpoint import nearest_resolution
+from timm_rs.resolutions import nearest_resolution
 
 METHODS = ('nearest', 'interpolated', 'statistics', 'tune_bn')
 

@@ -4,7 +4,7 @@
 Thresholds are fitted on other images than those that they are judged on: the images are dealt into --folds folds, and
 each fold is answered by the cascade that was fitted on all others (cross-fitting), so that every image counts. Cascades
 are fitted to costs (--targets, in percent of the largest size's multiply-adds). Latency is measured image by image with
-timm_rs.deploy.CascadeSession and Session, the reading of the image included, contenders in turns; a mean over images,
+timm_rs_runtime.CascadeSession and Session, the reading of the image included, contenders in turns; a mean over images,
 as it would be paid.
 
 Wanted: the accuracy of the largest size at no more than 60 % of its multiply-adds. Beside the difference to the largest
@@ -17,8 +17,8 @@ import time
 import numpy as np
 from _common import add_deployed_arguments, create_parser, print_table, write_results
 
-from timm_rs.deploy import CascadeSession, Session
-from timm_rs.deploy.cascade import collect_logits, fit, label_folders
+from timm_rs_runtime import CascadeSession, Session
+from timm_rs_runtime.cascade import collect_logits, fit, label_folders
 
 COLUMNS = ('network', 'accuracy', 'difference', 'standard_error', 'madds_M', 'madds_percent', 'mean_ms')
 

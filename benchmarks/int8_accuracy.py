@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What int8 costs in accuracy: one file for all sizes in float32 and in int8, on real images
 
-Both files are written by timm_rs.deploy.export and run by timm_rs.deploy.Session. Activations are calibrated on
+Both files are written by timm_rs.export.export and run by timm_rs_runtime.Session. Activations are calibrated on
 training images, accuracy is measured on validation images. Folders are classes: named by WordNet id for a network of
 the 1,000 ImageNet classes, else in the order of the network's classes. Wanted: within 1 point of float32 at every size.
 
@@ -21,10 +21,10 @@ from _common import create_parser, print_table, write_results
 from timm.data import ImageNetInfo
 from timm.utils import ParseKwargs
 
-from timm_rs.convert import load_model
-from timm_rs.deploy import Session
-from timm_rs.deploy.export import export_int8, export_switchable
-from timm_rs.deploy.preprocess import find_images
+from timm_rs.export.export import export_int8, export_switchable
+from timm_rs.hub.convert import load_model
+from timm_rs_runtime import Session
+from timm_rs_runtime.preprocess import find_images
 
 COLUMNS = ('resolution', 'float32_top1', 'int8_top1', 'difference', 'agreement', 'images')
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Size of model files: weights of K bits against float32
 
-Each network, of 1000 classes and five resolutions, is written by timm_rs.convert.save_model as it is and packed: what
-counts is model.safetensors. Packed are the codes of the quantized convolutions; their bases, the first convolution, the
-BatchNorms of all resolutions and the classifier stay float32.
+Each network, of 1000 classes and five resolutions, is written by timm_rs.hub.convert.save_model as it is and packed:
+what counts is model.safetensors. Packed are the codes of the quantized convolutions; their bases, the first
+convolution, the BatchNorms of all resolutions and the classifier stay float32.
 
     python benchmarks/packed_size.py
 
@@ -15,8 +15,8 @@ from pathlib import Path
 import timm
 from _common import create_parser, print_table, write_results
 
-from timm_rs.convert import save_model
-from timm_rs.rs_models import OTHER_MODELS, PREFIX
+from timm_rs.hub.convert import save_model
+from timm_rs.models.rs_models import OTHER_MODELS, PREFIX
 
 COLUMNS = ('network', 'float32_mb', 'packed_mb', 'ratio')
 

@@ -6,7 +6,7 @@ images come to each size
 
     once           as evaluation does
     antialiased    by way of the largest size, both times with antialiased interpolation
-    matched        by way of the largest size, the second time with timm_rs.resample.downscale
+    matched        by way of the largest size, the second time with timm_rs.data.resample.downscale
 
 Printed is the root mean square difference to the first, in levels of 255, and the accuracy of switchable networks, for
 example of paper_table.py with --resample antialiased and --resample matched.

@@ -11,10 +11,10 @@ from PIL import Image
 pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 
-from timm_rs.deploy import AdaptiveSession, Controller, QueueFullError, Session  # noqa: E402
-from timm_rs.deploy.adaptive import READ_AHEAD, Estimate, measure_latency  # noqa: E402
-from timm_rs.deploy.export import export_switchable  # noqa: E402
-from timm_rs.deploy.preprocess import ImageError, Preprocessing  # noqa: E402
+from timm_rs.export.export import export_switchable  # noqa: E402
+from timm_rs_runtime import AdaptiveSession, Controller, QueueFullError, Session  # noqa: E402
+from timm_rs_runtime.adaptive import READ_AHEAD, Estimate, measure_latency  # noqa: E402
+from timm_rs_runtime.preprocess import ImageError, Preprocessing  # noqa: E402
 
 LATENCY = {224: 0.016, 160: 0.008, 96: 0.004}
 PHOTOGRAPH = Image.new('RGB', (8, 8))
@@ -306,7 +306,7 @@ def test_a_client_that_breaks_off():
 
 def test_few_images_are_read_ahead(monkeypatch):
     read = []
-    monkeypatch.setattr('timm_rs.deploy.adaptive.open_image', lambda image, mode: read.append(mode) or image)
+    monkeypatch.setattr('timm_rs_runtime.adaptive.open_image', lambda image, mode: read.append(mode) or image)
     session, simulated = adaptive(100)
     with ThreadPoolExecutor(24) as pool:
         futures, go_on = queue_up(session, simulated, pool, [PHOTOGRAPH] * 10)

@@ -8,7 +8,7 @@ from timm.utils import freeze
 
 from timm_rs import PrivateBN, add_resolution, make_switchable
 from timm_rs.calibrate import METHODS
-from timm_rs.resample import downscale
+from timm_rs.data.resample import downscale
 
 
 class TwoLayers(torch.nn.Module):

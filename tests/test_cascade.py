@@ -13,9 +13,10 @@ from timm.data import create_dataset
 pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 
-from timm_rs.cli import main  # noqa: E402
-from timm_rs.deploy import Cascade, CascadeSession, ImageError, Session  # noqa: E402
-from timm_rs.deploy.cascade import (  # noqa: E402
+from timm_rs.export.export import export_switchable  # noqa: E402
+from timm_rs_cli import main  # noqa: E402
+from timm_rs_runtime import Cascade, CascadeSession, ImageError, Session  # noqa: E402
+from timm_rs_runtime.cascade import (  # noqa: E402
     collect_logits,
     evaluate_cascade,
     fit,
@@ -25,8 +26,7 @@ from timm_rs.deploy.cascade import (  # noqa: E402
     sweep,
     write_cascade,
 )
-from timm_rs.deploy.export import export_switchable  # noqa: E402
-from timm_rs.deploy.predict import compare, measure_images  # noqa: E402
+from timm_rs_runtime.predict import compare, measure_images  # noqa: E402
 
 RESOLUTIONS = (64, 48, 32)
 MADDS = {96: 1, 160: 3, 224: 6}
@@ -334,8 +334,8 @@ def test_told_latency_is_that_of_answers(session, photographs, monkeypatch):
     def read(name, mode):
         now[0] += 0.5
 
-    monkeypatch.setattr('timm_rs.deploy.predict.time.perf_counter', lambda: now[0])
-    monkeypatch.setattr('timm_rs.deploy.predict.open_image', read)
+    monkeypatch.setattr('timm_rs_runtime.predict.time.perf_counter', lambda: now[0])
+    monkeypatch.setattr('timm_rs_runtime.predict.open_image', read)
     monkeypatch.setattr(session, 'predict', predict)
     latency, reading = measure_images(session, ['a.png', 'b.png'])
     assert latency == {64: 64., 48: 48., 32: 32.} and reading == 0.5

@@ -8,7 +8,8 @@ import torch.nn as nn
 from conftest import RESOLUTIONS, assert_equal, images, plain_model, plain_state_dict, randomize_bn, rs_model
 
 from timm_rs import PrivateBN, make_switchable
-from timm_rs.checkpoint import adapt_state_dict, extract_resolution, nearest_resolution, state_dict_resolutions
+from timm_rs.checkpoint import adapt_state_dict, extract_resolution, state_dict_resolutions
+from timm_rs.resolutions import nearest_resolution
 
 
 def tiny_vgg():

@@ -10,10 +10,10 @@ import torch
 from conftest import assert_equal, images, randomize_bn
 
 from timm_rs.checkpoint import pick_state_dict, read_checkpoint
-from timm_rs.cli import main
-from timm_rs.convert import load_model, save_model
 from timm_rs.evaluate import count_madds
+from timm_rs.hub.convert import load_model, save_model
 from timm_rs.private_bn import tie_affine
+from timm_rs_cli import main
 
 RESOLUTIONS = (64, 48, 32)
 NAME = 'resnet10t'

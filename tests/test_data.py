@@ -2,7 +2,7 @@
 import pytest
 from PIL import Image
 
-from timm_rs.data import choose_img_mode, create_dataset
+from timm_rs.data.datasets import choose_img_mode, create_dataset
 
 
 @pytest.mark.parametrize('mode', ['L', 'RGB', 'RGBA'])

@@ -14,10 +14,10 @@ from PIL import Image
 pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 
-from timm_rs.deploy import AdaptiveSession, CascadeSession, ImageError, Session, session  # noqa: E402
-from timm_rs.deploy.export import export_int8, export_resolution, export_switchable  # noqa: E402
-from timm_rs.deploy.predict import Predictor  # noqa: E402
-from timm_rs.deploy.session import MODES  # noqa: E402
+from timm_rs.export.export import export_int8, export_resolution, export_switchable  # noqa: E402
+from timm_rs_runtime import AdaptiveSession, CascadeSession, ImageError, Session, session  # noqa: E402
+from timm_rs_runtime.predict import Predictor  # noqa: E402
+from timm_rs_runtime.session import MODES  # noqa: E402
 
 RESOLUTIONS = (64, 48, 32)
 TINY = dict(channels=[16, 16, 24, 32], stem_width=8)  # of whole and of partly filled blocks
@@ -89,7 +89,7 @@ def test_low_memory_keeps_channels_blocked(file, monkeypatch):
     assert len({id(s) for s in blocked._sessions.values()}) == 1
     x = images(48).numpy()
     logits = blocked.predict(x)
-    from timm_rs.deploy import low_memory
+    from timm_rs_runtime import low_memory
 
     model = low_memory.blocked_model(file)
     if model is not None:  # a processor whose channels ONNX Runtime blocks
@@ -104,7 +104,7 @@ def test_low_memory_keeps_channels_blocked(file, monkeypatch):
 
 def test_low_memory_of_depthwise_convolutions(tmp_path):
     """Their weights have a row for each size, so that the BatchNorm behind them is no operator of its own."""
-    from timm_rs.deploy import low_memory
+    from timm_rs_runtime import low_memory
 
     model = rs_model('mobilenetv2_035')
     path = str(tmp_path / 'depthwise.onnx')
@@ -122,7 +122,7 @@ def test_low_memory_of_depthwise_convolutions(tmp_path):
 
 
 def test_without_onnx_low_memory_works(file, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'timm_rs.deploy.low_memory', None)
+    monkeypatch.setitem(sys.modules, 'timm_rs_runtime.low_memory', None)
     x = images(48).numpy()
     logits = Session(file, threads=1).predict(x)
     np.testing.assert_allclose(Session(file, 1, 'low_memory').predict(x), logits, rtol=1e-5, atol=1e-5)
@@ -255,7 +255,7 @@ def test_runs_where_there_is_no_torch(file, photograph):
     program = f"""
 import sys
 sys.modules.update(dict.fromkeys(['torch', 'torchvision', 'onnx', 'safetensors', 'huggingface_hub']))
-from timm_rs.deploy import Session
+from timm_rs_runtime import Session
 for mode in ('fast', 'low_memory'):
     print(Session({file!r}, threads=1, mode=mode).predict({photograph!r}, 48).shape)
 assert not any(name.startswith('timm.') for name in sys.modules)

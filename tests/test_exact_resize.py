@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from timm_rs._exact_resize import ResizeAndCrop, to_planes
-from timm_rs.data import PyramidTransform
+from timm_rs.data.datasets import PyramidTransform
+from timm_rs.data.exact_resize import ResizeAndCrop, to_planes
 
 of_new_torch = pytest.mark.skipif(
     not hasattr(getattr(torch.backends.mkldnn, 'matmul', None), 'fp32_precision'), reason='needs torch 2.9')
@@ -76,7 +76,7 @@ def fits_after(code):
         import torch
         from PIL import Image
         from timm.data import create_transform
-        from timm_rs._exact_resize import ResizeAndCrop
+        from timm_rs.data.exact_resize import ResizeAndCrop
         transform = create_transform((3, 32, 32), use_prefetcher=True, interpolation='bicubic')
         {code}
         print(ResizeAndCrop.of(transform).fits(Image.new('RGB', (90, 70))))'''

@@ -15,17 +15,17 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 from timm_rs import make_switchable
-from timm_rs.checkpoint import nearest_resolution
-from timm_rs.cli import main
-from timm_rs.convert import save_model
+from timm_rs.hub.convert import save_model
 from timm_rs.private_bn import PrivateBN
 from timm_rs.quant import quantize
+from timm_rs.resolutions import nearest_resolution
+from timm_rs_cli import main
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
 
-from timm_rs.deploy import export  # noqa: E402
-from timm_rs.deploy.export import (  # noqa: E402
+from timm_rs.export import export  # noqa: E402
+from timm_rs.export.export import (  # noqa: E402
     ExportError,
     export_int8,
     export_program,
@@ -385,7 +385,7 @@ def test_int8_with_gains_of_any_sign(gains, photographs, tmp_path):
 
 
 def test_int8_far_from_the_network_is_refused(tiny, photographs, tmp_path, monkeypatch):
-    from timm_rs.deploy import int8
+    from timm_rs.export import int8
 
     monkeypatch.setattr(int8, 'calibrate', lambda graph, batches: int8.defaultdict(lambda: [(-1e3, 1e3)] * 3))
     with pytest.raises(ExportError, match='int8 form of .* off at 64 px'):

@@ -12,10 +12,10 @@ import yaml
 from conftest import assert_equal, images, randomize_bn
 from hub_server import TOKEN, HubServer
 
-from timm_rs import hub as timm_rs_hub
-from timm_rs.cli import main
 from timm_rs.evaluate import count_madds
-from timm_rs.hub import HubError, TrainingPush, model_card, push_to_hub, read_metrics, write_label_names
+from timm_rs.hub import push as timm_rs_hub
+from timm_rs.hub.push import HubError, TrainingPush, model_card, push_to_hub, read_metrics, write_label_names
+from timm_rs_cli import main
 
 RESOLUTIONS = (64, 48, 32)
 NAME = 'rs_resnet10t'

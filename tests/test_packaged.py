@@ -9,8 +9,8 @@ from timm.data import create_transform, resolve_model_data_config
 
 import timm_rs
 from timm_rs.checkpoint import read_weights
-from timm_rs.convert import load_model, save_model
-from timm_rs.rs_models import RESOLUTIONS, _packaged
+from timm_rs.hub.convert import load_model, save_model
+from timm_rs.models.rs_models import RESOLUTIONS, _packaged
 
 FOLDER = Path(timm_rs.__file__).with_name('weights')
 

@@ -5,10 +5,10 @@ import timm
 import yaml
 from command_lines import fails
 
-from timm_rs.cli import main
 from timm_rs.evaluate import count_madds
 from timm_rs.plot import read_run
 from timm_rs.train.summary import append_summary
+from timm_rs_cli import main
 
 
 @pytest.fixture

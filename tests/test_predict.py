@@ -14,11 +14,11 @@ from PIL import Image
 pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 
-from timm_rs.cli import main  # noqa: E402
-from timm_rs.deploy import Cascade, Session  # noqa: E402
-from timm_rs.deploy.cascade import softmax, write_cascade  # noqa: E402
-from timm_rs.deploy.export import export_switchable  # noqa: E402
-from timm_rs.deploy.predict import top  # noqa: E402
+from timm_rs.export.export import export_switchable  # noqa: E402
+from timm_rs_cli import main  # noqa: E402
+from timm_rs_runtime import Cascade, Session  # noqa: E402
+from timm_rs_runtime.cascade import softmax, write_cascade  # noqa: E402
+from timm_rs_runtime.predict import top  # noqa: E402
 
 
 @pytest.fixture(scope='module')
@@ -58,7 +58,7 @@ def test_runs_where_there_is_no_torch(file, folder, image, code):
     program = f"""
 import sys
 sys.modules.update(dict.fromkeys(['torch', 'torchvision', 'onnx', 'safetensors', 'huggingface_hub']))
-from timm_rs.cli import main
+from timm_rs_cli import main
 main(['predict', {str(folder / image)!r}, '--model', {file!r}, '--threads', '1'])
 """
     result = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
@@ -90,7 +90,7 @@ def test_names_that_are_no_text(file, folder):
     name = os.fsencode(folder) + b'/caf\xe9.png'
     shutil.copy(folder / 'a.png', name)
     result = subprocess.run(
-        [sys.executable, '-m', 'timm_rs.cli', 'predict', name, folder / 'a.png', '--model', file, '--threads', '1'],
+        [sys.executable, '-m', 'timm_rs_cli', 'predict', name, folder / 'a.png', '--model', file, '--threads', '1'],
         env=dict(os.environ, PYTHONIOENCODING='utf-8:strict', PYTHONUTF8='1'), capture_output=True, text=True)
     assert result.returncode == 0 and not result.stderr
     assert len(result.stdout.splitlines()) == 12 and 'caf\\udce9.png: 64 px' in result.stdout

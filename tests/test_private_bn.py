@@ -13,7 +13,8 @@ from timm.utils import freeze
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_rs import PrivateBN, UnknownResolutionError, make_switchable
-from timm_rs.private_bn import check_resolutions, tie_affine
+from timm_rs.private_bn import tie_affine
+from timm_rs.resolutions import check_resolutions
 
 
 def private_bn(bn=None, resolutions=RESOLUTIONS):

@@ -12,9 +12,9 @@ from test_hub import create as create_from_hub
 from test_quant_models import RESOLUTIONS, bases, q_model, quantizers, settle
 
 from timm_rs import make_switchable
-from timm_rs.cli import main
-from timm_rs.convert import load_model, load_weights, save_model
+from timm_rs.hub.convert import load_model, load_weights, save_model
 from timm_rs.quant import QuantConv2d, is_quantized, pack_state_dict, quantize, unpack_state_dict
+from timm_rs_cli import main
 
 
 def state_of(model):

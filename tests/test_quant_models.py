@@ -19,12 +19,12 @@ from timm.utils import ModelEmaV3
 import train_rs
 import validate_rs
 from timm_rs import add_resolution, make_switchable
-from timm_rs.cli import main
-from timm_rs.convert import load_model
 from timm_rs.evaluate import count_madds
+from timm_rs.hub.convert import load_model
 from timm_rs.quant import ActivationQuantizer, QuantConv2d, fold, is_quantized, quantize
 from timm_rs.train import MultiResolutionTask
 from timm_rs.train.arguments import parse_args
+from timm_rs_cli import main
 
 CONFIGS = sorted((Path(__file__).parents[1] / 'configs').glob('*_w*a*.yaml'))
 RESOLUTIONS = (64, 48, 32)
@@ -483,7 +483,7 @@ def test_export(activation_bits, file_format, tmp_path):
     if file_format == 'onnx':
         pytest.importorskip('onnx')
         pytest.importorskip('onnxruntime')
-    from timm_rs.deploy.export import export_resolution, export_switchable
+    from timm_rs.export.export import export_resolution, export_switchable
 
     model = settle(preresnet(layers=(1, 1, 1, 1), quantization=dict(weight_bits=2, activation_bits=activation_bits)))
     assert export_resolution(model, 32, str(tmp_path / 'one'), file_format) < 1e-5  # what the file and the model differ

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_equal
 
-from timm_rs.resample import downscale, matched_weights
+from timm_rs.data.resample import downscale, matched_weights
 
 
 @pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic'])

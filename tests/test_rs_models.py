@@ -10,7 +10,7 @@ from timm.models import get_pretrained_cfg, save_for_hf
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_rs import PrivateBN, explain_unknown_model
-from timm_rs.rs_models import OTHER_MODELS, RS_MODELS
+from timm_rs.models.rs_models import OTHER_MODELS, RS_MODELS
 
 BASE = 'resnet10t'
 NAME = f'rs_{BASE}'

@@ -12,8 +12,8 @@ import yaml
 from command_lines import MODEL, TINY, fails, images, trained, validated  # noqa: F401
 
 import train_rs
-from timm_rs.convert import save_model
-from timm_rs.hub import LABEL_FILE
+from timm_rs.hub.convert import save_model
+from timm_rs.hub.push import LABEL_FILE
 from timm_rs.train import MultiResolutionTask, engine
 from timm_rs.train.arguments import parse_args
 from timm_rs.train.builders import build_model

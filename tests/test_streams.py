@@ -13,10 +13,10 @@ from PIL import Image
 from processes import Job, models, outcome, train, train_and_signal
 from timm.data import IterableImageDataset
 
-import timm_rs.data
+import timm_rs.data.datasets
 import train_rs
 import validate_rs
-from timm_rs.data import create_dataset, create_eval_loader, share_shards
+from timm_rs.data.datasets import create_dataset, create_eval_loader, share_shards
 
 KINDS = ('wds', 'hfds', 'hfids')
 SHARDS = dict(train=(5, 5, 5, 5), validation=(4, 2, 1))  # images in each
@@ -210,6 +210,6 @@ def test_shards_without_images(flags, tmp_path, capfd):
 
 @pytest.mark.parametrize('dataset,package', [('wds/x', 'webdataset'), ('hfds/x', 'datasets'), ('hfids/x', 'datasets')])
 def test_missing_package(dataset, package, capfd, monkeypatch, tmp_path):
-    monkeypatch.setattr(timm_rs.data, 'find_spec', lambda name: None)
+    monkeypatch.setattr(timm_rs.data.datasets, 'find_spec', lambda name: None)
     line = fails(['--dataset', dataset, '--data-dir', str(tmp_path), *TINY], capfd)
     assert f"--dataset {dataset} needs the package {package}: pip install 'timm_rs[stream]'" in line

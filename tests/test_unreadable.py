@@ -12,8 +12,8 @@ from timm.data import create_dataset
 from torch.utils.data import Dataset
 
 import train_rs
-from timm_rs.errors import TrainingFault
 from timm_rs.train.determinism import ReadErrors, SteadyDataset
+from timm_rs.train.faults import TrainingFault
 
 TINY = (
     '--model rs_test_resnet --resolutions 32 16 --batch-size 4 --validation-batch-size 32 --device cpu --lr 0.05 '

@@ -12,8 +12,8 @@ from timm.data import create_dataset, create_loader
 
 import train_rs
 import validate_rs
-from timm_rs.convert import save_model
-from timm_rs.hub import LABEL_FILE
+from timm_rs.hub.convert import save_model
+from timm_rs.hub.push import LABEL_FILE
 
 
 def test_validation_equals_timm_loader_image_for_image(images, trained, tmp_path, capsys):
@@ -47,7 +47,7 @@ def test_validation_equals_timm_loader_image_for_image(images, trained, tmp_path
 
 
 def test_one_pass_gives_timms_pixels(images):
-    from timm_rs.data import PyramidNormalizer, create_eval_loader
+    from timm_rs.data.datasets import PyramidNormalizer, create_eval_loader
     config = timm.data.resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg('resnet10t').to_dict())
     ours = create_eval_loader(create_dataset('', images, 'validation'), (32, 24), 3, config)
     normalize = PyramidNormalizer(config['mean'], config['std'], torch.device('cpu'))

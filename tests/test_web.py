@@ -11,11 +11,11 @@ from PIL import Image
 pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 
-from timm_rs.cli import main  # noqa: E402
-from timm_rs.deploy import ImageError, Session  # noqa: E402
-from timm_rs.deploy.cascade import softmax  # noqa: E402
-from timm_rs.deploy.export import export_switchable  # noqa: E402
-from timm_rs.deploy.web import answer_all, build_app, choose, serve  # noqa: E402
+from timm_rs.export.export import export_switchable  # noqa: E402
+from timm_rs_cli import main  # noqa: E402
+from timm_rs_runtime import ImageError, Session  # noqa: E402
+from timm_rs_runtime.cascade import softmax  # noqa: E402
+from timm_rs_runtime.web import answer_all, build_app, choose, serve  # noqa: E402
 
 SIZES = (64, 48, 32)
 

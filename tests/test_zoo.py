@@ -11,11 +11,11 @@ from timm.utils import reparameterize_model
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_rs import PrivateBN, explain_unknown_model, make_switchable
-from timm_rs.rs_models import RS_MODELS, _packaged
+from timm_rs.models.rs_models import RS_MODELS, _packaged
 from timm_rs.train.task import MultiResolutionTask
 
 ROOT = Path(__file__).parents[1]
-LIST = ROOT / 'timm_rs' / 'zoo.csv'
+LIST = ROOT / 'timm_rs' / 'models' / 'zoo.csv'
 MADE_WITH = LIST.read_text(encoding='utf-8').split(':', 1)[0].split()[-1]
 
 # The smallest rs_* model of each of timm's families, shrunk where even that is large.

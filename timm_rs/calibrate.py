@@ -14,9 +14,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .checkpoint import nearest_resolution, neighbours
+from timm_rs_runtime.errors import UserError
+
+from .data.resample import INTERPOLATIONS, downscale
 from .private_bn import PrivateBN, interpolate
-from .resample import INTERPOLATIONS, downscale
+from .resolutions import nearest_resolution, neighbours
 from .switchable import SwitchableMixin
 
 __all__ = ['METHODS', 'add_resolution', 'measure_statistics', 'tune']
@@ -77,15 +79,15 @@ def add_resolution(
         (64, 48, 32)
     """
     if not isinstance(model, SwitchableMixin):
-        raise ValueError(f'{type(model).__name__} is a plain network, expected a switchable one (make_switchable).')
+        raise UserError(f'{type(model).__name__} is a plain network, expected a switchable one (make_switchable).')
     if method not in METHODS:
-        raise ValueError(f'Unknown method {method!r}, expected one of {", ".join(METHODS)}.')
+        raise UserError(f'Unknown method {method!r}, expected one of {", ".join(METHODS)}.')
     if not isinstance(resolution, int) or resolution <= 0 or resolution in model.resolutions:
-        raise ValueError(f'Cannot add resolution {resolution!r} to {model.resolutions}, expected a new size in pixels.')
+        raise UserError(f'Cannot add resolution {resolution!r} to {model.resolutions}, expected a new size in pixels.')
     if method == 'tune_bn_head' and not hasattr(model, 'get_classifier'):
-        raise ValueError(f'{type(model).__name__} has no classifier to teach (get_classifier), take method tune_bn.')
+        raise UserError(f'{type(model).__name__} has no classifier to teach (get_classifier), take method tune_bn.')
     if method.startswith('tune') and epochs < 1:
-        raise ValueError(f'epochs is {epochs}, expected a positive number.')
+        raise UserError(f'epochs is {epochs}, expected a positive number.')
     if method != 'copy':
         _check_images(loader, max(resolution, model.resolutions[0]), min_images)
 
@@ -168,7 +170,7 @@ def tune(
         teaching = copy.deepcopy(teaching)  # the lesson stays what it was
         parameters += model.get_classifier().parameters()
     if not parameters:
-        raise ValueError(f'{type(model).__name__} has no BN parameters to teach that are not frozen.')
+        raise UserError(f'{type(model).__name__} has no BN parameters to teach that are not frozen.')
     frozen = [p for p in parameters if not p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.)
     steps = epochs * (len(loader) if hasattr(loader, '__len__') else sum(1 for _ in loader))
@@ -183,7 +185,7 @@ def tune(
                 logits = model(_resize(model, images, resolution))
                 if not isinstance(logits, torch.Tensor):
                     name = type(model).__name__
-                    raise ValueError(f'{name} gives a {type(logits).__name__}, expected logits to teach.')
+                    raise UserError(f'{name} gives a {type(logits).__name__}, expected logits to teach.')
                 target, log_p = (F.log_softmax(z.float(), dim=-1) for z in (target, logits))
                 loss = F.kl_div(log_p, target, reduction='batchmean', log_target=True)
                 for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
@@ -258,20 +260,20 @@ def _teacher(model: nn.Module, resolution: int) -> int:
 
 def _check_images(loader: Optional[Iterable], size: int, min_images: int) -> None:
     if loader is None:
-        raise ValueError('Calibration needs a loader of images, except for method copy.')
+        raise UserError('Calibration needs a loader of images, except for method copy.')
     if iter(loader) is loader:
-        raise ValueError(f'The loader is an iterator ({type(loader).__name__}), which gives its images but once; '
+        raise UserError(f'The loader is an iterator ({type(loader).__name__}), which gives its images but once; '
                          f'expected a list or a DataLoader.')
     count = 0
     for batch in loader:
         images = batch[0] if isinstance(batch, (list, tuple)) else batch
         if tuple(images.shape[-2:]) != (size, size):
             got = f'{images.shape[-2]}x{images.shape[-1]}'
-            raise ValueError(f'The loader gives images of {got}, expected {size}x{size}.')
+            raise UserError(f'The loader gives images of {got}, expected {size}x{size}.')
         count += len(images)
         if count >= min_images:
             return
-    raise ValueError(f'The loader gives {count} images, expected at least {min_images}.')
+    raise UserError(f'The loader gives {count} images, expected at least {min_images}.')
 
 
 def _insert(model: nn.Module, resolution: int) -> None:

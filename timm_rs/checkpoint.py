@@ -11,12 +11,16 @@ import os
 import re
 import warnings
 import zipfile
-from typing import Any, Dict, Iterable, Iterator, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, Mapping, Optional, Tuple
 
 import safetensors.torch
 import torch
 from timm.models import clean_state_dict
 from timm.models._helpers import _torch_load
+
+from timm_rs_runtime.errors import UserError
+
+from .resolutions import nearest_resolution
 
 __all__ = [
     'adapt_reference',
@@ -25,8 +29,6 @@ __all__ = [
     'extract_resolution',
     'has_taken',
     'is_reference',
-    'nearest_resolution',
-    'neighbours',
     'pick_state_dict',
     'read_checkpoint',
     'read_weights',
@@ -53,7 +55,7 @@ def read_checkpoint(path: str) -> Any:
         ValueError: There is no such file, it is damaged or no checkpoint, or reading it would run code that it holds.
     """
     if not os.path.isfile(path):
-        raise ValueError(f'{path}: there is no such file, expected a checkpoint or a folder with config.json.')
+        raise UserError(f'{path}: there is no such file, expected a checkpoint or a folder with config.json.')
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of the pickle protocol of foreign files
@@ -66,10 +68,10 @@ def read_checkpoint(path: str) -> Any:
         told = ' '.join(f'{e} {e.__cause__ or ""}'.split())
         code = re.search(r'[Uu]nsupported (?:global: )?GLOBAL (\S+)', told)
         if code:
-            raise ValueError(
+            raise UserError(
                 f'{path} is refused: reading it would run code ({code.group(1)}). Only tensors and plain values are '
                 'read; save its state dict alone.') from e
-        raise ValueError(f'{path} is damaged or no checkpoint, expected safetensors or a file of torch.save.') from e
+        raise UserError(f'{path} is damaged or no checkpoint, expected safetensors or a file of torch.save.') from e
 
 
 def pick_state_dict(checkpoint: Any, use_ema: Optional[bool] = None) -> Dict[str, torch.Tensor]:
@@ -88,12 +90,12 @@ def pick_state_dict(checkpoint: Any, use_ema: Optional[bool] = None) -> Dict[str
     if isinstance(checkpoint, Mapping):
         held = [checkpoint[name] for name in names if isinstance(checkpoint.get(name), Mapping)]
         if use_ema and not held:
-            raise ValueError('There is no moving average of the weights in it, leave --use-ema out.')
+            raise UserError('There is no moving average of the weights in it, leave --use-ema out.')
         if use_ema is False and isinstance(checkpoint.get('state_dict_ema'), Mapping):
             _logger.warning('Taking the weights of the last step, not their moving average, which is --use-ema.')
         state_dict = clean_state_dict(held[0] if held else checkpoint)
     if not state_dict or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
-        raise ValueError('There are no weights in it, expected a state dict or a training checkpoint.')
+        raise UserError('There are no weights in it, expected a state dict or a training checkpoint.')
     return state_dict
 
 
@@ -103,35 +105,7 @@ def read_weights(path: str, use_ema: Optional[bool] = None) -> Dict[str, torch.T
     try:
         return pick_state_dict(checkpoint, use_ema)
     except ValueError as e:
-        raise ValueError(f'{path}: {e}') from e
-
-
-def nearest_resolution(height: int, width: int, resolutions: Sequence[int]) -> int:
-    """Return the resolution nearest to an input size by area, the larger one of two equally near.
-
-    Example:
-        >>> nearest_resolution(200, 200, (224, 192, 160))
-        192
-    """
-    return min(resolutions, key=lambda r: (abs(height * width - r * r), -r))
-
-
-def neighbours(height: int, width: int, resolutions: Sequence[int]) -> Tuple[int, int, float]:
-    """Return the resolutions below and above an input size by area, and how far it is from the one to the other.
-
-    Beside the range both are the nearest one.
-
-    Example:
-        >>> neighbours(200, 200, (224, 192, 160))
-        (192, 224, 0.23557692307692307)
-        >>> neighbours(256, 256, (224, 192, 160))
-        (224, 224, 0.0)
-    """
-    area = height * width
-    below = max((r for r in resolutions if r * r <= area), default=min(resolutions))
-    above = min((r for r in resolutions if r * r >= area), default=max(resolutions))
-    share = (area - below ** 2) / (above ** 2 - below ** 2) if above != below else 0.
-    return below, above, share
+        raise UserError(f'{path}: {e}') from e
 
 
 def state_dict_resolutions(state_dict: Mapping[str, Any]) -> Optional[Tuple[int, ...]]:
@@ -145,7 +119,7 @@ def state_dict_resolutions(state_dict: Mapping[str, Any]) -> Optional[Tuple[int,
         (224, 160)
     """
     if is_reference(state_dict):
-        raise ValueError(
+        raise UserError(
             "These are weights of the authors' code, which need images of mean 0 and std 1: "
             'convert them first, timm-rs convert FILE --model MODEL --output DIR.')
     if 'alpha' not in state_dict:
@@ -169,7 +143,7 @@ def extract_resolution(state_dict: Mapping[str, Any], resolution: int) -> Dict[s
     resolutions = state_dict_resolutions(state_dict)
     if resolutions is None or resolution not in resolutions:
         held = f'the resolutions {resolutions}' if resolutions else 'no private BatchNorm'
-        raise ValueError(f'Cannot take resolution {resolution} out of a state dict that holds {held}.')
+        raise UserError(f'Cannot take resolution {resolution} out of a state dict that holds {held}.')
     private = {k[:m.start()] for k in state_dict if (m := _RUNNING_MEAN.search(k))}
     plain = {}
     for key, value in state_dict.items():
@@ -210,7 +184,7 @@ def adapt_reference(state_dict: Mapping[str, torch.Tensor], resolutions: Tuple[i
     matches = list(_match_reference(state_dict))
     indices = {int(match['index']) for _, match in matches if match['index']}
     if indices != set(range(len(resolutions))):
-        raise ValueError(
+        raise UserError(
             f'It holds {len(indices)} sizes and --resolutions are {len(resolutions)} '
             f"({' '.join(map(str, resolutions))}): give the {len(indices)} that it was trained at.")
     names = _mobilenetv2_names(match['layer'] for _, match in matches)

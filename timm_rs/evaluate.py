@@ -12,9 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .checkpoint import nearest_resolution
-from .private_bn import check_resolutions
+from timm_rs_runtime.errors import UserError
+
 from .quant.quantize import fold, is_quantized
+from .resolutions import check_resolutions, nearest_resolution
 from .switchable import SwitchableMixin
 
 __all__ = ['ENSEMBLE', 'average', 'count_madds', 'count_parameters', 'evaluate']
@@ -56,7 +57,7 @@ def count_madds(model: nn.Module, resolution: int, in_chans: int = 3) -> int:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
             model(torch.empty(1, in_chans, resolution, resolution, device=reference.device, dtype=reference.dtype))
     except (RuntimeError, AssertionError, ValueError) as e:
-        raise ValueError(f'{type(model).__name__} cannot take images of {resolution}x{resolution}: {e}') from e
+        raise UserError(f'{type(model).__name__} cannot take images of {resolution}x{resolution}: {e}') from e
     finally:
         for module, training in modes.items():
             module.training = training
@@ -85,7 +86,8 @@ def evaluate(
 
     Args:
         model: A switchable or a plain network, compiled or wrapped if need be.
-        loader: Of (list of uint8 images per resolution, largest first, targets), see timm_rs.data.create_eval_loader.
+        loader: Of (list of uint8 images per resolution, largest first, targets), see create_eval_loader of
+            timm_rs.data.datasets.
         resolutions: Input sizes in pixels, those of the loader.
         normalize: Brings a uint8 batch to the device and normalizes it.
         amp_autocast: Context of mixed precision.

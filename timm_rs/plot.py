@@ -7,8 +7,10 @@ from typing import Dict, List, Sequence
 import timm
 import yaml
 
-from .convert import model_args
+from timm_rs_runtime.errors import UserError
+
 from .evaluate import ENSEMBLE, count_madds
+from .hub.convert import model_args
 
 __all__ = ['RunHistory', 'plot_accuracy_against_madds', 'plot_curves', 'read_run']
 
@@ -49,12 +51,12 @@ def read_run(folder: str) -> RunHistory:
     paths = [os.path.join(folder, name) for name in ('summary.csv', 'args.yaml')]
     for path in paths:
         if not os.path.isfile(path):
-            raise ValueError(f'{folder} is no output folder of train_rs.py, {os.path.basename(path)} is missing.')
+            raise UserError(f'{folder} is no output folder of train_rs.py, {os.path.basename(path)} is missing.')
     with open(paths[0], newline='') as f:
         rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
     rows = [row for row in rows if 'eval_top1_mean' in row]
     if not rows:
-        raise ValueError(f'{paths[0]} holds no validated epoch yet.')
+        raise UserError(f'{paths[0]} holds no validated epoch yet.')
     with open(paths[1]) as f:
         args = yaml.safe_load(f)
     names = (key.rpartition('_')[2] for key in rows[0] if key.startswith('eval_top1_'))

@@ -7,8 +7,7 @@ for Runtime Efficient Image Recognition", ECCV 2020, section 3.2).
 import copy
 from contextlib import contextmanager
 from itertools import chain
-from numbers import Integral
-from typing import Any, Dict, Iterable, Iterator, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -16,10 +15,10 @@ from timm.layers import register_notrace_module
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .resolutions import Switch, UnknownResolutionError, check_resolutions
+
 __all__ = [
     'PrivateBN',
-    'UnknownResolutionError',
-    'check_resolutions',
     'interpolate',
     'is_recomputing',
     'tie_affine',
@@ -35,65 +34,6 @@ _HOOK_DICTS = (
     '_backward_hooks',
     '_backward_pre_hooks',
 )
-
-
-class UnknownResolutionError(KeyError):
-    """A resolution was asked for that the network does not have."""
-
-    def __init__(self, resolution: Any, resolutions: Sequence[int]):
-        known = ', '.join(map(str, resolutions))
-        super().__init__(f'Unknown resolution {resolution!r}, this network has {known}.')
-
-    def __str__(self) -> str:
-        return self.args[0]  # KeyError would print the message in quotes
-
-
-def check_resolutions(resolutions: Union[int, Sequence[int]]) -> Tuple[int, ...]:
-    """Return resolutions largest first, as they are kept everywhere.
-
-    Args:
-        resolutions: Square input sizes in pixels.
-
-    Raises:
-        ValueError: There is none, or one is no integer, not positive, or named twice.
-
-    Example:
-        >>> check_resolutions([96, 224, 160])
-        (224, 160, 96)
-    """
-    resolutions = tuple(resolutions) if isinstance(resolutions, Iterable) else (resolutions,)
-    if not resolutions:
-        raise ValueError('resolutions is empty, expected at least one input size in pixels such as (224, 160).')
-    for r in resolutions:
-        if not isinstance(r, Integral) or isinstance(r, bool) or r <= 0:
-            raise ValueError(f'resolutions {resolutions} holds {r!r}, expected positive integers (pixels).')
-    if len(set(resolutions)) < len(resolutions):
-        twice = sorted({r for r in resolutions if resolutions.count(r) > 1}, reverse=True)
-        raise ValueError(f'resolutions {resolutions} names {", ".join(map(str, twice))} twice.')
-    return tuple(sorted(map(int, resolutions), reverse=True))
-
-
-class Switch:
-    """The active resolution, one object shared by all PrivateBN of a network: switching is one assignment.
-
-    Args:
-        resolutions: Input sizes in pixels, largest first.
-    """
-
-    def __init__(self, resolutions: Tuple[int, ...]):
-        self.resolutions = resolutions
-        self.active = resolutions[0]
-        self.key = str(self.active)
-        self.between = None  # keys of two resolutions and how far the input is from the one to the other
-        self.checkpointing = False  # layers are recomputed in the backward pass
-        self.recompute = False  # so are whole resolutions
-        self.warned = set()  # untrained input sizes that were warned about
-
-    def to(self, resolution: int) -> None:
-        if resolution not in self.resolutions:
-            raise UnknownResolutionError(resolution, self.resolutions)
-        self.active = int(resolution)
-        self.key = str(self.active)
 
 
 @register_notrace_module  # a leaf for torch.fx, which would bake the active branch in

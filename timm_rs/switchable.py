@@ -16,8 +16,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from .checkpoint import adapt_state_dict, nearest_resolution, neighbours
-from .private_bn import PrivateBN, Switch, check_resolutions
+from timm_rs_runtime.errors import UserError
+
+from .checkpoint import adapt_state_dict
+from .private_bn import PrivateBN
+from .resolutions import Switch, check_resolutions, nearest_resolution, neighbours
 
 __all__ = ['SwitchableMixin', 'make_switchable']
 
@@ -48,14 +51,14 @@ def make_switchable(module: nn.Module, resolutions: Sequence[int] = (224, 192, 1
     name = type(module).__name__
     if any(isinstance(m, PrivateBN) for m in module.modules()):
         held = getattr(module, 'resolutions', 'in a part of it')
-        raise ValueError(f'{name} is switchable already ({held}), expected a plain network.')
+        raise UserError(f'{name} is switchable already ({held}), expected a plain network.')
     if isinstance(module, _BatchNorm):
-        raise ValueError(f'{name} is a single layer, expected a network that holds BatchNorm layers.')
+        raise UserError(f'{name} is a single layer, expected a network that holds BatchNorm layers.')
     if not any(isinstance(m, _BatchNorm) for m in module.modules()):
-        raise ValueError(f'{name} holds no BatchNorm layer, so nothing can be private to a resolution.')
+        raise UserError(f'{name} holds no BatchNorm layer, so nothing can be private to a resolution.')
     taken = [a for a in ('alpha', 'at', 'switch_to', 'resolution', 'resolutions') if hasattr(module, a)]
     if taken:
-        raise ValueError(f'{name} has an attribute {taken[0]!r} of its own, which a switchable network needs.')
+        raise UserError(f'{name} has an attribute {taken[0]!r} of its own, which a switchable network needs.')
 
     reference = next(module.parameters(), torch.empty(0))
     module._switch = Switch(resolutions)
@@ -200,7 +203,7 @@ class SwitchableMixin:
         sizes = [tuple(x.shape[-2:]) for x in pyramid]  # dynamic ones, which do not sort, under a compiler
         if not sizes or len(sizes) != sum((r, r) in sizes for r in self.resolutions):
             got = ', '.join(f'{h}x{w}' for h, w in sizes) or 'none'
-            raise ValueError(
+            raise UserError(
                 f'Got a list of {len(sizes)} sizes ({got}), expected each of {self.resolutions} at most once.')
         before = self.resolution
         forward = partial(SwitchableMixin.forward, self)
@@ -227,7 +230,7 @@ class SwitchableMixin:
         except RuntimeError as e:
             if min(height, width) >= self.resolutions[-1]:
                 raise
-            raise ValueError(
+            raise UserError(
                 f'{type(self).__name__} cannot take an input of {height}x{width}, '
                 f'expected one of {self.resolutions}: {e}'
             ) from e

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write timm_rs/zoo.csv: which architectures of the installed timm become rs_* models, and why the others do not
+"""Write timm_rs/models/zoo.csv: which architectures of the installed timm become rs_* models, and why the others do not
 
 An architecture becomes one if it holds BatchNorm and runs at every default resolution. Each is built and run on the
 meta device: nothing is computed, nothing downloaded.
@@ -10,7 +10,6 @@ One run takes a few minutes on one core. Run it after an update of timm, then `m
 """
 import argparse
 import csv
-import os
 import re
 import sys
 import warnings
@@ -23,7 +22,9 @@ from timm.models import list_models
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-OUTPUT = Path(__file__).parents[1] / 'timm_rs' / 'zoo.csv'
+from timm_rs_runtime.files import atomic_write
+
+OUTPUT = Path(__file__).parents[1] / 'timm_rs' / 'models' / 'zoo.csv'
 RESOLUTIONS = (224, 192, 160, 128, 96)  # not imported: timm_rs cannot be imported without the file that is made here
 
 
@@ -36,11 +37,9 @@ def main():
     speed_up_batch_norm()
     names = list_models(exclude_filters='rs_*')
     rows = [(name, why_not(name)) for name in tqdm(names, disable=None)]
-    partial_path = args.output.with_name(f'{args.output.name}.part')
-    with open(partial_path, 'w', newline='', encoding='utf-8') as f:
+    with atomic_write(args.output, overwrite=True, newline='') as f:
         f.write(f'# timm {timm.__version__}: its architectures and why one is no rs_* model (tools/make_zoo.py)\n')
         csv.writer(f, lineterminator='\n').writerows([('name', 'reason'), *rows])
-    os.replace(partial_path, args.output)
     registered = sum(not reason for _, reason in rows)
     print(f'{registered} of the {len(rows)} architectures of timm {timm.__version__} become rs_* models')
 

@@ -6,7 +6,8 @@
     python tools/package_weights.py FILE --model rs_resnet10t --tag imagenette --resolutions 48 40 32 24 \
         --data-dir DIR --metrics metrics.json --recipe 'python benchmarks/paper_table.py ...'
 
-Writes timm_rs/weights/<model>.<tag>.safetensors in half precision, .json, what create_model has to know, and .md.
+Writes into timm_rs/models/weights: <model>.<tag>.safetensors in half precision, .json, what create_model has to know,
+and .md.
 """
 import argparse
 import json
@@ -20,9 +21,9 @@ from timm.data import ImageNetInfo
 import timm_rs
 from timm_rs.checkpoint import read_weights
 from timm_rs.evaluate import ENSEMBLE, count_madds, count_parameters
-from timm_rs.hub import read_metrics
+from timm_rs.hub.push import read_metrics
 
-FOLDER = Path(timm_rs.__file__).with_name('weights')
+FOLDER = Path(timm_rs.__file__).parent / 'models' / 'weights'
 
 
 def main():

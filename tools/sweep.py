@@ -40,7 +40,7 @@ from tqdm import tqdm
 import timm_rs
 from timm_rs import PrivateBN
 from timm_rs.evaluate import count_parameters
-from timm_rs.rs_models import PREFIX, RESOLUTIONS, RS_MODELS
+from timm_rs.models.rs_models import PREFIX, RESOLUTIONS, RS_MODELS
 from timm_rs.train.task import MultiResolutionTask
 
 OUTPUT = Path(__file__).parents[1] / 'results' / 'zoo.csv'

@@ -29,7 +29,7 @@ from sweep import randomize_bn
 from tqdm import tqdm
 
 import timm_rs
-from timm_rs.deploy.export import ExportError, export_int8, export_switchable
+from timm_rs.export.export import ExportError, export_int8, export_switchable
 
 OUTPUT = ZOO.with_name('exports.csv')
 RESOLUTIONS = (160, 96)

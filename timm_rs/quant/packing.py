@@ -9,6 +9,8 @@ from typing import Any, Dict, Iterator, Mapping
 
 import torch
 
+from timm_rs_runtime.errors import UserError
+
 from .quantizers import BITS, QuantConv2d, code_table, level_index
 
 __all__ = ['is_packed', 'pack_state_dict', 'unpack_state_dict']
@@ -49,7 +51,7 @@ def pack_state_dict(state_dict: Mapping[str, torch.Tensor]) -> Dict[str, torch.T
         packed[name + _CODES] = _to_bytes(codes.flatten(), basis.shape[1])
         packed[name + _SHAPE] = torch.tensor(value.shape, dtype=torch.int32, device=value.device)
     if not is_packed(packed):
-        raise ValueError('There are no quantized weights to pack, see timm_rs.quant.quantize.')
+        raise UserError('There are no quantized weights to pack, see timm_rs.quant.quantize.')
     return packed
 
 
@@ -77,14 +79,14 @@ def _unpack(state_dict: Mapping[str, torch.Tensor]) -> Iterator:
         name = key.removesuffix(_CODES)
         basis, shape = state_dict.get(name + _BASIS), state_dict.get(name + _SHAPE)
         if basis is None or shape is None:
-            raise ValueError(f'{key} is there without {name}{_SHAPE if shape is None else _BASIS}.')
+            raise UserError(f'{key} is there without {name}{_SHAPE if shape is None else _BASIS}.')
         shape = shape.tolist() if shape.ndim == 1 else []
         if basis.ndim != 2 or basis.shape[1] not in BITS or len(shape) != 4 or shape[0] != len(basis) or min(shape) < 1:
-            raise ValueError(f'{name} has a basis {tuple(basis.shape)} for packed weights of shape {tuple(shape)}.')
+            raise UserError(f'{name} has a basis {tuple(basis.shape)} for packed weights of shape {tuple(shape)}.')
         bits = basis.shape[1]
         size = math.ceil(math.prod(shape) * bits / 8)
         if value.dtype != torch.uint8 or value.ndim != 1 or len(value) != size:
-            raise ValueError(
+            raise UserError(
                 f'{key} is {tuple(value.shape)} {str(value.dtype).removeprefix("torch.")}, expected {size} bytes for '
                 f'weights {tuple(shape)} at {bits} bits.')
         levels, order = code_table(basis, QuantConv2d.low)

@@ -12,10 +12,18 @@ import torch.nn as nn
 from timm.layers import Conv2dSame
 from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookNet
 
-from ..preresnet import ActivationSite
+from timm_rs_runtime.errors import UserError
+
 from ..switchable import SwitchableMixin
 from .packing import unpack_state_dict
-from .quantizers import ActivationQuantizer, QuantConv2d, QuantConv2dSame, check_bits, weight_basis
+from .quantizers import (
+    ActivationQuantizer,
+    ActivationSite,
+    QuantConv2d,
+    QuantConv2dSame,
+    check_bits,
+    weight_basis,
+)
 
 __all__ = ['StepFunction', 'adapt_bases', 'fold', 'is_quantized', 'load_bases', 'quantize', 'split_bases']
 
@@ -62,14 +70,14 @@ def quantize(
     """
     name = type(model).__name__
     if not isinstance(model, SwitchableMixin):
-        raise ValueError(f'{name} is a plain network, expected a switchable one (make_switchable).')
+        raise UserError(f'{name} is a plain network, expected a switchable one (make_switchable).')
     if is_quantized(model):
-        raise ValueError(f'{name} is quantized already.')
+        raise UserError(f'{name} is quantized already.')
     check_bits(weight_bits, 'weight_bits')
     if activation_bits != 32:
         check_bits(activation_bits, 'activation_bits')
     elif fixed_activation_basis:
-        raise ValueError('fixed_activation_basis needs activation_bits from 1 to 8.')
+        raise UserError('fixed_activation_basis needs activation_bits from 1 to 8.')
     skip = [skip] if isinstance(skip, str) else list(skip)
     layers = _select(model, skip)
 
@@ -186,7 +194,7 @@ def load_bases(model: nn.Module, bases: Mapping[str, torch.Tensor]) -> None:
         if key.endswith(_KEYS):
             found = given.get(_flat(key))
             if found is None or found.shape != value.shape:
-                raise ValueError(f'The weights are quantized, but without a fitting {key}.')
+                raise UserError(f'The weights are quantized, but without a fitting {key}.')
             value.copy_(found)
 
 
@@ -223,12 +231,12 @@ def _check_bases(model: nn.Module, bases: Mapping[str, torch.Tensor]) -> None:
     name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
     own = {_flat(k): v for k, v in model.state_dict().items() if k.endswith(_KEYS)}
     if not own:
-        raise ValueError(f'The weights are quantized, {name} is not.')
+        raise UserError(f'The weights are quantized, {name} is not.')
     for key, value in bases.items():
         expected = own.get(_flat(key), value)
         if value.ndim == expected.ndim == 2 and value.shape[1] != expected.shape[1]:
             layer = key.removesuffix('.basis')
-            raise ValueError(f'{layer} is quantized at {value.shape[1]} bits, {name} has {expected.shape[1]} there.')
+            raise UserError(f'{layer} is quantized at {value.shape[1]} bits, {name} has {expected.shape[1]} there.')
 
 
 def _fold_conv(layer: QuantConv2d) -> None:
@@ -255,15 +263,15 @@ def _select(model: nn.Module, skip: Sequence[str]) -> List[nn.Conv2d]:
     unmatched = [p for p, layers in skipped.items() if not layers]
     is_part = isinstance(model, _FEATURE_WRAPPERS)
     if unmatched and not is_part:
-        raise ValueError(f'skip names {unmatched[0]!r}, which matches no convolution of {type(model).__name__}.')
+        raise UserError(f'skip names {unmatched[0]!r}, which matches no convolution of {type(model).__name__}.')
     kept = {m for layers in skipped.values() for m in layers}
     kept.update(_named_in_cfg(model, 'first_conv') or list(convs.values())[:1], _classifiers(model))
     selected = {n: m for n, m in convs.items() if m not in kept}
     for name, layer in selected.items():
         if type(layer) not in _QUANTIZED:
-            raise ValueError(f'{name} is a {type(layer).__name__}, which cannot be quantized, leave it out by skip.')
+            raise UserError(f'{name} is a {type(layer).__name__}, which cannot be quantized, leave it out by skip.')
     if not selected and not is_part:
-        raise ValueError(f'{type(model).__name__} has no convolution to quantize behind its first one.')
+        raise UserError(f'{type(model).__name__} has no convolution to quantize behind its first one.')
     return list(selected.values())
 
 

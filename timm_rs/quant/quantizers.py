@@ -15,9 +15,13 @@ import torch.distributed as dist
 import torch.nn as nn
 from timm.layers.padding import pad_same
 
-from ..private_bn import Switch, is_recomputing
+from timm_rs_runtime.errors import UserError
+
+from ..private_bn import is_recomputing
+from ..resolutions import Switch
 
 __all__ = [
+    'ActivationSite',
     'BITS',
     'ActivationQuantizer',
     'QuantConv2d',
@@ -47,7 +51,7 @@ def check_bits(bits: Any, what: str) -> int:
         2
     """
     if not isinstance(bits, int) or isinstance(bits, bool) or bits not in BITS:
-        raise ValueError(f'{what} is {bits!r}, expected an integer from {BITS[0]} to {BITS[-1]}.')
+        raise UserError(f'{what} is {bits!r}, expected an integer from {BITS[0]} to {BITS[-1]}.')
     return bits
 
 
@@ -96,6 +100,10 @@ def level_index(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """
     x = x if x.dtype == torch.float64 else x.float()
     return torch.searchsorted(_thresholds(levels, x.dtype).to(x.device), x.contiguous())
+
+
+class ActivationSite(nn.Identity):
+    """A place to quantize activations; a network with such places quantizes them there alone (timm_rs.quant)."""
 
 
 class _LearnedBasis(nn.Module):

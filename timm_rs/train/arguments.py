@@ -8,9 +8,10 @@ import yaml
 from huggingface_hub.utils import validate_repo_id
 from timm.utils import ParseKwargs
 
-from ..data import INTERPOLATIONS
-from ..errors import OneLineParser
-from ..private_bn import check_resolutions
+from timm_rs_runtime.errors import OneLineParser
+
+from ..data.datasets import INTERPOLATIONS
+from ..resolutions import check_resolutions
 from .loss import EnsembleDistillationLoss
 from .pyramid import ResolutionPyramid
 

@@ -21,8 +21,9 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils.distributed import init_distributed_device, world_info_from_env
 from torch.utils.data import Dataset, IterableDataset
 
-from ..convert import load_weights
-from ..data import (
+from timm_rs_runtime.errors import UserError
+
+from ..data.datasets import (
     PyramidNormalizer,
     choose_img_mode,
     count_classes,
@@ -33,8 +34,10 @@ from ..data import (
     share_shards,
 )
 from ..evaluate import ENSEMBLE, count_madds
-from ..private_bn import check_resolutions, tie_affine
-from ..rs_models import PREFIX, explain_unknown_model
+from ..hub.convert import load_weights
+from ..models.rs_models import PREFIX, explain_unknown_model
+from ..private_bn import tie_affine
+from ..resolutions import check_resolutions
 from ..switchable import SwitchableMixin
 from .arguments import is_mixing, largest_size_conflict
 from .determinism import EpochSampler, ReadErrors, SteadyDataset, mix_seed
@@ -88,21 +91,21 @@ def select_device(args: argparse.Namespace) -> torch.device:
             _logger.warning(f'No GPU for --device {args.device}, running on the CPU.')
         args.device = 'cpu'
     if args.sync_bn and args.device.startswith('cpu'):
-        raise ValueError('--sync-bn needs GPUs, synchronized BatchNorm does not run on a CPU.')
+        raise UserError('--sync-bn needs GPUs, synchronized BatchNorm does not run on a CPU.')
     device = init_distributed_device(args)
     if args.aug_repeats and not args.distributed:
-        raise ValueError('--aug-repeats needs distributed training, see distributed_train.sh.')
+        raise UserError('--aug-repeats needs distributed training, see distributed_train.sh.')
     return device
 
 
 def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
     """Build the model and settle args.resolutions, args.num_classes and args.in_chans by it."""
     if ':' not in args.model and (not args.model.startswith(PREFIX) or not is_model(args.model)):
-        raise ValueError(explain_unknown_model(args.model))
+        raise UserError(explain_unknown_model(args.model))
     for flag in ('initial_checkpoint', 'pretrained_path'):
         path = getattr(args, flag)
         if path and not os.path.isfile(path):
-            raise ValueError(f"--{flag.replace('_', '-')} {path}: there is no such file.")
+            raise UserError(f"--{flag.replace('_', '-')} {path}: there is no such file.")
     if args.fast_norm:
         set_fast_norm()
     if args.in_chans is None:
@@ -128,10 +131,10 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
         )
     except TypeError as e:
         if ':' in args.model and "'resolutions'" in str(e):  # which only switchable networks take
-            raise ValueError(_PLAIN.format(args.model)) from e
+            raise UserError(_PLAIN.format(args.model)) from e
         raise
     if not isinstance(model, SwitchableMixin):
-        raise ValueError(_PLAIN.format(args.model))
+        raise UserError(_PLAIN.format(args.model))
     if args.initial_checkpoint:
         load_weights(model, args.initial_checkpoint)
     args.resolutions = list(check_resolutions(model.resolutions))
@@ -140,12 +143,12 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
         args.eval_metric += '_mean'
     name, _, place = args.eval_metric.partition('_')
     if name not in _METRICS or place not in ('mean', ENSEMBLE, *map(str, args.resolutions)):
-        raise ValueError(
+        raise UserError(
             f'--eval-metric {args.eval_metric!r}: expected one of {", ".join(_METRICS)}, followed by _mean, '
             f'_{ENSEMBLE} or a resolution such as _{args.resolutions[-1]}.')
     conflict = largest_size_conflict(args, args.resolutions)
     if conflict:
-        raise ValueError(conflict)
+        raise UserError(conflict)
     count_madds(model, args.resolutions[-1], args.in_chans)  # the smallest size must pass through the network
     if args.head_init_scale is not None:
         for parameter in model.get_classifier().parameters():
@@ -190,13 +193,13 @@ def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:
             share_shards(dataset, is_training, args.rank, args.world_size, args.workers)
     roots = [getattr(getattr(d, 'reader', None), 'root', None) for d in (train_set, eval_set)]
     if not args.dataset and roots[0] == roots[1]:
-        raise ValueError(
+        raise UserError(
             f'{args.data_dir} gives the same images for training and validation, '
             f'expected it to hold the folders {args.train_split} and {args.val_split}.')
     numbers = [number_classes(d) for d in (eval_set, train_set)]
     differ = explain_classes(*numbers) if all(numbers) else None
     if differ:
-        raise ValueError(
+        raise UserError(
             f'Split {args.val_split!r} of {args.data_dir or args.dataset} has other classes than {args.train_split!r}: '
             f'{differ}. A --class-map could number them.')
     for split, dataset in ((args.train_split, train_set), (args.val_split, eval_set)):
@@ -207,12 +210,12 @@ def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:
             args.num_classes = num_classes
             _logger.info(f'{args.data_dir or args.dataset} has {num_classes} classes, so has the model.')
         elif args.num_classes != num_classes:
-            raise ValueError(
+            raise UserError(
                 f'Split {split!r} of {args.data_dir or args.dataset} has {num_classes} classes, '
                 f'expected {args.num_classes} as the model.')
     if not isinstance(train_set, IterableDataset) and -(-len(train_set) // args.world_size) < args.batch_size:
         share = f' of {args.world_size} processes' if args.distributed else ''
-        raise ValueError(
+        raise UserError(
             f'--batch-size {args.batch_size}{share} is more than the {len(train_set)} training images, expected less.')
     return train_set, eval_set
 
@@ -282,7 +285,7 @@ def build_loaders(
         worker_seeding=args.worker_seeding,
     )
     if args.aug_repeats and args.batch_size > len(train_loader.sampler):
-        raise ValueError(
+        raise UserError(
             f'--batch-size {args.batch_size} of {args.world_size} processes is more than the '
             f'{len(train_loader.sampler)} images that each takes per epoch with --aug-repeats {args.aug_repeats:g}, '
             'expected no more.')

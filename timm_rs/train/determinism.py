@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, DistributedSampler, RandomSampler, Sampler
 
-from ..errors import TrainingFault
+from .faults import TrainingFault
 
 __all__ = ['EpochSampler', 'ReadErrors', 'SteadyDataset', 'mix_seed', 'seed_all']
 

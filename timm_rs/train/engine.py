@@ -16,10 +16,10 @@ import torchvision
 from timm import utils
 from tqdm import tqdm
 
-from ..errors import TrainingFault
 from ..evaluate import average, evaluate
 from .builders import Loaders
 from .determinism import ReadErrors, mix_seed, seed_all
+from .faults import TrainingFault
 from .saver import AtomicCheckpointSaver, Progress
 from .task import TERMS, MultiResolutionTask
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from timm_rs_runtime.errors import UserError
+
 __all__ = ['EnsembleDistillationLoss']
 
 
@@ -49,7 +51,7 @@ class EnsembleDistillationLoss(nn.Module):
         super().__init__()
         for value, known, title in ((mode, self.MODES, 'distillation mode'), (reduction, self.REDUCTIONS, 'reduction')):
             if value not in known:
-                raise ValueError(f'Unknown {title} {value!r}, expected one of {", ".join(known)}.')
+                raise UserError(f'Unknown {title} {value!r}, expected one of {", ".join(known)}.')
         self.mode = mode
         self.reduction = reduction
         self.criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
@@ -69,7 +71,7 @@ class EnsembleDistillationLoss(nn.Module):
             ValueError: As many ensemble weights as logits are needed.
         """
         if len(logits) != len(alpha):
-            raise ValueError(f'Got logits of {len(logits)} resolutions and {len(alpha)} ensemble weights.')
+            raise UserError(f'Got logits of {len(logits)} resolutions and {len(alpha)} ensemble weights.')
         device_type = logits[0].device.type
         autocasts = torch.amp.is_autocast_available(device_type)  # not so the meta device, where models are tried
         with torch.autocast(device_type, enabled=False) if autocasts else nullcontext():

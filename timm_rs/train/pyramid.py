@@ -5,8 +5,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..private_bn import check_resolutions
-from ..resample import INTERPOLATIONS, downscale
+from timm_rs_runtime.errors import UserError
+
+from ..data.resample import INTERPOLATIONS, downscale
+from ..resolutions import check_resolutions
 
 __all__ = ['ResolutionPyramid']
 
@@ -25,7 +27,7 @@ class ResolutionPyramid(nn.Module):
         flip: 'shared' keeps the images as they come; 'independent' flips each image anew at every size, as the
             authors' code does: the loader should not flip then.
         hflip: Probability of an independent flip.
-        resample: 'matched' (timm_rs.resample), or 'antialiased', plain bilinear interpolation of the largest size.
+        resample: 'matched' (timm_rs.data.resample), or 'antialiased', plain bilinear interpolation of the largest size.
         interpolation: How the images were resized to the largest size, 'bilinear' or 'bicubic'; 'matched' needs it.
 
     Raises:
@@ -54,7 +56,7 @@ class ResolutionPyramid(nn.Module):
                 (flip, self.FLIPS, 'flip policy'), (resample, self.RESAMPLES, 'resampling'),
                 (interpolation, self.INTERPOLATIONS, 'interpolation')):
             if value not in known:
-                raise ValueError(f'Unknown {title} {value!r}, expected one of {", ".join(known)}.')
+                raise UserError(f'Unknown {title} {value!r}, expected one of {", ".join(known)}.')
         self.resolutions = check_resolutions(resolutions)
         self.flip = flip
         self.hflip = hflip
@@ -76,7 +78,7 @@ class ResolutionPyramid(nn.Module):
         """
         largest = self.resolutions[0]
         if tuple(x.shape[-2:]) != (largest, largest):
-            raise ValueError(f'Got images of {x.shape[-2]}x{x.shape[-1]}, expected the largest resolution {largest}.')
+            raise UserError(f'Got images of {x.shape[-2]}x{x.shape[-1]}, expected the largest resolution {largest}.')
         pyramid = [x] + [self._resize(x, s) for s in self.resolutions[1:]]
         if self.flip == 'independent':
             pyramid = [self._flip_some(y) for y in pyramid]

@@ -9,15 +9,11 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from timm.utils import CheckpointSaver, load_checkpoint_metadata
 
-from ..errors import TrainingFault
+from .faults import CheckpointError
 
 __all__ = ['AtomicCheckpointSaver', 'CheckpointError', 'Progress', 'find_latest']
 
 _logger = logging.getLogger('train')
-
-
-class CheckpointError(TrainingFault):
-    """A checkpoint could not be written."""
 
 
 @dataclass

@@ -3,6 +3,8 @@ import csv
 import os
 from typing import Any, Dict, List
 
+from timm_rs_runtime.files import atomic_write
+
 __all__ = ['append_summary', 'read_summary', 'trim_summary']
 
 
@@ -28,10 +30,8 @@ def trim_summary(path: str, epoch: int) -> None:
 
 
 def _write(path: str, rows: List[Dict[str, Any]]) -> None:
-    temporary = f'{path}.tmp'
-    with open(temporary, 'w', newline='') as f:
+    with atomic_write(path, overwrite=True, newline='') as f:
         names = list(dict.fromkeys(name for row in rows for name in row))
         writer = csv.DictWriter(f, names)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(temporary, path)

@@ -8,6 +8,8 @@ from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch.nn.parallel import DistributedDataParallel
 
+from timm_rs_runtime.errors import UserError
+
 from ..private_bn import PrivateBN
 from ..switchable import SwitchableMixin
 from .loss import EnsembleDistillationLoss
@@ -56,13 +58,13 @@ class MultiResolutionTask(ClassificationTask):
             verbose: bool = True,
     ):
         if not isinstance(model, SwitchableMixin):
-            raise ValueError(f'{type(model).__name__} is a plain network, expected a switchable one (make_switchable).')
+            raise UserError(f'{type(model).__name__} is a plain network, expected a switchable one (make_switchable).')
         criterion = criterion if criterion is not None else EnsembleDistillationLoss()
         if not isinstance(criterion, EnsembleDistillationLoss):
-            raise ValueError(f'Got criterion {type(criterion).__name__}, expected EnsembleDistillationLoss around it.')
+            raise UserError(f'Got criterion {type(criterion).__name__}, expected EnsembleDistillationLoss around it.')
         pyramid = pyramid if pyramid is not None else ResolutionPyramid(model.resolutions)
         if pyramid.resolutions != model.resolutions:
-            raise ValueError(f'Got a pyramid of {pyramid.resolutions}, expected the resolutions {model.resolutions}.')
+            raise UserError(f'Got a pyramid of {pyramid.resolutions}, expected the resolutions {model.resolutions}.')
         super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose)
         self.pyramid = pyramid.to(device)
         self.progress = Progress()

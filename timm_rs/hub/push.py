@@ -17,10 +17,12 @@ from timm.models import push_to_hf_hub
 from timm.models._input import get_model_input_config
 from timm.utils import unwrap_model
 
+from timm_rs_runtime.errors import UserError
+
+from ..data.datasets import number_classes
+from ..evaluate import ENSEMBLE, count_madds, count_parameters
+from ..switchable import SwitchableMixin
 from .convert import describe_for_timm, ready_to_save
-from .data import number_classes
-from .evaluate import ENSEMBLE, count_madds, count_parameters
-from .switchable import SwitchableMixin
 
 __all__ = [
     'LABEL_FILE', 'HubError', 'TrainingPush', 'model_card', 'push_to_hub', 'read_metrics', 'write_label_names']
@@ -47,7 +49,7 @@ _MACHINE = (
 Metrics = Mapping[Union[int, str], Mapping[str, float]]
 
 
-class HubError(RuntimeError):
+class HubError(UserError, RuntimeError):
     """The Hub could not be reached or declined, told in one line."""
 
 
@@ -102,7 +104,7 @@ def push_to_hub(
 
     model = unwrap_model(model)
     if not isinstance(model, SwitchableMixin):
-        raise ValueError(f'{type(model).__name__} is not switchable; timm.models.push_to_hf_hub pushes plain networks.')
+        raise UserError(f'{type(model).__name__} is not switchable; timm.models.push_to_hf_hub pushes plain networks.')
     validate_repo_id(repo_id)
     described = describe_for_timm(model, label_names)
     license = license or model.pretrained_cfg.get('license') or 'apache-2.0'
@@ -111,7 +113,7 @@ def push_to_hub(
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private and not api.model_info(repo_id).private:
-            raise ValueError(f'{repo_id} exists and is public, nothing was pushed because a private one was asked for.')
+            raise UserError(f'{repo_id} exists and is public, nothing was pushed because a private one was asked for.')
         if revision and not create_pr and not revision.startswith('refs/'):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         readme = _read_readme(api, repo_id, revision)
@@ -251,7 +253,7 @@ def read_metrics(path: str, epoch: Optional[int] = None) -> Dict[Union[int, str]
                     if match and value:
                         found.setdefault(match[2], {})[match[1]] = float(value)
     except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise ValueError(f'{path} holds no results of validate_rs.py or train_rs.py ({type(e).__name__}: {e}).') from e
+        raise UserError(f'{path} holds no results of validate_rs.py or train_rs.py ({type(e).__name__}: {e}).') from e
     return {int(key) if key.isdigit() else key: row for key, row in found.items()}
 
 
@@ -295,7 +297,7 @@ class TrainingPush:
                 package = str(Path(__file__).parents[1])
                 path = os.pathsep.join(filter(None, [package, os.environ.get('PYTHONPATH')]))
                 env = dict(os.environ, PYTHONPATH=path, HF_HUB_DISABLE_PROGRESS_BARS='1')
-                command = [sys.executable, '-m', 'timm_rs.cli', 'push', checkpoint, *self.flags]
+                command = [sys.executable, '-m', 'timm_rs_cli', 'push', checkpoint, *self.flags]
                 self.process = subprocess.Popen(command, env=env)
                 return
 
@@ -319,7 +321,7 @@ def _recipe(args: Mapping[str, Any]) -> str:
     """Return the flags that are not the defaults of train_rs.py as YAML, without those that tell of the machine."""
     import yaml
 
-    from .train.arguments import create_parser
+    from ..train.arguments import create_parser
 
     defaults = vars(create_parser().parse_args([]))
     shown = {k: v for k, v in args.items() if k in defaults and v != defaults[k] and k not in _MACHINE}

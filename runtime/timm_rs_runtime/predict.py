@@ -9,7 +9,6 @@ from typing import IO, Any, Dict, Iterator, List, Optional, Sequence, Tuple, Uni
 
 import numpy as np
 
-from ..errors import check_new_file
 from .adaptive import AdaptiveSession
 from .cascade import (
     CascadeSession,
@@ -20,6 +19,7 @@ from .cascade import (
     softmax,
     write_cascade,
 )
+from .files import check_new_file
 from .preprocess import MODES, ImageError, ImageSource, find_images, open_image, spread
 from .session import Session
 

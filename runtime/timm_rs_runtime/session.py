@@ -5,6 +5,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
+from .errors import UserError
 from .preprocess import MODES as IMAGE_MODES
 from .preprocess import ImageError, ImageSource, Preprocessing, is_image_source, stack
 
@@ -56,9 +57,9 @@ class Session:
             warm_up: bool = True,
     ):
         if mode not in MODES:
-            raise ValueError(f"Unknown mode {mode!r}, expected {' or '.join(map(repr, MODES))}.")
+            raise UserError(f"Unknown mode {mode!r}, expected {' or '.join(map(repr, MODES))}.")
         if threads is not None and threads < 1:
-            raise ValueError(f'threads is {threads}, expected a positive number.')
+            raise UserError(f'threads is {threads}, expected a positive number.')
         self.path = os.fspath(path)
         self.mode = mode
         self.metadata = read_metadata(self.path)
@@ -138,7 +139,7 @@ class Session:
         """
         if resolution not in self.resolutions:
             known = ', '.join(map(str, self.resolutions))
-            raise ValueError(f'Unknown resolution {resolution!r}, {self.path} has {known}.')
+            raise UserError(f'Unknown resolution {resolution!r}, {self.path} has {known}.')
         return int(resolution)
 
     def _run(self, images: np.ndarray, resolution: int) -> np.ndarray:
@@ -184,13 +185,13 @@ class Session:
     def _check_batch(self, images: np.ndarray, resolution: Optional[int]) -> int:
         channels = len(self.mean)
         if images.dtype != np.float32 or images.ndim != 4 or images.shape[1] != channels:
-            raise ValueError(
+            raise UserError(
                 f'Got an array of {images.dtype} {list(images.shape)}, expected float32 [N, {channels}, H, W].')
         height, width = images.shape[2:]
         if height != width or height not in self.resolutions or resolution not in (None, height):
             expected = [resolution] if resolution is not None else self.resolutions
             expected = ', '.join(f'{r}x{r}' for r in expected)
-            raise ValueError(f'Got a batch of {height}x{width}, expected {expected}.')
+            raise UserError(f'Got a batch of {height}x{width}, expected {expected}.')
         return height
 
 
@@ -207,7 +208,7 @@ def read_metadata(path: str) -> Dict[str, Any]:
         ValueError: There is no such file, or it is another.
     """
     if not os.path.isfile(path):
-        raise ValueError(f'{path} does not exist, expected a file of timm-rs export.')
+        raise UserError(f'{path} does not exist, expected a file of timm-rs export.')
     texts = open_onnx(path, threads=1, optimize=False).get_modelmeta().custom_metadata_map
     try:
         metadata = {key: json.loads(text) for key, text in texts.items()}
@@ -215,7 +216,7 @@ def read_metadata(path: str) -> Dict[str, Any]:
     except ValueError:
         missing = _KEYS
     if missing:
-        raise ValueError(f"{path} is no file of timm-rs export, its metadata lack {', '.join(missing)}.")
+        raise UserError(f"{path} is no file of timm-rs export, its metadata lack {', '.join(missing)}.")
     return metadata
 
 
@@ -239,7 +240,7 @@ def open_onnx(
     try:
         import onnxruntime
     except ImportError as e:
-        raise ImportError("timm_rs.deploy needs the package onnxruntime: pip install 'timm_rs[export]'.") from e
+        raise ImportError("timm_rs_runtime needs the package onnxruntime: pip install 'timm_rs[export]'.") from e
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
@@ -252,7 +253,7 @@ def open_onnx(
         return onnxruntime.InferenceSession(model, options, providers=['CPUExecutionProvider'])
     except Exception as e:
         path = model if isinstance(model, str) else 'This'
-        raise ValueError(f'{path} is no ONNX file that ONNX Runtime can load: {_first_line(e)}') from e
+        raise UserError(f'{path} is no ONNX file that ONNX Runtime can load: {_first_line(e)}') from e
 
 
 def _first_line(error: BaseException) -> str:

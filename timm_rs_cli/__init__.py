@@ -11,8 +11,9 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Callable, Optional, Sequence
 
-from .errors import OneLineParser, check_new_file, one_line_errors
-from .version import __version__
+from timm_rs.version import __version__
+from timm_rs_runtime.errors import OneLineParser, UserError, one_line_errors
+from timm_rs_runtime.files import check_new_file, check_new_folder
 
 __all__ = ['COMMANDS', 'Command', 'main']
 
@@ -55,7 +56,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 def _load(args: argparse.Namespace) -> Any:
     """Load the checkpoint that the arguments of _add_source tell."""
-    from .convert import load_model
+    from timm_rs.hub.convert import load_model
 
     data = {k: getattr(args, k) for k in ('mean', 'std', 'interpolation', 'crop_pct')}
     return load_model(
@@ -81,9 +82,9 @@ def _add_packed(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from .convert import check_output, save_model
+    from timm_rs.hub.convert import save_model
 
-    check_output(args.output)
+    check_new_folder(args.output)
     labels = _read_labels(args.label_names or _labels_beside(args.checkpoint))
     model = _load(args).model
     what = ' '.join(map(str, model.resolutions))
@@ -116,7 +117,7 @@ def _add_push(parser: argparse.ArgumentParser) -> None:
 def _push(args: argparse.Namespace) -> None:
     from huggingface_hub.utils import disable_progress_bars
 
-    from .hub import HubError, push_to_hub, read_metrics
+    from timm_rs.hub.push import HubError, push_to_hub, read_metrics
 
     beside = os.path.dirname(args.checkpoint)
     labels = _read_labels(args.label_names or _labels_beside(args.checkpoint))
@@ -159,14 +160,14 @@ def _read_labels(path: Optional[str]) -> Optional[Sequence[str]]:
 
 def _labels_beside(checkpoint: str) -> Optional[str]:
     """Return the file of class names that training left beside a checkpoint, if there is one."""
-    from .hub import LABEL_FILE
+    from timm_rs.hub.push import LABEL_FILE
 
     path = os.path.join(os.path.dirname(checkpoint), LABEL_FILE)
     return path if os.path.isfile(checkpoint) and os.path.isfile(path) else None
 
 
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
-    from .calibrate import METHODS
+    from timm_rs.calibrate import METHODS
 
     _add_source(parser)
     add = parser.add_argument
@@ -189,11 +190,11 @@ def _calibrate(args: argparse.Namespace) -> None:
     from timm.data import create_transform
     from timm.data.model_config import resolve_input_data_config
 
-    from .calibrate import add_resolution
-    from .convert import check_output, save_model
-    from .data import choose_img_mode, create_dataset
+    from timm_rs.calibrate import add_resolution
+    from timm_rs.data.datasets import choose_img_mode, create_dataset
+    from timm_rs.hub.convert import save_model
 
-    check_output(args.output)
+    check_new_folder(args.output)
     labels = _read_labels(args.label_names or _labels_beside(args.checkpoint))
     device = torch.device(args.device if torch.cuda.is_available() or not args.device.startswith('cuda') else 'cpu')
     model = _load(args).model.to(device)
@@ -231,16 +232,16 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from .deploy.export import export_int8, export_resolution, export_switchable
-    from .deploy.preprocess import find_images
+    from timm_rs.export.export import export_int8, export_resolution, export_switchable
+    from timm_rs_runtime.preprocess import find_images
 
     if args.resolution is None and (args.format != 'onnx' or args.batch_size):
         what = f'--format {args.format}' if args.format != 'onnx' else '--batch-size'
-        raise ValueError(f'{what} needs --resolution: one file for all resolutions is ONNX, of any batch size.')
+        raise UserError(f'{what} needs --resolution: one file for all resolutions is ONNX, of any batch size.')
     if bool(args.quantize) != bool(args.calibration_data):
-        raise ValueError('--quantize int8 and --calibration-data DIR need each other.')
+        raise UserError('--quantize int8 and --calibration-data DIR need each other.')
     if args.quantize and args.resolution is not None:
-        raise ValueError('--quantize int8 writes all resolutions, leave --resolution out.')
+        raise UserError('--quantize int8 writes all resolutions, leave --resolution out.')
     check_new_file(args.output)
     labels = _read_labels(args.label_names or _labels_beside(args.checkpoint))
     if args.quantize:
@@ -285,10 +286,10 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    from .deploy.predict import Predictor, predict_all
+    from timm_rs_runtime.predict import Predictor, predict_all
 
     if args.top < 1:
-        raise ValueError(f'--top is {args.top}, expected a positive number.')
+        raise UserError(f'--top is {args.top}, expected a positive number.')
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f'timm-rs predict: {message}', file=sys.stderr)
         warnings.simplefilter('always', RuntimeWarning)
@@ -314,7 +315,7 @@ def _add_fit_cascade(parser: argparse.ArgumentParser) -> None:
 
 
 def _fit_cascade(args: argparse.Namespace) -> None:
-    from .deploy.predict import fit_cascade
+    from timm_rs_runtime.predict import fit_cascade
 
     rows = fit_cascade(
         args.file,
@@ -342,7 +343,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from .deploy.web import serve
+    from timm_rs_runtime.web import serve
 
     serve(args.file, args.host, args.port, args.threads)
 
@@ -355,7 +356,7 @@ def _add_plot(parser: argparse.ArgumentParser) -> None:
 
 
 def _plot(args: argparse.Namespace) -> None:
-    from .plot import plot_accuracy_against_madds, plot_curves, read_run
+    from timm_rs.plot import plot_accuracy_against_madds, plot_curves, read_run
 
     runs = [read_run(folder) for folder in args.runs]
     os.makedirs(args.output, exist_ok=True)

@@ -2,7 +2,7 @@
 
 The graphs of one network at several sizes have the same nodes and the same convolution weights. What differs are
 constants: the scale and bias of each BatchNorm, and shapes. Each becomes a table with a row per size, from which the
-input's height and width pick. ONNX Runtime folds it all when it is told the size, see timm_rs.deploy.Session.
+input's height and width pick. ONNX Runtime folds it all when it is told the size, see timm_rs_runtime.Session.
 """
 from dataclasses import dataclass
 from typing import Any, Dict, List, Sequence
@@ -11,14 +11,14 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from .session import open_onnx
+from timm_rs_runtime.errors import UserError
+from timm_rs_runtime.format import INDEX
+from timm_rs_runtime.session import open_onnx
 
-__all__ = ['INDEX', 'MergeError', 'SizedGraph', 'build', 'merge']
-
-INDEX = 'resolution_index'  # int64 scalar: the row of the tables, 0 for the largest size
+__all__ = ['MergeError', 'SizedGraph', 'build', 'merge']
 
 
-class MergeError(ValueError):
+class MergeError(UserError):
     """The graphs differ in more than constants; the message says where."""
 
 

@@ -2,7 +2,6 @@
 import argparse
 import copy
 import os
-import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterator, Mapping, Optional, Sequence
@@ -13,7 +12,10 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from timm.models import is_model, save_for_hf
 
-from .checkpoint import (
+from timm_rs_runtime.errors import UserError
+from timm_rs_runtime.files import atomic_folder, check_new_folder
+
+from ..checkpoint import (
     adapt_reference,
     adapt_state_dict,
     explain_mismatch,
@@ -23,15 +25,15 @@ from .checkpoint import (
     read_weights,
     state_dict_resolutions,
 )
-from .private_bn import PrivateBN, check_resolutions
-from .quant.packing import pack_state_dict
-from .quant.quantize import StepFunction, adapt_bases, fold, is_quantized
-from .rs_models import PREFIX, RESOLUTIONS, explain_unknown_model
-from .switchable import SwitchableMixin, make_switchable
+from ..models.rs_models import PREFIX, RESOLUTIONS, explain_unknown_model
+from ..private_bn import PrivateBN
+from ..quant.packing import pack_state_dict
+from ..quant.quantize import StepFunction, adapt_bases, fold, is_quantized
+from ..resolutions import check_resolutions
+from ..switchable import SwitchableMixin, make_switchable
 
 __all__ = [
     'LoadedModel',
-    'check_output',
     'describe_for_timm',
     'load_model',
     'load_weights',
@@ -92,7 +94,7 @@ def load_model(
     is_name = not os.path.exists(source) and (':' in source or (source.startswith(PREFIX) and is_model(source)))
     if os.path.isdir(source) or is_name:
         if name or num_classes is not None or use_ema or model_kwargs:
-            raise ValueError(f'{source} tells its model itself, leave out all that describes it but the resolutions.')
+            raise UserError(f'{source} tells its model itself, leave out all that describes it but the resolutions.')
         model = _create_from_config(source, resolutions)
         model.pretrained_cfg.update(data_config)
         return LoadedModel(model)
@@ -101,7 +103,7 @@ def load_model(
     try:
         state_dict = pick_state_dict(checkpoint, use_ema)
     except ValueError as e:
-        raise ValueError(f'{source}: {e}') from e
+        raise UserError(f'{source}: {e}') from e
     args = checkpoint.get('args')
     args = vars(args) if isinstance(args, argparse.Namespace) else {}
     name = _model_name(source, name or args.get('model'))
@@ -111,7 +113,7 @@ def load_model(
         try:
             state_dict = adapt_reference(state_dict, resolutions)
         except ValueError as e:
-            raise ValueError(f'{source}: {e}') from e
+            raise UserError(f'{source}: {e}') from e
     else:
         data = {k: args[k] for k in ('mean', 'std', 'interpolation', 'crop_pct') if args.get(k)}
         held = state_dict_resolutions(state_dict) or args.get('resolutions') or RESOLUTIONS
@@ -166,25 +168,14 @@ def save_model(
         >>> timm.create_model(f'local-dir:{folder}', pretrained=True).resolutions
         (64, 32)
     """
-    check_output(folder)
+    check_new_folder(folder)
     if is_quantized(model) and not isinstance(model, SwitchableMixin):
         model = _fold_for_timm(model)
-    partial = f'{os.path.abspath(folder)}.part-{os.getpid()}'
-    os.makedirs(partial)
     try:
-        with ready_to_save(model, packed) as ready:
+        with atomic_folder(folder) as partial, ready_to_save(model, packed) as ready:
             save_for_hf(ready, partial, safe_serialization=True, **describe_for_timm(model, label_names))
-        os.replace(partial, folder)
     except SafetensorError as e:
         raise OSError(f'Cannot write {folder}: {e}') from e
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_output(folder: str) -> None:
-    """Raise ValueError if a folder exists and holds anything: nothing is ever overwritten."""
-    if os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
-        raise ValueError(f'{folder} exists and is not overwritten, give another output.')
 
 
 def describe_for_timm(model: nn.Module, label_names: Optional[Sequence[str]] = None) -> Dict[str, Any]:
@@ -206,12 +197,12 @@ def describe_for_timm(model: nn.Module, label_names: Optional[Sequence[str]] = N
         if is_quantized(model):
             args.update(quantization=model._quantization)
     if architecture not in timm.list_models(architecture):  # it leaves those out that are registered to say why not
-        raise ValueError(f'{type(model).__name__} is no model that timm.create_model could build again.')
+        raise UserError(f'{type(model).__name__} is no model that timm.create_model could build again.')
     _check_classifier(model)
     config['pretrained_cfg'] = dict(architecture=architecture)
     if label_names is not None:
         if len(label_names) != model.num_classes:
-            raise ValueError(f'There are {len(label_names)} label names, the model has {model.num_classes} classes.')
+            raise UserError(f'There are {len(label_names)} label names, the model has {model.num_classes} classes.')
         config['label_names'] = list(label_names)
     return dict(model_config=config, model_args=args)
 
@@ -224,7 +215,7 @@ def _check_classifier(model: nn.Module) -> None:
         head = modules.get(name)
         rows = getattr(getattr(head, 'weight', None), 'shape', (model.num_classes,))[0]
         if isinstance(head, nn.Sequential) or model.num_classes and rows != model.num_classes:
-            raise ValueError(
+            raise UserError(
                 f'{name} is a {type(head).__name__} that timm.create_model would not build for num_classes '
                 f'{model.num_classes}: change classifiers by reset_classifier.')
 
@@ -295,7 +286,7 @@ def _fold_for_timm(model: nn.Module) -> nn.Module:
     folded = fold(model)
     if any(isinstance(m, StepFunction) for m in folded.modules()):
         name = type(model).__name__
-        raise ValueError(f'{name} quantizes its activations, which no network of timm does: save the switchable one.')
+        raise UserError(f'{name} quantizes its activations, which no network of timm does: save the switchable one.')
     return folded
 
 
@@ -303,14 +294,14 @@ def _load(model: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str)
     try:
         state_dict = adapt_bases(model, state_dict)
     except ValueError as e:
-        raise ValueError(f'{source}: {e}') from e
+        raise UserError(f'{source}: {e}') from e
     if isinstance(model, SwitchableMixin):
         private = [n for n, m in model.named_modules() if isinstance(m, PrivateBN)]
         state_dict = adapt_state_dict(state_dict, private, model.resolutions, model.alpha)
     mismatch = explain_mismatch(state_dict, model.state_dict())
     if mismatch:
         name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
-        raise ValueError(f'{source} does not fit {name}: {mismatch}.')
+        raise UserError(f'{source} does not fit {name}: {mismatch}.')
     model.load_state_dict(state_dict)
 
 
@@ -325,18 +316,18 @@ def _create_from_config(source: str, resolutions: Optional[Sequence[int]]) -> nn
         elif resolutions is not None and check_resolutions(resolutions) != model.resolutions:
             model = timm.create_model(name, pretrained=True, resolutions=check_resolutions(resolutions))
     except Exception as e:  # also of the file readers and of the client of the Hub
-        raise ValueError(f"Cannot load {source}: {' '.join(str(e).split())[:300] or type(e).__name__}") from e
+        raise UserError(f"Cannot load {source}: {' '.join(str(e).split())[:300] or type(e).__name__}") from e
     return model.eval()
 
 
 def _model_name(source: str, name: Optional[str]) -> str:
     if not name:
-        raise ValueError(f'{source} does not tell its model, give --model.')
+        raise UserError(f'{source} does not tell its model, give --model.')
     if ':' in name:  # a run that started from the Hub or a folder
         return name
     architecture = name.split('.')[0]
     if not architecture.startswith(PREFIX) and is_model(PREFIX + architecture):
         return PREFIX + name
     if not architecture.startswith(PREFIX) or not is_model(architecture):
-        raise ValueError(explain_unknown_model(name))
+        raise UserError(explain_unknown_model(name))
     return name

@@ -20,11 +20,9 @@ from timm.layers import (
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 
-__all__ = ['ActivationSite', 'PreActResNet']
+from ..quant.quantizers import ActivationSite
 
-
-class ActivationSite(nn.Identity):
-    """A place to quantize activations; a network with such places quantizes them there alone (timm_rs.quant)."""
+__all__ = ['PreActResNet']
 
 
 class PreActBlock(nn.Module):

@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 
-from .merge import INDEX
+from .format import INDEX
 
 __all__ = ['blocked_model']
 

@@ -7,7 +7,6 @@ import copy
 import io
 import json
 import logging
-import os
 import warnings
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, Optional, Sequence
@@ -21,13 +20,15 @@ from timm.layers.conv2d_same import Conv2dSame
 from timm.models._input import get_model_input_config
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import check_folder_of
+from timm_rs_runtime.errors import UserError
+from timm_rs_runtime.files import atomic_path
+from timm_rs_runtime.preprocess import MODES
+from timm_rs_runtime.session import open_onnx, preprocessing_of
+
 from ..evaluate import count_madds
 from ..quant.quantize import StepFunction, fold, is_quantized
 from ..switchable import SwitchableMixin
 from ..version import __version__
-from .preprocess import MODES
-from .session import open_onnx, preprocessing_of
 
 __all__ = [
     'FORMATS',
@@ -47,7 +48,7 @@ _STEP_TOLERANCE = 0.15
 _INT8_TOLERANCE = 0.5
 
 
-class ExportError(RuntimeError):
+class ExportError(UserError, RuntimeError):
     """A network cannot be exported, or its file does not do what the network does; the message says why."""
 
 
@@ -80,7 +81,7 @@ def export_switchable(
     plain = {r: _take(model, r) for r in model.resolutions}
     merged = build(_trace_all(plain, metadata['architecture']))
     set_metadata(merged, metadata)
-    with _checked(path) as partial:
+    with atomic_path(path) as partial:
         _save_onnx(merged, partial)
         return verify(_onnx_runner(partial), plain, metadata['architecture'], tolerance)
 
@@ -92,7 +93,7 @@ def export_int8(
         class_names: Optional[Sequence[str]] = None,
         batch_size: int = 4,
 ) -> Dict[int, Dict[str, float]]:
-    """Write one int8 ONNX file that serves every resolution, see timm_rs.deploy.int8.
+    """Write one int8 ONNX file that serves every resolution, see timm_rs.export.int8.
 
     Args:
         model: Switchable network.
@@ -109,16 +110,17 @@ def export_int8(
         ExportError: The network has no graph for all sizes or no int8 form, or its int8 form is far from it.
         ValueError: The network is not switchable, or there are no images.
     """
+    from timm_rs_runtime.preprocess import stack
+
     from .int8 import QuantizationError, calibrate, quantize
     from .merge import build
-    from .preprocess import stack
 
     metadata = dict(_describe_switchable(model, class_names), precision='int8')
     if not images:
-        raise ValueError('There are no images to calibrate on.')
+        raise UserError('There are no images to calibrate on.')
     if len(metadata['mean']) not in MODES:
         channels = len(metadata['mean'])
-        raise ValueError(f"int8 is calibrated on images, but {metadata['architecture']} takes {channels} channels.")
+        raise UserError(f"int8 is calibrated on images, but {metadata['architecture']} takes {channels} channels.")
     preprocessing = preprocessing_of(metadata)
     plain = {r: _take(model, r) for r in model.resolutions}
     graph = _trace_all(plain, metadata['architecture'])
@@ -129,7 +131,7 @@ def export_int8(
     except QuantizationError as e:
         raise ExportError(f"{metadata['architecture']} cannot be quantized: {e}") from e
     set_metadata(merged, metadata)
-    with _checked(path) as partial:
+    with atomic_path(path) as partial:
         _save_onnx(merged, partial)
         run = _onnx_runner(partial)
         found = {r: _fidelity(run, network, batches[r]) for r, network in plain.items()}
@@ -169,11 +171,11 @@ def export_resolution(
         ValueError: There is no such resolution or format.
     """
     if batch_size is not None and batch_size < 1:
-        raise ValueError(f'batch_size is {batch_size}, expected a positive number.')
+        raise UserError(f'batch_size is {batch_size}, expected a positive number.')
     if format not in FORMATS:
-        raise ValueError(f"Unknown format {format!r}, expected one of {', '.join(FORMATS)}.")
+        raise UserError(f"Unknown format {format!r}, expected one of {', '.join(FORMATS)}.")
     if format == 'torch-export' and not path.endswith('.pt2'):
-        raise ValueError(f'{path}: torch.export.load wants a file whose name ends in .pt2.')
+        raise UserError(f'{path}: torch.export.load wants a file whose name ends in .pt2.')
     network = _take(model, resolution)
     metadata = describe(model, (resolution,), class_names)
     save, runner = {
@@ -181,7 +183,7 @@ def export_resolution(
         'torch-export': (_write_torch_export, lambda p: torch.export.load(p).module()),
         'torchscript': (_write_torchscript, torch.jit.load),
     }[format]
-    with _checked(path) as partial, _quiet():
+    with atomic_path(path) as partial, _quiet():
         try:
             save(network, resolution, batch_size, metadata, partial)
         except Exception as e:  # of the tracers, which have no common class
@@ -226,7 +228,7 @@ def describe(
         resolutions: Sequence[int],
         class_names: Optional[Sequence[str]] = None,
 ) -> Dict[str, Any]:
-    """Return what a file tells of itself: timm_rs.deploy.Session reads it.
+    """Return what a file tells of itself: timm_rs_runtime.Session reads it.
 
     Raises:
         ValueError: There is another number of class names than classes, or the preprocessing is not one of timm.
@@ -241,7 +243,7 @@ def describe(
     elif list(class_names) == _wordnet_ids(num_classes):  # the folders of ImageNet
         class_names = _imagenet_names(num_classes)
     if class_names is not None and len(class_names) != num_classes:
-        raise ValueError(f'There are {len(class_names)} class names, the model has {num_classes} classes.')
+        raise UserError(f'There are {len(class_names)} class names, the model has {num_classes} classes.')
     channels = config['input_size'][0]
     found = dict(
         timm_rs=__version__,
@@ -294,7 +296,7 @@ def trace_onnx(network: nn.Module, resolution: int, batch_size: Optional[int] = 
 
 def _describe_switchable(model: nn.Module, class_names: Optional[Sequence[str]]) -> Dict[str, Any]:
     if not isinstance(model, SwitchableMixin):
-        raise ValueError(f'{type(model).__name__} is not switchable, expected a network of make_switchable.')
+        raise UserError(f'{type(model).__name__} is not switchable, expected a network of make_switchable.')
     return describe(model, model.resolutions, class_names)
 
 
@@ -469,20 +471,6 @@ def _write_torchscript(
 def _onnx_runner(path: str) -> Any:
     session = open_onnx(path, threads=torch.get_num_threads())
     return lambda images: session.run(None, {'images': images.numpy()})[0]
-
-
-@contextmanager
-def _checked(path: str) -> Iterator[str]:
-    """Give a name to write to, which becomes that of the file if nothing is raised."""
-    check_folder_of(path)
-    stem, ending = os.path.splitext(path)
-    partial = f'{stem}.part-{os.getpid()}{ending}'
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
 
 
 @contextmanager

@@ -4,9 +4,7 @@ zoo.csv lists timm's architectures, with the reason where one cannot be made swi
 `rs_<name>` builds the network with timm's own entrypoint, keywords and pretrained tags, then makes its BN layers
 private to the resolutions. timm's weights are a start for training: every BN layer is copied to every resolution.
 OTHER_MODELS are beside these: pre-activation ResNets and the quantized networks of section 4.3, without weights.
-The folder weights holds trained networks that come with the package, each with what a tag of its architecture tells.
-
-timm's import may bring this module, amid the import of any other of ours. So those are imported where a model is built.
+The folder weights holds trained networks that come with the package, each with what a tag of its architecture records.
 """
 import csv
 import difflib
@@ -31,6 +29,12 @@ from timm.models import (
 from timm.models._hub import load_state_dict_from_path
 from timm.models._pretrained import PretrainedCfg
 
+from timm_rs_runtime.errors import UserError
+
+from ..checkpoint import extract_resolution, has_taken, read_weights, state_dict_resolutions
+from ..private_bn import PrivateBN
+from ..quant.quantize import load_bases, quantize, split_bases
+from ..switchable import make_switchable
 from . import preresnet  # noqa: F401  registers the plain networks
 
 PREFIX = 'rs_'
@@ -90,10 +94,6 @@ def _create_rs(
         **kwargs: Any,
 ) -> nn.Module:
     """Build timm's network `base` and make it switchable, and quantized if there are arguments for that."""
-    from .checkpoint import has_taken, state_dict_resolutions
-    from .quant.quantize import load_bases, quantize, split_bases
-    from .switchable import make_switchable
-
     if isinstance(pretrained_cfg, PretrainedCfg):
         pretrained_cfg = pretrained_cfg.to_dict()
     cfg = resolve_pretrained_cfg(PREFIX + name, pretrained_cfg, pretrained_cfg_overlay)
@@ -117,7 +117,7 @@ def _create_rs(
         model = make_switchable(build(pretrained=pretrained, pretrained_cfg=cfg), resolutions)
     if weights and not has_taken(weights, model.state_dict()):
         keys = ', '.join(list(weights)[:3])
-        raise ValueError(f'Nothing of the checkpoint fits {PREFIX}{name}, its keys are {keys}, ...')
+        raise UserError(f'Nothing of the checkpoint fits {PREFIX}{name}, its keys are {keys}, ...')
     model.pretrained_cfg.update(sources, architecture=PREFIX + name)
     model._model_args = dict(resolutions=model.resolutions)  # timm stores no defaults, config.json has to
     if quantization:
@@ -128,8 +128,6 @@ def _create_rs(
 
 def _foreign_weights(cfg: PretrainedCfg, cache_dir: Optional[str]) -> Optional[Mapping[str, Any]]:
     """Return the weights that may be a switchable network's, None for timm's own, which its entrypoint reads itself."""
-    from .checkpoint import read_weights
-
     if cfg.source == 'local-dir':
         return load_state_dict_from_path(cfg.file)
     if cfg.state_dict or (cfg.file and not cfg.custom_load):
@@ -147,10 +145,6 @@ def _build_from_switchable(
         cfg: Dict[str, Any],
 ) -> nn.Module:
     """Build a network from a switchable one's weights, which may be of other resolutions, classes or channels."""
-    from .checkpoint import extract_resolution, state_dict_resolutions
-    from .private_bn import PrivateBN
-    from .switchable import make_switchable
-
     model = make_switchable(build(pretrained=False, pretrained_cfg=cfg), resolutions)
     if not build.keywords.get('features_only', False):
         load_pretrained(
@@ -210,7 +204,7 @@ def _entrypoint(base: str, name: str, **defaults: Any) -> Callable[..., nn.Modul
 
 def _refuse(base: str) -> Callable[..., nn.Module]:
     def entrypoint(*_: Any, **__: Any) -> nn.Module:
-        raise ValueError(explain_unknown_model(PREFIX + base))
+        raise UserError(explain_unknown_model(PREFIX + base))
 
     return entrypoint
 

@@ -1,6 +1,6 @@
 """Deployment: one ONNX file for all resolutions, and what runs it
 
-What is imported here needs NumPy, Pillow and ONNX Runtime alone. Writing such a file (timm_rs.deploy.export) needs
+What is imported here needs NumPy, Pillow and ONNX Runtime alone. Writing such a file (timm_rs.export.export) needs
 torch and timm.
 """
 from .adaptive import AdaptiveSession, Controller, Prediction, QueueFullError

@@ -13,8 +13,10 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from timm_rs_runtime.errors import UserError
+from timm_rs_runtime.session import open_onnx
+
 from .merge import SizedGraph, build
-from .session import open_onnx
 
 __all__ = ['QuantizationError', 'calibrate', 'quantize']
 
@@ -25,7 +27,7 @@ _BIAS_LIMIT = 2. ** 30  # codes of a bias, which sums of products are added to i
 Ranges = Dict[str, List[Tuple[float, float]]]
 
 
-class QuantizationError(ValueError):
+class QuantizationError(UserError):
     """A network has no int8 form; the message says why."""
 
 

@@ -12,6 +12,8 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
+from .errors import UserError
+from .files import atomic_write
 from .preprocess import ImageSource, find_images, is_image_source, open_image, spread
 from .session import Session
 
@@ -52,10 +54,10 @@ class Cascade:
     def __post_init__(self):
         sizes, values = list(self.thresholds), list(self.thresholds.values())
         if not sizes or sizes != sorted(sizes) or values[-1] != 0:
-            raise ValueError(
+            raise UserError(
                 f'{self.thresholds} is no cascade, expected rising resolutions, the last with threshold 0.')
         if not all(0 <= value <= 1 for value in values):
-            raise ValueError(f'{self.thresholds} is no cascade, expected thresholds from 0 to 1.')
+            raise UserError(f'{self.thresholds} is no cascade, expected thresholds from 0 to 1.')
 
     @property
     def resolutions(self) -> Tuple[int, ...]:
@@ -113,7 +115,7 @@ class CascadeSession:
         for resolution in self.cascade.resolutions:
             self.session.check_resolution(resolution)
         if not self.session.num_classes:
-            raise ValueError(f'{self.session.path} has no classes to be sure of, expected a classifier.')
+            raise UserError(f'{self.session.path} has no classes to be sure of, expected a classifier.')
         self.session.check_takes_images()
 
     def __repr__(self) -> str:
@@ -131,7 +133,7 @@ class CascadeSession:
             RuntimeError: ONNX Runtime fails, for example for lack of memory.
         """
         if isinstance(images, np.ndarray):
-            raise ValueError('Got an array, whose size is given; expected images (Session.predict takes arrays).')
+            raise UserError('Got an array, whose size is given; expected images (Session.predict takes arrays).')
         images = [images] if is_image_source(images) else list(images)
         mode = 'L' if len(self.session.mean) == 1 else 'RGB'
         images = [open_image(image, mode) for image in images]  # decoded once for all sizes
@@ -190,19 +192,19 @@ def fit(
         ValueError: Not one target is given, or no cascade reaches it.
     """
     if (target_accuracy is None) == (target_madds is None):
-        raise ValueError('Expected a target accuracy or a target of multiply-adds, one of both.')
+        raise UserError('Expected a target accuracy or a target of multiply-adds, one of both.')
     found = sweep(logits, labels, madds, start)
     if target_accuracy is not None:
         good = [f for f in found if f.accuracy >= target_accuracy]
         if not good:
             best = max(f.accuracy for f in found)
-            raise ValueError(f'No cascade reaches an accuracy of {target_accuracy:.2%} on these images, '
+            raise UserError(f'No cascade reaches an accuracy of {target_accuracy:.2%} on these images, '
                              f'the best has {best:.2%}.')
         return min(good, key=lambda f: (f.madds, -f.accuracy))
     good = [f for f in found if f.madds <= target_madds]
     if not good:
         least = min(f.madds for f in found)
-        raise ValueError(f'No cascade stays below {target_madds:.4g} multiply-adds, the cheapest takes {least:.4g}.')
+        raise UserError(f'No cascade stays below {target_madds:.4g} multiply-adds, the cheapest takes {least:.4g}.')
     # Of the same sizes the one that spends most: the others are better by chance alone.
     spent = {(f.cascade.resolutions, f.cascade.average): f for f in sorted(good, key=lambda f: f.madds)}
     return max(spent.values(), key=lambda f: (f.accuracy, -f.madds))
@@ -226,11 +228,11 @@ def sweep(
     """
     sizes = sorted(logits)
     if start is not None and start not in sizes:
-        raise ValueError(f"Unknown start {start!r}, expected one of {', '.join(map(str, sizes))}.")
+        raise UserError(f"Unknown start {start!r}, expected one of {', '.join(map(str, sizes))}.")
     if any(not madds.get(r) for r in sizes):
-        raise ValueError('Multiply-adds of a resolution are unknown, expected a file that tells them.')
+        raise UserError('Multiply-adds of a resolution are unknown, expected a file that tells them.')
     if not len(labels) or any(len(logits[r]) != len(labels) for r in sizes):
-        raise ValueError('Expected as many logits as labels, at least one.')
+        raise UserError('Expected as many logits as labels, at least one.')
     found = []
     for length in range(1, len(sizes) + 1):
         for chosen in itertools.combinations(sizes, length):
@@ -340,7 +342,7 @@ def label_folders(
     paths = find_images(folder)
     loose = [path for path in paths if os.path.dirname(os.path.relpath(path, folder)) == '']
     if loose:
-        raise ValueError(f'{loose[0]} is in no class folder.')
+        raise UserError(f'{loose[0]} is in no class folder.')
     names = sorted(set(map(_class_of, paths)), key=_natural_key)
     index = _class_index(names, session)
     unknown = [name for name in names if name not in index]
@@ -349,7 +351,7 @@ def label_folders(
     if len(unknown) < len(names):
         expected = f'the names of classes, as {next(name for name in names if name in index)} is one'
     if unknown:
-        raise ValueError(f'{folder}: {unknown[0]} is no class folder: expected {expected}.')
+        raise UserError(f'{folder}: {unknown[0]} is no class folder: expected {expected}.')
     paths = spread(paths, most)
     return paths, np.array([index[_class_of(path)] for path in paths])
 
@@ -386,15 +388,9 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 def write_cascade(path: Union[str, os.PathLike], cascade: Cascade, **told: Any) -> None:
     """Write a cascade as JSON, complete or not at all, and what else is told of it."""
     values = dict(asdict(cascade), **told)
-    partial = f'{os.fspath(path)}.part-{os.getpid()}'
-    try:
-        with open(partial, 'w', encoding='utf-8') as f:
-            json.dump(values, f, indent=2)
-            f.write('\n')
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+    with atomic_write(path) as f:
+        json.dump(values, f, indent=2)
+        f.write('\n')
 
 
 def read_cascade(path: Union[str, os.PathLike]) -> Cascade:
@@ -404,11 +400,11 @@ def read_cascade(path: Union[str, os.PathLike]) -> Cascade:
         ValueError: There is no such file, or it is another.
     """
     if not os.path.isfile(path):
-        raise ValueError(f'{path} does not exist, expected a file of timm-rs fit-cascade.')
+        raise UserError(f'{path} does not exist, expected a file of timm-rs fit-cascade.')
     try:
         with open(path, encoding='utf-8') as f:
             values = json.load(f)
         thresholds = {int(r): float(t) for r, t in values['thresholds'].items()}
         return Cascade(thresholds, bool(values.get('average', False)))
     except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise ValueError(f'{path} is no file of timm-rs fit-cascade: {e}') from e
+        raise UserError(f'{path} is no file of timm-rs fit-cascade: {e}') from e

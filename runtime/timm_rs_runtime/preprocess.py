@@ -8,6 +8,8 @@ from typing import IO, Iterator, List, Optional, Sequence, Tuple, Union
 import numpy as np
 from PIL import Image
 
+from .errors import UserError
+
 __all__ = ['MODES', 'ImageError', 'Preprocessing', 'find_images', 'open_image']
 
 ImageSource = Union[str, os.PathLike, bytes, bytearray, memoryview, IO[bytes], Image.Image]
@@ -17,7 +19,7 @@ _MAX_CROP_PCT = 4  # the crop may be larger than the image
 MODES = {1: 'L', 3: 'RGB'}  # of Pillow, by channels
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """An image cannot be used; the message names it."""
 
 
@@ -49,16 +51,16 @@ class Preprocessing:
 
     def __post_init__(self):
         if len(self.mean) != len(self.std) or len(self.mean) not in MODES:
-            raise ValueError(f'mean {self.mean} and std {self.std} are not of 1 or 3 channels each.')
+            raise UserError(f'mean {self.mean} and std {self.std} are not of 1 or 3 channels each.')
         if self.interpolation.upper() not in Image.Resampling.__members__:
             known = ', '.join(Image.Resampling.__members__).lower()
-            raise ValueError(f'Unknown interpolation {self.interpolation!r}, expected one of {known}.')
+            raise UserError(f'Unknown interpolation {self.interpolation!r}, expected one of {known}.')
         if self.crop_mode not in ('center', 'squash', 'border'):
-            raise ValueError(f'Unknown crop mode {self.crop_mode!r}, expected center, squash or border.')
+            raise UserError(f'Unknown crop mode {self.crop_mode!r}, expected center, squash or border.')
         if not all(map(math.isfinite, self.mean)) or not all(0 < v < math.inf for v in self.std):
-            raise ValueError(f'mean {self.mean} and std {self.std} are no means and positive deviations.')
+            raise UserError(f'mean {self.mean} and std {self.std} are no means and positive deviations.')
         if not 0 < self.crop_pct <= _MAX_CROP_PCT:
-            raise ValueError(
+            raise UserError(
                 f'crop_pct is {self.crop_pct}, expected a share: more than 0, {_MAX_CROP_PCT} at most.')
 
     def __call__(self, image: ImageSource, resolution: int) -> np.ndarray:
@@ -173,7 +175,7 @@ def find_images(folder: Union[str, os.PathLike], most: Optional[int] = None) -> 
 def spread(paths: Sequence[str], most: Optional[int]) -> List[str]:
     """Return so many of them at most, evenly spread."""
     if most is not None and most < 1:
-        raise ValueError(f'{most} images are asked for, expected a positive number.')
+        raise UserError(f'{most} images are asked for, expected a positive number.')
     if most is None or most >= len(paths):
         return list(paths)
     return [paths[i * len(paths) // most] for i in range(most)]

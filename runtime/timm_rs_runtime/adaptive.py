@@ -12,6 +12,7 @@ from typing import Any, Callable, Deque, Dict, Iterator, Mapping, Optional, Sequ
 import numpy as np
 from PIL import Image
 
+from .errors import UserError
 from .preprocess import MODES, ImageSource, buffered, is_image_source, open_image
 from .session import Session
 
@@ -21,7 +22,7 @@ __all__ = ['AdaptiveSession', 'Controller', 'Prediction', 'QueueFullError', 'mea
 READ_AHEAD = 3  # requests whose images are read while they wait
 
 
-class QueueFullError(RuntimeError):
+class QueueFullError(UserError, RuntimeError):
     """A request came while as many as are allowed were waiting; it was not served."""
 
 
@@ -106,9 +107,9 @@ class Controller:
             patience: int = 4,
     ):
         if floor is not None and floor not in latency:
-            raise ValueError(f"Unknown floor {floor!r}, expected one of {', '.join(map(str, latency))}.")
+            raise UserError(f"Unknown floor {floor!r}, expected one of {', '.join(map(str, latency))}.")
         if min(margin, headroom) < 0 or patience < 1:
-            raise ValueError(
+            raise UserError(
                 f'margin {margin} and headroom {headroom} must not be negative, patience {patience} is at least 1.')
         self.resolutions = tuple(sorted((r for r in latency if r >= (floor or 0)), reverse=True))
         self.resolution = self.resolutions[0]
@@ -226,7 +227,7 @@ class AdaptiveSession:
     ):
         _check_budget(budget_ms)
         if max_queue < 0:
-            raise ValueError(f'max_queue is {max_queue}, expected 0 or more.')
+            raise UserError(f'max_queue is {max_queue}, expected 0 or more.')
         self.session = path if hasattr(path, 'predict') else Session(path, threads, mode)
         self.budget_ms = budget_ms
         self.max_queue = max_queue
@@ -267,10 +268,10 @@ class AdaptiveSession:
         """
         budget_ms = self.budget_ms if budget_ms is None else _check_budget(budget_ms)
         if isinstance(images, np.ndarray):
-            raise ValueError('Got an array, whose size is given; expected images (Session.predict takes arrays).')
+            raise UserError('Got an array, whose size is given; expected images (Session.predict takes arrays).')
         images = [images] if is_image_source(images) else list(images)
         if not images:
-            raise ValueError('Got no images, expected at least one.')
+            raise UserError('Got no images, expected at least one.')
         try:
             images = [buffered(image) for image in images]  # what a client still sends would hold up the line
             start = self._clock()
@@ -408,5 +409,5 @@ def measure_latency(
 
 def _check_budget(budget_ms: float) -> float:
     if not budget_ms > 0:
-        raise ValueError(f'A budget of {budget_ms} ms was given, expected a positive number.')
+        raise UserError(f'A budget of {budget_ms} ms was given, expected a positive number.')
     return budget_ms

@@ -5,6 +5,8 @@ from typing import Any, List, Tuple
 import torch
 import torch.nn.functional as F
 
+from timm_rs_runtime.errors import UserError
+
 __all__ = ['INTERPOLATIONS', 'downscale', 'matched_weights']
 
 INTERPOLATIONS = ('bilinear', 'bicubic')
@@ -38,7 +40,7 @@ def downscale(images: torch.Tensor, size: int, interpolation: str = 'bilinear') 
     """
     height, width = images.shape[-2:]
     if not 0 < size <= height == width:
-        raise ValueError(
+        raise UserError(
             f'Cannot downscale images of {height}x{width} to {size}, expected square ones of that size at least.')
     if size == width:
         return images

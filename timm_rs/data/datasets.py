@@ -10,8 +10,10 @@ from PIL import Image, ImageMode
 from timm import data as timm_data
 from timm.data.loader import fast_collate
 
-from ._exact_resize import ResizeAndCrop, to_planes
-from .private_bn import check_resolutions
+from timm_rs_runtime.errors import UserError
+
+from ..resolutions import check_resolutions
+from .exact_resize import ResizeAndCrop, to_planes
 
 _PACKAGES = dict(wds='webdataset', hfds='datasets', hfids='datasets', tfds='tensorflow_datasets')
 _TRAIN = ('train', 'training')  # names that timm takes for the same split
@@ -91,17 +93,17 @@ def create_dataset(name: str, root: Optional[str], split: str, **kwargs: Any) ->
         how = 'tensorflow tensorflow_datasets' if kind == 'tfds' else "'timm_rs[stream]'"
         raise ImportError(f'--dataset {name} needs the package {_PACKAGES[kind]}: pip install {how}.')
     if kind == 'wds' and not root:
-        raise ValueError(f'No data: --dataset {name} needs the folder of the shards as DIR or --data-dir.')
+        raise UserError(f'No data: --dataset {name} needs the folder of the shards as DIR or --data-dir.')
     if not name or name.startswith(('folder', 'torch/image_folder')):
         if not root:
-            raise ValueError('No data: give the folder of the data set as DIR or --data-dir, or --dataset digits.')
+            raise UserError('No data: give the folder of the data set as DIR or --data-dir, or --dataset digits.')
         if not os.path.exists(root):
-            raise ValueError(f'Data folder {root} does not exist, expected a folder with one of images per class.')
+            raise UserError(f'Data folder {root} does not exist, expected a folder with one of images per class.')
         _check_split(root, split)
     try:
         return timm_data.create_dataset(name, root=root, split=split, **kwargs)
     except (AssertionError, FileNotFoundError, NotADirectoryError, RuntimeError) as e:
-        raise ValueError(f'Cannot read split {split!r} of data set {name or root}: {e}') from e
+        raise UserError(f'Cannot read split {split!r} of data set {name or root}: {e}') from e
 
 
 def _check_split(root: str, split: str) -> None:
@@ -111,9 +113,9 @@ def _check_split(root: str, split: str) -> None:
     same = next((n for n in names if split in n), {split})
     others = folders & set.union(*names)
     if split and others and not folders & (same | {split}):
-        raise ValueError(f"{root} has no split {split!r}, it holds {', '.join(sorted(others))}.")
+        raise UserError(f"{root} has no split {split!r}, it holds {', '.join(sorted(others))}.")
     if not split and len(others) > 1:
-        raise ValueError(f"{root} holds {', '.join(sorted(others))}, expected one of them as the split instead of ''.")
+        raise UserError(f"{root} holds {', '.join(sorted(others))}, expected one of them as the split instead of ''.")
 
 
 def share_shards(
@@ -143,7 +145,7 @@ def share_shards(
     shards = reader.split_info.filenames
     if is_training:
         if len(shards) < world_size * max(num_workers, 1):
-            raise ValueError(
+            raise UserError(
                 f'{len(shards)} training shards for {world_size} processes with {num_workers} --workers each, '
                 f'expected at least {world_size * max(num_workers, 1)} shards.')
     elif rank >= len(shards):
@@ -197,14 +199,14 @@ def choose_img_mode(in_chans: int, mode: Optional[str] = None) -> str:
         'RGBA'
     """
     if not mode and in_chans not in _IMG_MODES:
-        raise ValueError(f'Images of {in_chans} channels need their PIL mode, give it by --input-img-mode.')
+        raise UserError(f'Images of {in_chans} channels need their PIL mode, give it by --input-img-mode.')
     mode = mode or _IMG_MODES[in_chans]
     try:
         bands = len(ImageMode.getmode(mode).bands)
     except KeyError:
-        raise ValueError(f'--input-img-mode {mode}: PIL has no such mode, expected one like RGB or L.') from None
+        raise UserError(f'--input-img-mode {mode}: PIL has no such mode, expected one like RGB or L.') from None
     if bands != in_chans:
-        raise ValueError(
+        raise UserError(
             f'--input-img-mode {mode} gives images of {bands} channels, the model takes {in_chans} (--in-chans).')
     return mode
 

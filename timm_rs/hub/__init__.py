@@ -1,0 +1,1 @@
+"""Models from files of any kind, to folders and to the Hugging Face Hub"""

@@ -1,0 +1,1 @@
+"""The rs_* models, and the networks that come with the package"""
