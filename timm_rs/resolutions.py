@@ -2,6 +2,8 @@
 from numbers import Integral
 from typing import Any, Iterable, Sequence, Tuple, Union
 
+from timm_rs_runtime.errors import UserError
+
 __all__ = ['Switch', 'UnknownResolutionError', 'check_resolutions', 'nearest_resolution', 'neighbours']
 
 
