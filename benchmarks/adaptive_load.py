@@ -10,7 +10,7 @@ a burst's is --burst times the rate at which the largest size alone is fully bus
 
 Time runs from a request's arrival to its answer, the reading of the image included; a miss is an answer later than the
 budget, or a refusal. Accuracy is that of the answers, late ones included, where folders name classes
-(timm_rs_runtime.cascade.label_folders). n: --cycles cycles of calm and burst. Contenders take turns, cycle by cycle.
+(timm_rs_runtime.fitting.label_folders). n: --cycles cycles of calm and burst. Contenders take turns, cycle by cycle.
 Wanted: in bursts, adaptive misses less than 1 % where the largest size misses more than 30 %, and is right more often
 than the smallest size.
 
@@ -25,7 +25,7 @@ import numpy as np
 from _common import add_deployed_arguments, create_parser, print_table, write_results
 
 from timm_rs_runtime import AdaptiveSession, Session
-from timm_rs_runtime.cascade import label_folders
+from timm_rs_runtime.fitting import label_folders
 
 COLUMNS = ('contender', 'phase', 'requests', 'p50_ms', 'p99_ms', 'misses', 'accuracy', 'mean_size')
 

@@ -18,7 +18,7 @@ import numpy as np
 from _common import add_deployed_arguments, create_parser, print_table, write_results
 
 from timm_rs_runtime import CascadeSession, Session
-from timm_rs_runtime.cascade import collect_logits, fit, label_folders
+from timm_rs_runtime.fitting import collect_logits, fit, label_folders
 
 COLUMNS = ('network', 'accuracy', 'difference', 'standard_error', 'madds_M', 'madds_percent', 'mean_ms')
 

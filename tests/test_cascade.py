@@ -16,17 +16,16 @@ pytest.importorskip('onnxruntime')
 from timm_rs.export.export import export_switchable  # noqa: E402
 from timm_rs_cli import main  # noqa: E402
 from timm_rs_runtime import Cascade, CascadeSession, ImageError, Session  # noqa: E402
-from timm_rs_runtime.cascade import (  # noqa: E402
+from timm_rs_runtime.cascade import read_cascade, softmax, write_cascade  # noqa: E402
+from timm_rs_runtime.fitting import (  # noqa: E402
     collect_logits,
+    compare,
     evaluate_cascade,
     fit,
     label_folders,
-    read_cascade,
-    softmax,
+    measure_images,
     sweep,
-    write_cascade,
 )
-from timm_rs_runtime.predict import compare, measure_images  # noqa: E402
 
 RESOLUTIONS = (64, 48, 32)
 MADDS = {96: 1, 160: 3, 224: 6}
@@ -334,8 +333,8 @@ def test_told_latency_is_that_of_answers(session, photographs, monkeypatch):
     def read(name, mode):
         now[0] += 0.5
 
-    monkeypatch.setattr('timm_rs_runtime.predict.time.perf_counter', lambda: now[0])
-    monkeypatch.setattr('timm_rs_runtime.predict.open_image', read)
+    monkeypatch.setattr('timm_rs_runtime.fitting.time.perf_counter', lambda: now[0])
+    monkeypatch.setattr('timm_rs_runtime.fitting.open_image', read)
     monkeypatch.setattr(session, 'predict', predict)
     latency, reading = measure_images(session, ['a.png', 'b.png'])
     assert latency == {64: 64., 48: 48., 32: 32.} and reading == 0.5

@@ -315,7 +315,7 @@ def _add_fit_cascade(parser: argparse.ArgumentParser) -> None:
 
 
 def _fit_cascade(args: argparse.Namespace) -> None:
-    from timm_rs_runtime.predict import fit_cascade
+    from timm_rs_runtime.fitting import fit_cascade
 
     rows = fit_cascade(
         args.file,

@@ -1,8 +1,7 @@
-"""Answers for files: what `timm-rs predict` and `timm-rs fit-cascade` do"""
+"""Answers for files: what `timm-rs predict` does"""
 import io
 import json
 import os
-import statistics
 import sys
 import time
 from typing import IO, Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
@@ -10,23 +9,13 @@ from typing import IO, Any, Dict, Iterator, List, Optional, Sequence, Tuple, Uni
 import numpy as np
 
 from .adaptive import AdaptiveSession
-from .cascade import (
-    CascadeSession,
-    collect_logits,
-    evaluate_cascade,
-    fit,
-    label_folders,
-    softmax,
-    write_cascade,
-)
-from .files import check_new_file
-from .preprocess import MODES, ImageError, ImageSource, find_images, open_image, spread
+from .cascade import CascadeSession, softmax
+from .preprocess import ImageError, ImageSource, find_images
 from .session import Session
 
-__all__ = ['Predictor', 'find_sources', 'fit_cascade', 'predict_all', 'top']
+__all__ = ['Predictor', 'find_sources', 'predict_all', 'top']
 
 STDIN = '-'
-_TIMED = 24  # images
 
 
 class Predictor:
@@ -149,100 +138,3 @@ def predict_all(predictor: Predictor, names: Sequence[str], k: int = 5, as_json:
             for row in best:
                 print(f"  {row['probability']:7.2%}  {row['name']}")
     return failed
-
-
-def fit_cascade(
-        path: Any,
-        folder: str,
-        output: str,
-        target_accuracy: Optional[float] = None,
-        target_madds: Optional[float] = None,
-        start: Optional[int] = None,
-        most: Optional[int] = None,
-        threads: Optional[int] = None,
-) -> List[Dict[str, Any]]:
-    """Fit a cascade on labelled images and write it.
-
-    Args:
-        path: File of `timm-rs export --format onnx`, or a Session.
-        folder: Folder of class folders, see label_folders.
-        output: File to write, which there must not be yet.
-        target_accuracy: Share of right answers to reach.
-        target_madds: Mean multiply-adds of an image to stay below.
-        start: First resolution, fitted if None.
-        most: Images at most.
-        threads: Threads of an inference, all cores if None.
-
-    Returns:
-        Rows of accuracy, mean multiply-adds and mean latency on these images, of each resolution and the cascade. The
-        latency is of images one by one, as measured on some of them.
-
-    Raises:
-        ValueError: A file, folder or argument is not usable, or no cascade reaches the target.
-    """
-    check_new_file(output)
-    session = path if hasattr(path, 'predict') else Session(path, threads)
-    images, labels = label_folders(folder, session, most)
-    latency, reading = measure_images(session, spread(images, _TIMED))
-    logits = collect_logits(session, images)
-    found = fit(logits, labels, session.madds, target_accuracy, target_madds, start)
-    rows = compare(session, found.cascade, logits, labels, latency, reading)
-    write_cascade(output, found.cascade, images=len(images), target_accuracy=target_accuracy,
-                  target_madds=target_madds, rows=rows)
-    return rows
-
-
-def measure_images(session: Session, images: Sequence[str], rounds: int = 3) -> Tuple[Dict[int, float], float]:
-    """Measure what images take one by one: the mean of their medians.
-
-    Args:
-        session: The session.
-        images: Names of files.
-        rounds: Times that each is answered.
-
-    Returns:
-        Seconds of an image at each resolution, its preprocessing included, and seconds to read it.
-    """
-    mode = MODES[len(session.mean)]
-    times: Dict[Optional[int], List[List[float]]] = {r: [] for r in (None, *session.resolutions)}
-    for name in images:
-        for found in times.values():
-            found.append([])
-        for _ in range(rounds):
-            start = time.perf_counter()
-            image = open_image(name, mode)
-            times[None][-1].append(time.perf_counter() - start)
-            for r in session.resolutions:
-                start = time.perf_counter()
-                session.predict(image, r)
-                times[r][-1].append(time.perf_counter() - start)
-    means = {key: statistics.mean(map(statistics.median, found)) for key, found in times.items()}
-    return means, means.pop(None)
-
-
-def compare(
-        session: Session,
-        cascade: Any,
-        logits: Dict[int, np.ndarray],
-        labels: np.ndarray,
-        latency: Dict[int, float],
-        reading: float,
-) -> List[Dict[str, Any]]:
-    """Return a row of each resolution alone and of the cascade.
-
-    Args:
-        session: Tells the multiply-adds.
-        cascade: The cascade.
-        logits: Array [N, num_classes] at each resolution.
-        labels: Classes [N].
-        latency: Seconds of an image at each resolution, its preprocessing included.
-        reading: Seconds to read an image, once for all resolutions.
-    """
-    rows = []
-    for name, c in [(f'{r} px', {r: 0.}) for r in session.resolutions] + [('cascade', cascade.thresholds)]:
-        judged = evaluate_cascade(type(cascade)(c, cascade.average), logits, labels, session.madds)
-        seconds = reading + sum(share * latency[r] for r, share in judged.shares.items())
-        rows.append(dict(
-            network=name, accuracy=round(judged.accuracy, 6), madds=round(judged.madds),
-            milliseconds=round(1e3 * seconds, 3), shares={str(r): round(s, 4) for r, s in judged.shares.items()}))
-    return rows

@@ -1,0 +1,343 @@
+"""Cascades fitted on labelled images to a target accuracy or a target cost: what `timm-rs fit-cascade` does"""
+import itertools
+import os
+import re
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+
+import numpy as np
+
+from .cascade import Cascade, softmax, write_cascade
+from .errors import UserError
+from .files import check_new_file
+from .preprocess import MODES, find_images, open_image, spread
+from .session import Session
+
+__all__ = ['Fit', 'collect_logits', 'evaluate_cascade', 'fit', 'fit_cascade', 'label_folders', 'sweep']
+
+_STEPS = 256  # thresholds that are tried
+_TIMED = 24  # images
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A cascade and what it does on the images that it was fitted on.
+
+    Attributes:
+        cascade: The cascade.
+        accuracy: Share of right answers.
+        madds: Mean multiply-adds of an image.
+        shares: Share of the images that go through each resolution.
+    """
+    cascade: Cascade
+    accuracy: float
+    madds: float
+    shares: Mapping[int, float]
+
+
+def fit(
+        logits: Mapping[int, np.ndarray],
+        labels: np.ndarray,
+        madds: Mapping[int, int],
+        target_accuracy: Optional[float] = None,
+        target_madds: Optional[float] = None,
+        start: Optional[int] = None,
+) -> Fit:
+    """Return the cheapest cascade of a target accuracy, or the most accurate one of a target cost.
+
+    Args:
+        logits: Array [N, num_classes] at each resolution, of the same images.
+        labels: Their classes [N].
+        madds: Multiply-adds of an image at each resolution.
+        target_accuracy: Share of right answers to reach.
+        target_madds: Mean multiply-adds of an image to stay below.
+        start: First resolution; if None it is fitted as well.
+
+    Raises:
+        ValueError: Not one target is given, or no cascade reaches it.
+    """
+    if (target_accuracy is None) == (target_madds is None):
+        raise UserError('Expected a target accuracy or a target of multiply-adds, one of both.')
+    found = sweep(logits, labels, madds, start)
+    if target_accuracy is not None:
+        good = [f for f in found if f.accuracy >= target_accuracy]
+        if not good:
+            best = max(f.accuracy for f in found)
+            raise UserError(f'No cascade reaches an accuracy of {target_accuracy:.2%} on these images, '
+                             f'the best has {best:.2%}.')
+        return min(good, key=lambda f: (f.madds, -f.accuracy))
+    good = [f for f in found if f.madds <= target_madds]
+    if not good:
+        least = min(f.madds for f in found)
+        raise UserError(f'No cascade stays below {target_madds:.4g} multiply-adds, the cheapest takes {least:.4g}.')
+    # Of the same sizes the one that spends most: the others are better by chance alone.
+    spent = {(f.cascade.resolutions, f.cascade.average): f for f in sorted(good, key=lambda f: f.madds)}
+    return max(spent.values(), key=lambda f: (f.accuracy, -f.madds))
+
+
+def sweep(
+        logits: Mapping[int, np.ndarray],
+        labels: np.ndarray,
+        madds: Mapping[int, int],
+        start: Optional[int] = None,
+) -> List[Fit]:
+    """Return cascades of every set of sizes, with many thresholds.
+
+    A cascade has the same threshold at all sizes but the last: a threshold of each, fitted to the answers, gains on the
+    images that it is fitted on and loses on others (docs/findings.md).
+
+    Args: See fit.
+
+    Raises:
+        ValueError: The arguments do not agree.
+    """
+    sizes = sorted(logits)
+    if start is not None and start not in sizes:
+        raise UserError(f"Unknown start {start!r}, expected one of {', '.join(map(str, sizes))}.")
+    if any(not madds.get(r) for r in sizes):
+        raise UserError('Multiply-adds of a resolution are unknown, expected a file that tells them.')
+    if not len(labels) or any(len(logits[r]) != len(labels) for r in sizes):
+        raise UserError('Expected as many logits as labels, at least one.')
+    found = []
+    for length in range(1, len(sizes) + 1):
+        for chosen in itertools.combinations(sizes, length):
+            if start is not None and chosen[0] != start:
+                continue
+            cost = np.array([madds[r] for r in chosen])
+            for average in (False, True)[:length]:  # of one size there is no mean
+                confidence, right = _stages([logits[r] for r in chosen], labels, average)
+                for threshold in _candidates(confidence):
+                    thresholds = np.append(np.full(length - 1, threshold), 0.)
+                    found.append(_judge(chosen, thresholds, average, confidence, right, cost))
+    return found
+
+
+def _stages(logits: Sequence[np.ndarray], labels: np.ndarray, average: bool) -> Tuple[np.ndarray, np.ndarray]:
+    """Return confidence and correctness of the answer after each stage [S, N]."""
+    confidence, right, total = [], [], 0.
+    for stage, found in enumerate(logits):
+        total = total + found
+        answer = total / (stage + 1) if average else found
+        confidence.append(softmax(answer).max(-1))
+        right.append(answer.argmax(-1) == labels)
+    return np.stack(confidence), np.stack(right)
+
+
+def _candidates(confidence: np.ndarray) -> np.ndarray:
+    """Return thresholds from 0 to 1, close together where many images are, given their confidences [S, N]."""
+    if len(confidence) == 1:
+        return np.zeros(1)
+    return np.unique(np.concatenate([[0., 1.], np.quantile(confidence[:-1], np.linspace(0, 1, _STEPS))]))
+
+
+def _follow(confidence: np.ndarray, thresholds: np.ndarray, cost: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """Return the last stage of each image, and what it has spent then."""
+    last = np.argmax(confidence >= thresholds[:, None], axis=0)  # the first that is sure enough; the last one is
+    return last, np.cumsum(cost)[last]
+
+
+def _judge(
+        sizes: Sequence[int],
+        thresholds: np.ndarray,
+        average: bool,
+        confidence: np.ndarray,
+        right: np.ndarray,
+        madds: np.ndarray,
+) -> Fit:
+    last, spent = _follow(confidence, thresholds, madds)
+    return Fit(
+        Cascade(dict(zip(sizes, thresholds.tolist())), average),
+        float(right[last, np.arange(len(last))].mean()),
+        float(spent.mean()),
+        {r: float((last >= i).mean()) for i, r in enumerate(sizes)},
+    )
+
+
+def evaluate_cascade(
+        cascade: Cascade,
+        logits: Mapping[int, np.ndarray],
+        labels: np.ndarray,
+        madds: Mapping[int, int],
+) -> Fit:
+    """Return what a cascade does on images whose logits are known at its resolutions; arguments as of fit."""
+    sizes = cascade.resolutions
+    confidence, right = _stages([logits[r] for r in sizes], labels, cascade.average)
+    thresholds = np.array(list(cascade.thresholds.values()))
+    return _judge(sizes, thresholds, cascade.average, confidence, right, np.array([madds[r] for r in sizes]))
+
+
+def collect_logits(
+        session: Session,
+        images: Sequence[str],
+        batch_size: int = 16,
+        on_batch: Optional[Callable[[int], None]] = None,
+) -> Dict[int, np.ndarray]:
+    """Return the logits [N, num_classes] of images at each resolution; on_batch is told how many are done."""
+    mode = 'L' if len(session.mean) == 1 else 'RGB'
+    rows: Dict[int, List[np.ndarray]] = {r: [] for r in session.resolutions}
+    batch_size = session.batch_size or batch_size
+    for i in range(0, len(images), batch_size):
+        opened = [open_image(image, mode) for image in images[i:i + batch_size]]
+        for r in rows:
+            rows[r].append(session.predict(opened, r))
+        if on_batch is not None:
+            on_batch(i + len(opened))
+    return {r: np.concatenate(found) for r, found in rows.items()}
+
+
+def label_folders(
+        folder: Union[str, os.PathLike],
+        session: Session,
+        most: Optional[int] = None,
+) -> Tuple[List[str], np.ndarray]:
+    """Return images of a folder of class folders, and their classes.
+
+    A class folder has the name of a class or, of ImageNet, its WordNet id; else there are as many folders as classes,
+    in the order that timm's training gives them: by name, numbers in it by value, capitals as small letters. Of folders
+    in folders the innermost is that of the class.
+
+    Args:
+        folder: The folder.
+        session: Tells the classes.
+        most: Images at most, spread evenly.
+
+    Raises:
+        ValueError: There are no images, or the folders cannot be told to be classes.
+    """
+    paths = find_images(folder)
+    loose = [path for path in paths if os.path.dirname(os.path.relpath(path, folder)) == '']
+    if loose:
+        raise UserError(f'{loose[0]} is in no class folder.')
+    names = sorted(set(map(_class_of, paths)), key=_natural_key)
+    index = _class_index(names, session)
+    unknown = [name for name in names if name not in index]
+    expected = (f'the names of classes or WordNet ids, or {session.num_classes} folders in the order of the classes, '
+                f'found {len(names)} folders')
+    if len(unknown) < len(names):
+        expected = f'the names of classes, as {next(name for name in names if name in index)} is one'
+    if unknown:
+        raise UserError(f'{folder}: {unknown[0]} is no class folder: expected {expected}.')
+    paths = spread(paths, most)
+    return paths, np.array([index[_class_of(path)] for path in paths])
+
+
+def _class_of(path: str) -> str:
+    return os.path.basename(os.path.dirname(path))
+
+
+def _natural_key(name: str) -> List[Union[int, str]]:
+    return [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', name.lower())]
+
+
+def _class_index(names: Sequence[str], session: Session) -> Dict[str, int]:
+    known = {name: i for i, name in enumerate(session.class_names or ())}
+    if set(names) & set(known):  # if not all of them are, the caller says which
+        return known
+    if len(names) == session.num_classes:
+        return {name: i for i, name in enumerate(names)}
+    if names and all(len(name) == 9 and name[0] == 'n' and name[1:].isdigit() for name in names):
+        from timm.data import ImageNetInfo, infer_imagenet_subset
+
+        subset = infer_imagenet_subset(dict(num_classes=session.num_classes))
+        if subset is not None:
+            return {synset: i for i, synset in enumerate(ImageNetInfo(subset).label_names())}
+    return {}
+
+
+def fit_cascade(
+        path: Any,
+        folder: str,
+        output: str,
+        target_accuracy: Optional[float] = None,
+        target_madds: Optional[float] = None,
+        start: Optional[int] = None,
+        most: Optional[int] = None,
+        threads: Optional[int] = None,
+) -> List[Dict[str, Any]]:
+    """Fit a cascade on labelled images and write it.
+
+    Args:
+        path: File of `timm-rs export --format onnx`, or a Session.
+        folder: Folder of class folders, see label_folders.
+        output: File to write, which there must not be yet.
+        target_accuracy: Share of right answers to reach.
+        target_madds: Mean multiply-adds of an image to stay below.
+        start: First resolution, fitted if None.
+        most: Images at most.
+        threads: Threads of an inference, all cores if None.
+
+    Returns:
+        Rows of accuracy, mean multiply-adds and mean latency on these images, of each resolution and the cascade. The
+        latency is of images one by one, as measured on some of them.
+
+    Raises:
+        ValueError: A file, folder or argument is not usable, or no cascade reaches the target.
+    """
+    check_new_file(output)
+    session = path if hasattr(path, 'predict') else Session(path, threads)
+    images, labels = label_folders(folder, session, most)
+    latency, reading = measure_images(session, spread(images, _TIMED))
+    logits = collect_logits(session, images)
+    found = fit(logits, labels, session.madds, target_accuracy, target_madds, start)
+    rows = compare(session, found.cascade, logits, labels, latency, reading)
+    write_cascade(output, found.cascade, images=len(images), target_accuracy=target_accuracy,
+                  target_madds=target_madds, rows=rows)
+    return rows
+
+
+def measure_images(session: Session, images: Sequence[str], rounds: int = 3) -> Tuple[Dict[int, float], float]:
+    """Measure what images take one by one: the mean of their medians.
+
+    Args:
+        session: The session.
+        images: Names of files.
+        rounds: Times that each is answered.
+
+    Returns:
+        Seconds of an image at each resolution, its preprocessing included, and seconds to read it.
+    """
+    mode = MODES[len(session.mean)]
+    times: Dict[Optional[int], List[List[float]]] = {r: [] for r in (None, *session.resolutions)}
+    for name in images:
+        for found in times.values():
+            found.append([])
+        for _ in range(rounds):
+            start = time.perf_counter()
+            image = open_image(name, mode)
+            times[None][-1].append(time.perf_counter() - start)
+            for r in session.resolutions:
+                start = time.perf_counter()
+                session.predict(image, r)
+                times[r][-1].append(time.perf_counter() - start)
+    means = {key: statistics.mean(map(statistics.median, found)) for key, found in times.items()}
+    return means, means.pop(None)
+
+
+def compare(
+        session: Session,
+        cascade: Any,
+        logits: Dict[int, np.ndarray],
+        labels: np.ndarray,
+        latency: Dict[int, float],
+        reading: float,
+) -> List[Dict[str, Any]]:
+    """Return a row of each resolution alone and of the cascade.
+
+    Args:
+        session: Tells the multiply-adds.
+        cascade: The cascade.
+        logits: Array [N, num_classes] at each resolution.
+        labels: Classes [N].
+        latency: Seconds of an image at each resolution, its preprocessing included.
+        reading: Seconds to read an image, once for all resolutions.
+    """
+    rows = []
+    for name, c in [(f'{r} px', {r: 0.}) for r in session.resolutions] + [('cascade', cascade.thresholds)]:
+        judged = evaluate_cascade(type(cascade)(c, cascade.average), logits, labels, session.madds)
+        seconds = reading + sum(share * latency[r] for r, share in judged.shares.items())
+        rows.append(dict(
+            network=name, accuracy=round(judged.accuracy, 6), madds=round(judged.madds),
+            milliseconds=round(1e3 * seconds, 3), shares={str(r): round(s, 4) for r, s in judged.shares.items()}))
+    return rows
