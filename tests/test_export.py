@@ -20,6 +20,7 @@ from timm_rs.private_bn import PrivateBN
 from timm_rs.quant import quantize
 from timm_rs.resolutions import nearest_resolution
 from timm_rs_cli import main
+from timm_rs_runtime.errors import UserError
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
@@ -415,7 +416,6 @@ def test_int8_convolutions_pad_themselves(photographs, tmp_path):
 # What is refused
 
 def test_a_file_that_differs_is_not_written(tiny, tmp_path, monkeypatch):
-    (tmp_path / 'all.onnx').write_text('what was there')
     real = export.reduce_batch_norms
 
     def reduce_wrongly(network):
@@ -426,9 +426,9 @@ def test_a_file_that_differs_is_not_written(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(export, 'reduce_batch_norms', reduce_wrongly)
     with pytest.raises(ExportError, match='by 0.0002 at 64 px, expected at most 1e-04; no file'):
         export_switchable(tiny, str(tmp_path / 'all.onnx'))
-    assert (tmp_path / 'all.onnx').read_text() == 'what was there' and os.listdir(tmp_path) == ['all.onnx']
+    assert os.listdir(tmp_path) == []
     export_switchable(tiny, str(tmp_path / 'all.onnx'), tolerance=1e-3)
-    assert (tmp_path / 'all.onnx').read_bytes() != b'what was there'
+    assert os.listdir(tmp_path) == ['all.onnx']
 
 
 def test_levels_of_activations_may_flip():
@@ -460,6 +460,17 @@ def test_bad_arguments(tiny, tmp_path, change, message):
     with pytest.raises((ValueError, KeyError), match=message):
         export_resolution(**dict(dict(model=tiny, resolution=48, path=str(tmp_path / 'one')), **change))
     assert os.listdir(tmp_path) == []
+
+
+def test_files_are_not_written_over(tiny, photographs, tmp_path):
+    path = tmp_path / 'all.onnx'
+    path.write_text('mine')
+    for write in (lambda: export_switchable(tiny, str(path)),
+                  lambda: export_int8(tiny, str(path), [str(next(photographs.iterdir()))]),
+                  lambda: export_resolution(tiny, 48, str(path))):
+        with pytest.raises(UserError, match='all.onnx exists and is not overwritten'):
+            write()
+    assert path.read_text() == 'mine' and os.listdir(tmp_path) == ['all.onnx']
 
 
 def test_plain_networks_are_refused(tmp_path):
@@ -538,7 +549,7 @@ def test_command_of_a_training_run(tmp_path, capsys):
 
 def test_command_looks_at_the_output_first(tmp_path, capsys):
     for output, message in ((tmp_path / 'no' / 'a.onnx', 'no does not exist, expected a folder for a.onnx'),
-                            (tmp_path, 'exists and is not overwritten')):
+                            (tmp_path, 'is a folder, expected the name of a file')):
         with pytest.raises(SystemExit):
             main(['export', 'nowhere.pth', '-o', str(output)])
         assert message in capsys.readouterr().err

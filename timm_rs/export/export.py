@@ -20,8 +20,8 @@ from timm.layers.conv2d_same import Conv2dSame
 from timm.models._input import get_model_input_config
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from timm_rs_runtime.errors import UserError
-from timm_rs_runtime.files import atomic_path
+from timm_rs_runtime.errors import UserError, one_line
+from timm_rs_runtime.files import atomic_path, check_new_file
 from timm_rs_runtime.preprocess import MODES
 from timm_rs_runtime.session import open_onnx, preprocessing_of
 
@@ -77,6 +77,7 @@ def export_switchable(
     """
     from .merge import build
 
+    check_new_file(path)
     metadata = _describe_switchable(model, class_names)
     plain = {r: _take(model, r) for r in model.resolutions}
     merged = build(_trace_all(plain, metadata['architecture']))
@@ -115,6 +116,7 @@ def export_int8(
     from .int8 import QuantizationError, calibrate, quantize
     from .merge import build
 
+    check_new_file(path)
     metadata = dict(_describe_switchable(model, class_names), precision='int8')
     if not images:
         raise UserError('There are no images to calibrate on.')
@@ -176,6 +178,7 @@ def export_resolution(
         raise UserError(f"Unknown format {format!r}, expected one of {', '.join(FORMATS)}.")
     if format == 'torch-export' and not path.endswith('.pt2'):
         raise UserError(f'{path}: torch.export.load wants a file whose name ends in .pt2.')
+    check_new_file(path)
     network = _take(model, resolution)
     metadata = describe(model, (resolution,), class_names)
     save, runner = {
@@ -187,7 +190,7 @@ def export_resolution(
         try:
             save(network, resolution, batch_size, metadata, partial)
         except Exception as e:  # of the tracers, which have no common class
-            raise ExportError(f"{metadata['architecture']} cannot be exported as {format}: {_first_line(e)}") from e
+            raise ExportError(f"{metadata['architecture']} cannot be exported as {format}: {one_line(e, 300)}") from e
         batch_sizes = (batch_size,) if batch_size else (1, 3)
         errors = verify(runner(partial), {resolution: network}, metadata['architecture'], tolerance, batch_sizes)
     return errors[resolution]
@@ -290,7 +293,7 @@ def trace_onnx(network: nn.Module, resolution: int, batch_size: Optional[int] = 
                 network, (_random_images(network, resolution, batch_size or 2, 0),), file, dynamo=False, training=mode,
                 input_names=['images'], output_names=['logits'], opset_version=OPSET, **options)
     except Exception as e:  # of the tracer, which has no common class
-        raise ExportError(f'{type(network).__name__} cannot be traced at {resolution} px: {_first_line(e)}') from e
+        raise ExportError(f'{type(network).__name__} cannot be traced at {resolution} px: {one_line(e, 300)}') from e
     return onnx.load_from_string(file.getvalue())
 
 
@@ -465,7 +468,8 @@ def _write_torchscript(
     images = _random_images(network, resolution, batch_size or 2, 0)
     with torch.no_grad():
         script = torch.jit.freeze(torch.jit.trace(fold_batch_norms(network, images), images))
-    torch.jit.save(script, path, _extra_files={'timm_rs.json': json.dumps(metadata)})
+    with open(path, 'wb') as file:  # torch takes only some names
+        torch.jit.save(script, file, _extra_files={'timm_rs.json': json.dumps(metadata)})
 
 
 def _onnx_runner(path: str) -> Any:
@@ -483,7 +487,3 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(logging.NOTSET)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
