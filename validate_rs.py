@@ -307,13 +307,12 @@ def check_classes(args, dataset, model):
 
 
 def format_table(rows):
-    """Return the table for people; parameters are in units of 2^20, as the paper gives them."""
+    """Return the table for people, multiply-adds and parameters in millions, as timm counts them."""
     lines = [f"{'resolution':>10} {'top-1':>7} {'top-5':>7} {'loss':>7} {'MAdds':>9} {'params':>8} {'images/s':>9}"]
     for row in rows:
-        madds = f"{row['madds'] / 1e9:.2f}G" if row['madds'] >= 1e9 else f"{row['madds'] / 1e6:.1f}M"
         lines.append(
-            f"{row['resolution']:>10} {row['top1']:>7.2f} {row['top5']:>7.2f} {row['loss']:>7.3f} {madds:>9} "
-            f"{row['params'] / 2 ** 20:>7.2f}M {row['images_per_second']:>9.1f}")
+            f"{row['resolution']:>10} {row['top1']:>7.2f} {row['top5']:>7.2f} {row['loss']:>7.3f} "
+            f"{row['madds'] / 1e6:>8.1f}M {row['params'] / 1e6:>7.2f}M {row['images_per_second']:>9.1f}")
     return '\n'.join(lines)
 
 

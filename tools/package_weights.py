@@ -62,11 +62,13 @@ def main():
 
 def card(name, model, labels, metrics, args):
     text = textwrap.fill(
-        f'A Resolution Switchable Network of {count_parameters(model):,} parameters, trained from scratch on '
-        f"{args.tag} alone, to try things out without a network. Its classes: {', '.join(labels)}.", 120)
+        f'A Resolution Switchable Network with {count_parameters(model) / 1e6:.2f} million parameters, trained from '
+        f'scratch on {args.tag.capitalize()} only, to try things out offline. It knows {len(labels)} classes: '
+        f"{', '.join(labels)}.", 120)
+    madds = {r: count_madds(model, r) / 1e6 for r in model.resolutions}
+    madds[ENSEMBLE] = sum(madds.values())
     rows = '\n'.join(
-        f"| {'ensemble' if key == ENSEMBLE else f'{key} px'} | {row['top1']:.2f} | {row['top5']:.2f} | "
-        f"{'' if key == ENSEMBLE else f'{count_madds(model, key) / 1e6:.0f}M'} |"
+        f"| {'ensemble' if key == ENSEMBLE else f'{key} px'} | {row['top1']:.2f} | {row['top5']:.2f} | {madds[key]:.1f} |"
         for key, row in metrics.items())
     command = ' \\\n    '.join(textwrap.wrap(args.recipe, 114, break_on_hyphens=False, break_long_words=False))
     return f"""\
@@ -74,7 +76,7 @@ def card(name, model, labels, metrics, args):
 
 {text}
 
-| size | top-1 (%) | top-5 (%) | MAdds |
+| size | top-1 (%) | top-5 (%) | millions of MAdds |
 |---|---|---|---|
 {rows}
 
