@@ -68,7 +68,8 @@ def card(name, model, labels, metrics, args):
     madds = {r: count_madds(model, r) / 1e6 for r in model.resolutions}
     madds[ENSEMBLE] = sum(madds.values())
     rows = '\n'.join(
-        f"| {'ensemble' if key == ENSEMBLE else f'{key} px'} | {row['top1']:.2f} | {row['top5']:.2f} | {madds[key]:.1f} |"
+        f"| {'ensemble' if key == ENSEMBLE else f'{key} px'} | {row['top1']:.2f} | {row['top5']:.2f} | "
+        f"{madds[key]:.1f} |"
         for key, row in metrics.items())
     command = ' \\\n    '.join(textwrap.wrap(args.recipe, 114, break_on_hyphens=False, break_long_words=False))
     return f"""\
