@@ -24,7 +24,7 @@ from timm.utils import ParseKwargs
 from timm_rs.export.export import export_int8, export_switchable
 from timm_rs.hub.convert import load_model
 from timm_rs_runtime import Session
-from timm_rs_runtime.preprocess import find_images
+from timm_rs_runtime.images import find_images
 
 COLUMNS = ('resolution', 'float32_top1', 'int8_top1', 'difference', 'agreement', 'images')
 

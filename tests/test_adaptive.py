@@ -12,9 +12,15 @@ pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 
 from timm_rs.export.export import export_switchable  # noqa: E402
-from timm_rs_runtime import AdaptiveSession, Controller, QueueFullError, Session  # noqa: E402
+from timm_rs_runtime import (  # noqa: E402
+    AdaptiveSession,
+    Controller,
+    ImageError,
+    Preprocessing,
+    QueueFullError,
+    Session,
+)
 from timm_rs_runtime.adaptive import READ_AHEAD, Estimate, measure_latency  # noqa: E402
-from timm_rs_runtime.preprocess import ImageError, Preprocessing  # noqa: E402
 
 LATENCY = {224: 0.016, 160: 0.008, 96: 0.004}
 PHOTOGRAPH = Image.new('RGB', (8, 8))

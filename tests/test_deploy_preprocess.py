@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from timm_rs_runtime import ImageError, Preprocessing
-from timm_rs_runtime.preprocess import find_images, open_image
+from timm_rs_runtime.images import find_images, open_image
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

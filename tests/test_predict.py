@@ -135,8 +135,8 @@ def test_budgets(file, folder, capsys):
 
 def test_cascades(file, folder, capsys, tmp_path):
     for thresholds, resolution in (({32: 0., 64: 0.}, 32), ({32: 1., 64: 0.}, 64)):
-        write_cascade(tmp_path / 'c.json', Cascade(thresholds))
-        lines, _ = predict(capsys, folder / 'a.png', '--cascade', tmp_path / 'c.json', '--model', file)
+        write_cascade(tmp_path / f'{resolution}.json', Cascade(thresholds))
+        lines, _ = predict(capsys, folder / 'a.png', '--cascade', tmp_path / f'{resolution}.json', '--model', file)
         assert f': {resolution} px,' in lines[0]
 
 

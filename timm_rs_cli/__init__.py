@@ -233,7 +233,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from timm_rs.export.export import export_int8, export_resolution, export_switchable
-    from timm_rs_runtime.preprocess import find_images
+    from timm_rs_runtime.images import find_images
 
     if args.resolution is None and (args.format != 'onnx' or args.batch_size):
         what = f'--format {args.format}' if args.format != 'onnx' else '--batch-size'

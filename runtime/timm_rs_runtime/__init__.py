@@ -5,7 +5,8 @@ torch and timm.
 """
 from .adaptive import AdaptiveSession, Controller, Prediction, QueueFullError
 from .cascade import Cascade, CascadePrediction, CascadeSession
-from .preprocess import ImageError, Preprocessing
+from .images import ImageError
+from .preprocess import Preprocessing
 from .session import Session
 
 __all__ = [

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import UserError
-from .preprocess import MODES, ImageSource, buffered, is_image_source, open_image
+from .images import MODES, ImageSource, buffered, is_image_source, open_image
 from .session import Session
 
 __all__ = ['AdaptiveSession', 'Controller', 'Prediction', 'QueueFullError', 'measure_latency']

@@ -12,7 +12,7 @@ import numpy as np
 
 from .errors import UserError
 from .files import atomic_write
-from .preprocess import ImageSource, is_image_source, open_image
+from .images import ImageSource, is_image_source, open_image
 from .session import Session
 
 __all__ = ['Cascade', 'CascadePrediction', 'CascadeSession', 'read_cascade', 'softmax', 'write_cascade']

@@ -12,7 +12,7 @@ import numpy as np
 from .cascade import Cascade, softmax, write_cascade
 from .errors import UserError
 from .files import check_new_file
-from .preprocess import MODES, find_images, open_image, spread
+from .images import MODES, find_images, open_image, spread
 from .session import Session
 
 __all__ = ['Fit', 'collect_logits', 'evaluate_cascade', 'fit', 'fit_cascade', 'label_folders', 'sweep']

@@ -10,7 +10,7 @@ import numpy as np
 
 from .adaptive import AdaptiveSession
 from .cascade import CascadeSession, softmax
-from .preprocess import ImageError, ImageSource, find_images
+from .images import ImageError, ImageSource, find_images
 from .session import Session
 
 __all__ = ['Predictor', 'find_sources', 'predict_all', 'top']

@@ -6,8 +6,9 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 import numpy as np
 
 from .errors import UserError
-from .preprocess import MODES as IMAGE_MODES
-from .preprocess import ImageError, ImageSource, Preprocessing, is_image_source, stack
+from .images import MODES as IMAGE_MODES
+from .images import ImageError, ImageSource, is_image_source
+from .preprocess import Preprocessing, stack
 
 __all__ = ['MODES', 'Session']
 

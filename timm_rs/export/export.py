@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_rs_runtime.errors import UserError, one_line
 from timm_rs_runtime.files import atomic_path, check_new_file
-from timm_rs_runtime.preprocess import MODES
+from timm_rs_runtime.images import MODES
 from timm_rs_runtime.session import open_onnx, preprocessing_of
 
 from ..evaluate import count_madds
