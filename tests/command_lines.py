@@ -52,6 +52,6 @@ def fails(main, argv, capfd):
 
 def validated(images, tmp_path, *flags):
     """Return what validate_rs.py writes of each resolution."""
-    results = tmp_path / 'results.json'
+    results = tmp_path / f'results{len(list(tmp_path.iterdir()))}.json'  # which is never overwritten
     validate_rs.main([str(images), *flags, '--workers', '0', '--device', 'cpu', '--results-file', str(results)])
     return {row['resolution']: row for row in json.loads(results.read_text())}

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 import timm_rs
+import timm_rs_runtime
 
-MODULES = [m.name for m in pkgutil.walk_packages(timm_rs.__path__, 'timm_rs.')]
+MODULES = [
+    m.name for package in (timm_rs, timm_rs_runtime)
+    for m in pkgutil.walk_packages(package.__path__, f'{package.__name__}.') if m.name.rpartition('.')[2] != '__main__']
 
 
 @pytest.mark.parametrize('name', MODULES)

@@ -98,7 +98,7 @@ def _create_rs(
         pretrained_cfg = pretrained_cfg.to_dict()
     cfg = resolve_pretrained_cfg(PREFIX + name, pretrained_cfg, pretrained_cfg_overlay)
     if pretrained and not (cfg.has_weights or cfg.state_dict):
-        raise RuntimeError(f'There are no pretrained weights of {PREFIX}{name}, create it with pretrained=False.')
+        raise UserError(f'There are no pretrained weights of {PREFIX}{name}, create it with pretrained=False.')
     if resolutions is None:
         resolutions = _packaged.get(f'{PREFIX}{name}.{cfg.tag}', {}).get('resolutions', RESOLUTIONS)
     weights, bases = split_bases(_foreign_weights(cfg, cache_dir) if pretrained else None)

@@ -4,9 +4,10 @@ import logging
 import os
 import signal
 import threading
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import timm
 import torch
@@ -21,7 +22,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils.distributed import init_distributed_device, world_info_from_env
 from torch.utils.data import Dataset, IterableDataset
 
-from timm_rs_runtime.errors import UserError
+from timm_rs_runtime.errors import UserError, one_line
 
 from ..data.datasets import (
     PyramidNormalizer,
@@ -92,7 +93,7 @@ def select_device(args: argparse.Namespace) -> torch.device:
         args.device = 'cpu'
     if args.sync_bn and args.device.startswith('cpu'):
         raise UserError('--sync-bn needs GPUs, synchronized BatchNorm does not run on a CPU.')
-    device = init_distributed_device(args)
+    device = name_flags(args, 'device')(init_distributed_device)(args)
     if args.aug_repeats and not args.distributed:
         raise UserError('--aug-repeats needs distributed training, see distributed_train.sh.')
     return device
@@ -156,7 +157,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
     if args.head_init_bias is not None:
         nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
     if args.grad_checkpointing:
-        model.set_grad_checkpointing(True)
+        name_flags(args, 'grad_checkpointing')(model.set_grad_checkpointing)(True)
     if args.memory == 'lean':
         model.set_resolution_checkpointing(True)
     model.to(device=device, dtype=getattr(torch, args.model_dtype) if args.model_dtype else None)
@@ -250,7 +251,7 @@ def build_loaders(
         train_set = SteadyDataset(train_set, mix_seed(args.seed, args.rank), errors)
     if not isinstance(eval_set, IterableDataset):
         eval_set = SteadyDataset(eval_set, 0, errors)
-    train_loader = create_loader(
+    train_loader = name_flags(args, 'aa', 'color_jitter', 'scale', 'ratio', 'mean', 'std')(create_loader)(
         train_set,
         input_size=(args.in_chans, args.resolutions[0], args.resolutions[0]),
         batch_size=args.batch_size,
@@ -324,7 +325,8 @@ def _end_with_parent() -> None:
 
 def build_task(args: argparse.Namespace, model: nn.Module, device: torch.device) -> MultiResolutionTask:
     """Build the multi-resolution step around timm's criterion."""
-    criterion = create_classification_loss(
+    create_criterion = name_flags(args, 'loss', 'smoothing', 'bce_pos_weight')(create_classification_loss)
+    criterion = create_criterion(
         args.loss,
         smoothing=args.smoothing,
         soft_targets=is_mixing(args),
@@ -352,7 +354,27 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.O
         ratio = images / args.lr_base_size
         args.lr = args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
         _logger.info(f'Learning rate {args.lr} for {images} images per update ({scale} scaling of {args.lr_base}).')
-    return create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    create = name_flags(args, 'opt', 'opt_eps', 'opt_betas', 'opt_kwargs', 'layer_decay')(create_optimizer_v2)
+    return create(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+
+
+@contextmanager
+def name_flags(args: argparse.Namespace, *flags: str) -> Iterator[None]:
+    """Name the flags that a function of timm or torch is given, where it refuses them by an error of any class.
+
+    Example:
+        >>> name_flags(argparse.Namespace(device='gpu'), 'device')(torch.device)('gpu')
+        Traceback (most recent call last):
+        timm_rs_runtime.errors.UserError: --device gpu: Expected one of cpu, ...
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        values = {f"--{flag.replace('_', '-')}": getattr(args, flag) for flag in flags}
+        given = ' '.join(f'{flag} {value}' for flag, value in values.items() if value not in (None, {}))
+        raise UserError(f'{given}: {one_line(e)}') from e
 
 
 def _train_interpolation(args: argparse.Namespace, model: nn.Module) -> str:
