@@ -29,7 +29,6 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from timm_rs.hub.push import TrainingPush, write_label_names
 from timm_rs.train import MultiResolutionTask
-from timm_rs.train.arguments import parse_args
 from timm_rs.train.builders import (
     Loaders,
     build_datasets,
@@ -41,6 +40,7 @@ from timm_rs.train.builders import (
 )
 from timm_rs.train.engine import Preempted, Preemption, ensemble_weights, train_one_epoch, validate
 from timm_rs.train.faults import TrainingFault
+from timm_rs.train.options import parse_args
 from timm_rs.train.saver import AtomicCheckpointSaver, Progress, find_latest
 from timm_rs.train.summary import append_summary, trim_summary
 from timm_rs_runtime.errors import UserError, one_line_errors

@@ -10,8 +10,8 @@ from conftest import RESOLUTIONS, images, randomize_bn
 
 from timm_rs.checkpoint import adapt_reference, is_reference
 from timm_rs.hub.convert import load_model
-from timm_rs.train.arguments import parse_args
 from timm_rs.train.builders import build_model
+from timm_rs.train.options import parse_args
 from timm_rs_cli import main
 
 

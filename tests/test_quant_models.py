@@ -23,7 +23,7 @@ from timm_rs.evaluate import count_madds
 from timm_rs.hub.convert import load_model
 from timm_rs.quant import ActivationQuantizer, QuantConv2d, fold, is_quantized, quantize
 from timm_rs.train import MultiResolutionTask
-from timm_rs.train.arguments import parse_args
+from timm_rs.train.options import parse_args
 from timm_rs_cli import main
 
 CONFIGS = sorted((Path(__file__).parents[1] / 'configs').glob('*_w*a*.yaml'))

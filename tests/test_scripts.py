@@ -15,9 +15,9 @@ import train_rs
 from timm_rs.hub.convert import save_model
 from timm_rs.hub.push import LABEL_FILE
 from timm_rs.train import MultiResolutionTask, engine
-from timm_rs.train.arguments import parse_args
 from timm_rs.train.builders import build_model
 from timm_rs.train.engine import choose_levels
+from timm_rs.train.options import parse_args
 
 ROOT = Path(__file__).parent.parent
 

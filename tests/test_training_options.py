@@ -20,10 +20,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DistributedSampler, RandomSampler
 
 from timm_rs.train import engine
-from timm_rs.train.arguments import parse_args
 from timm_rs.train.builders import Loaders, build_optimizer, build_task
 from timm_rs.train.determinism import EpochSampler, ReadErrors, SteadyDataset, mix_seed, seed_all
 from timm_rs.train.engine import Preemption, train_one_epoch
+from timm_rs.train.options import parse_args
 from timm_rs.train.saver import Progress
 
 RESOLUTIONS = (32, 24, 16)

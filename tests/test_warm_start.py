@@ -7,8 +7,8 @@ import timm
 import torch
 from conftest import assert_equal, images, randomize_bn
 
-from timm_rs.train.arguments import parse_args
 from timm_rs.train.builders import build_model
+from timm_rs.train.options import parse_args
 
 RESOLUTIONS = (64, 48, 32)
 TINY = dict(channels=(8, 16, 24, 32))

@@ -321,7 +321,7 @@ def _recipe(args: Mapping[str, Any]) -> str:
     """Return the flags that are not the defaults of train_rs.py as YAML, without those that tell of the machine."""
     import yaml
 
-    from ..train.arguments import create_parser
+    from ..train.options import create_parser
 
     defaults = vars(create_parser().parse_args([]))
     shown = {k: v for k, v in args.items() if k in defaults and v != defaults[k] and k not in _MACHINE}

@@ -20,10 +20,12 @@ from timm.loss import create_classification_loss
 from timm.models import is_model
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils.distributed import init_distributed_device, world_info_from_env
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler
 
 from timm_rs_runtime.errors import UserError, one_line
 
+from ..data.cache import CropLoader, DecodedLoader, Squash, open_decoded
+from ..data.crop import random_boxes
 from ..data.datasets import (
     PyramidNormalizer,
     choose_img_mode,
@@ -40,9 +42,9 @@ from ..models.rs_models import PREFIX, explain_unknown_model
 from ..private_bn import tie_affine
 from ..resolutions import check_resolutions
 from ..switchable import SwitchableMixin
-from .arguments import is_mixing, largest_size_conflict
 from .determinism import EpochSampler, ReadErrors, SteadyDataset, mix_seed
 from .loss import EnsembleDistillationLoss
+from .options import is_mixing, largest_size_conflict
 from .pyramid import ResolutionPyramid
 from .task import MultiResolutionTask
 
@@ -133,6 +135,9 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
     except TypeError as e:
         if ':' in args.model and "'resolutions'" in str(e):  # which only switchable networks take
             raise UserError(_PLAIN.format(args.model)) from e
+        _, unexpected, argument = str(e).partition('unexpected keyword argument ')
+        if unexpected:  # such as --bn-momentum for the ResNets of timm
+            raise UserError(f'{args.model} does not take the argument {argument}.') from e
         raise
     if not isinstance(model, SwitchableMixin):
         raise UserError(_PLAIN.format(args.model))
@@ -231,7 +236,7 @@ def build_loaders(
     """Give batches as timm's train.py does, and evaluation batches at all resolutions in one pass."""
     data_config = resolve_input_data_config(model, args=_data_args(args), verbose=args.rank == 0)
     mixup = collate = None
-    prefetcher = not args.no_prefetcher
+    prefetcher = not args.no_prefetcher and not args.decoded_cache
     if is_mixing(args):
         mixup_kwargs = dict(
             mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
@@ -244,13 +249,21 @@ def build_loaders(
             mixup = Mixup(**mixup_kwargs)
     dtype = getattr(torch, args.model_dtype) if args.model_dtype else torch.float32
     erase = None
-    if args.reprob > 0 and prefetcher and not args.no_aug:  # here and not in the prefetcher, which runs a batch ahead
+    if args.reprob > 0 and not args.no_prefetcher and not args.no_aug:  # here and not in the prefetcher, which runs a batch ahead
         erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device)
     errors = ReadErrors(args.max_unreadable)
     if not isinstance(train_set, IterableDataset):
         train_set = SteadyDataset(train_set, mix_seed(args.seed, args.rank), errors)
     if not isinstance(eval_set, IterableDataset):
         eval_set = SteadyDataset(eval_set, 0, errors)
+    normalize = PyramidNormalizer(data_config['mean'], data_config['std'], device, dtype, args.channels_last)
+    eval_samples = None
+    if args.distributed and not isinstance(eval_set, IterableDataset):  # a stream gives each its own, unpadded
+        eval_samples = len(range(args.rank, len(eval_set), args.world_size))
+    if args.decoded_cache:
+        train_loader, eval_loader = _decoded_loaders(args, train_set, eval_set, data_config, errors, normalize)
+        return Loaders(
+            train_loader, eval_loader, normalize, mixup, erase, train_loader.order, errors, eval_samples)
     train_loader = name_flags(args, 'aa', 'color_jitter', 'scale', 'ratio', 'mean', 'std')(create_loader)(
         train_set,
         input_size=(args.in_chans, args.resolutions[0], args.resolutions[0]),
@@ -301,11 +314,55 @@ def build_loaders(
     for loader in (train_loader, eval_loader):
         loader = getattr(loader, 'loader', loader)  # in the prefetcher
         loader.worker_init_fn = partial(_init_worker, loader.worker_init_fn)
-    eval_samples = None
-    if args.distributed and not isinstance(eval_set, IterableDataset):  # a stream gives each its own, unpadded
-        eval_samples = len(range(args.rank, len(eval_set), args.world_size))
-    normalize = PyramidNormalizer(data_config['mean'], data_config['std'], device, dtype, args.channels_last)
     return Loaders(train_loader, eval_loader, normalize, mixup, erase, order, errors, eval_samples)
+
+
+def _decoded_loaders(
+        args: argparse.Namespace,
+        train_set: SteadyDataset,
+        eval_set: SteadyDataset,
+        data_config: Dict[str, Any],
+        errors: ReadErrors,
+        normalize: PyramidNormalizer,
+) -> Tuple[CropLoader, DecodedLoader]:
+    """Open the decoded images of both splits, or decode them."""
+    samples = []
+    for dataset in (train_set, eval_set):
+        found = getattr(getattr(dataset.dataset, 'reader', dataset.dataset), 'samples', None)
+        if not found or not isinstance(found[0][0], str):
+            raise UserError('--decoded-cache needs a folder of images, with a folder per class.')
+        samples.append([(os.path.abspath(name), target) for name, target in found])
+    largest = args.resolutions[0]
+    side = args.decoded_cache_side or 2 * largest
+    if side < largest:
+        raise UserError(f'--decoded-cache-side {side}: expected the largest of --resolutions, {largest}, or more.')
+    mode = dict(mode=train_set.dataset.input_img_mode)
+
+    def decode(title, samples, shapes, settings, batches):
+        try:
+            return open_decoded(
+                args.decoded_cache, title, samples, shapes, dict(mode, **settings), batches, errors,
+                args.decoded_cache_gb)
+        except RuntimeError as e:  # of a worker that found no image to stand in
+            fault = errors.fault()
+            raise fault or e from None
+
+    train_set.transform = Squash(side)
+    train = decode(
+        'train', samples[0], [((args.in_chans, side, side), 'uint8'), ((), 'float32')], {},
+        DataLoader(train_set, batch_size=64, num_workers=args.workers))
+    eval_loader = create_eval_loader(eval_set, args.resolutions, 64, data_config, args.workers)
+    evaluation = decode(
+        'validation', samples[1], [((args.in_chans, r, r), 'uint8') for r in args.resolutions], data_config,
+        eval_loader)
+    sampler = DistributedSampler(train_set) if args.distributed else RandomSampler(train_set)
+    train_loader = CropLoader(
+        train, EpochSampler(sampler, args.seed, args.batch_size), args.batch_size, largest, normalize,
+        partial(
+            random_boxes, scale=args.scale, ratio=args.ratio, hflip=0. if args.flip == 'independent' else args.hflip),
+        partial(mix_seed, args.seed))
+    return train_loader, DecodedLoader(
+        evaluation, args.validation_batch_size or args.batch_size, args.rank, args.world_size)
 
 
 def _init_worker(init: Callable[[int], None], worker_id: int) -> None:

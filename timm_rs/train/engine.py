@@ -182,8 +182,8 @@ def train_one_epoch(
         seed_all(args.seed, args.rank, epoch, batch_idx)
         if args.no_prefetcher:
             images, target = images.to(device, dtype=loaders.normalize.mean.dtype), target.to(device)
-            if loaders.mixup is not None:
-                images, target = loaders.mixup(images, target)
+        if loaders.mixup is not None:
+            images, target = loaders.mixup(images, target)
         if loaders.erase is not None:
             images = loaders.erase(images)
         if args.channels_last:

@@ -107,6 +107,12 @@ def create_parser() -> argparse.ArgumentParser:
     add('--target-key', default=None, help='key of the label in a sample')
     add('--dataset-trust-remote-code', action='store_true', help='let a HF data set run its own code')
 
+    add('--decoded-cache', default='', metavar='DIR',
+        help='decode the images of a folder once and keep them here; training crops and flips them on the device')
+    add('--decoded-cache-side', type=int, default=None, metavar='N',
+        help='keep training images as squares of this size (default: twice the largest of --resolutions)')
+    add('--decoded-cache-gb', type=float, default=32., metavar='GB', help='size that the cache may have (default: 32)')
+
     add = parser.add_argument_group('Model').add_argument
     add('--model', default='rs_resnet50', metavar='MODEL', help='name of an rs_* model (default: rs_resnet50)')
     add('--pretrained', action='store_true', help="start from the model's pretrained weights")
@@ -375,6 +381,14 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error('--resume auto needs --experiment, the name of the run to go on with.')
     if args.memory == 'lean' and args.torchcompile:
         parser.error('--memory lean recomputes outside the compiled graph, so it does not go with --torchcompile.')
+    if args.decoded_cache:
+        given = {flag: f"--{flag.replace('_', '-')}" for flag in _NOT_DECODED}
+        wrong = [flag for flag, allowed in _NOT_DECODED.items() if getattr(args, flag) not in allowed]
+        if wrong:
+            parser.error('--decoded-cache only crops, flips and resizes bilinearly, it does not go with ' + ', '.join(
+                f'{given[flag]} {getattr(args, flag)} (give {_NOT_DECODED[flag][0]})' for flag in wrong) + '.')
+    elif args.decoded_cache_side is not None:
+        parser.error('--decoded-cache-side needs --decoded-cache.')
     if not 0 <= args.small_steps < 1:
         parser.error(f'--small-steps is {args.small_steps:g}, expected a share of the updates, from 0 to below 1.')
     if args.private == 'statistics' and args.model_ema:
@@ -400,11 +414,15 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         args.loss = 'bce'
 
 
+_NOT_DECODED = dict(  # values that go with --decoded-cache, the one to give first
+    color_jitter=(0.,), color_jitter_prob=(None, 0.), grayscale_prob=(None, 0.), gaussian_blur_prob=(None, 0.),
+    aa=(None,), vflip=(0.,), no_aug=(False,), aug_repeats=(0,), train_crop_mode=('rrc', None),
+    train_interpolation=('bilinear',))
 _LENGTHS = dict(scale=(2,), ratio=(2,), cutmix_minmax=(2,), opt_betas=(2, 3))
 _LEAST = dict(
     epochs=1, batch_size=1, validation_batch_size=1, grad_accum_steps=1, num_classes=1, in_chans=1, workers=0,
     log_interval=1, max_unreadable=0, val_interval=1, recovery_interval=0, checkpoint_hist=1, push_interval=0,
-    stop_epoch=1, start_epoch=0,
+    stop_epoch=1, start_epoch=0, decoded_cache_side=1, decoded_cache_gb=0.,
 )
 
 
