@@ -249,7 +249,8 @@ def build_loaders(
             mixup = Mixup(**mixup_kwargs)
     dtype = getattr(torch, args.model_dtype) if args.model_dtype else torch.float32
     erase = None
-    if args.reprob > 0 and not args.no_prefetcher and not args.no_aug:  # here and not in the prefetcher, which runs a batch ahead
+    on_device = args.decoded_cache or prefetcher
+    if args.reprob > 0 and on_device and not args.no_aug:  # here and not in the prefetcher, which runs a batch ahead
         erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device)
     errors = ReadErrors(args.max_unreadable)
     if not isinstance(train_set, IterableDataset):
