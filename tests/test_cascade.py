@@ -295,7 +295,7 @@ def test_a_file_keeps_a_cascade(tmp_path):
                                   '{"thresholds": {"96": null}}', '{"thresholds": {"96": 0.5}}'))
 def test_other_files_are_refused(text, tmp_path):
     (tmp_path / 'c.json').write_text(text)
-    with pytest.raises(ValueError, match='c.json is no file of timm-rs fit-cascade'):
+    with pytest.raises(ValueError, match='c.json( is not valid JSON)?: '):
         read_cascade(tmp_path / 'c.json')
     with pytest.raises(ValueError, match='missing.json does not exist'):
         read_cascade(tmp_path / 'missing.json')

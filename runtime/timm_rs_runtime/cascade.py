@@ -10,12 +10,18 @@ from typing import Any, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
+from . import fields
 from .errors import UserError
 from .files import atomic_write
 from .images import ImageSource, is_image_source, open_image
 from .session import Session
 
 __all__ = ['Cascade', 'CascadePrediction', 'CascadeSession', 'read_cascade', 'softmax', 'write_cascade']
+
+_CASCADE = fields.record(dict(
+    thresholds=fields.table(fields.size_text, fields.number(0, 1)),
+    average=fields.flag(),
+), required=('thresholds',))
 
 
 @dataclass(frozen=True)
@@ -157,14 +163,10 @@ def read_cascade(path: Union[str, os.PathLike]) -> Cascade:
     """Read a file of write_cascade.
 
     Raises:
-        ValueError: There is no such file, or it is another.
+        UserError: There is no such file, or it is another.
     """
-    if not os.path.isfile(path):
-        raise UserError(f'{path} does not exist, expected a file of timm-rs fit-cascade.')
+    found = fields.read_json(path, _CASCADE)
     try:
-        with open(path, encoding='utf-8') as f:
-            values = json.load(f)
-        thresholds = {int(r): float(t) for r, t in values['thresholds'].items()}
-        return Cascade(thresholds, bool(values.get('average', False)))
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise UserError(f'{path} is no file of timm-rs fit-cascade: {e}') from e
+        return Cascade(**found)
+    except UserError as e:
+        raise UserError(f'{path}: {e}') from e

@@ -1,5 +1,52 @@
 """What a file of timm-rs export is made of, for those who write and those who read it"""
+from typing import Any, Dict, Mapping
 
-__all__ = ['INDEX']
+from PIL import Image
+
+from . import fields
+from .errors import UserError
+
+__all__ = ['INDEX', 'PREPROCESSING', 'parse_metadata']
 
 INDEX = 'resolution_index'  # in the graph: int64 scalar, the row of the tables, 0 for the largest size
+
+PREPROCESSING = dict(
+    mean=fields.array(fields.number(), 1, fields.MAX_SIZE),
+    std=fields.array(fields.number(0, above=True), 1, fields.MAX_SIZE),
+    interpolation=fields.text(choices=[name.lower() for name in Image.Resampling.__members__]),
+    crop_pct=fields.number(0, 4, above=True),  # the crop may be larger than the image
+    crop_mode=fields.text(choices=('center', 'squash', 'border')),
+)
+_REQUIRED = ('resolutions', 'num_classes', *PREPROCESSING)
+_METADATA = fields.record(dict(
+    PREPROCESSING,
+    resolutions=fields.resolutions(),
+    num_classes=fields.integer(0, fields.MAX_CLASSES),
+    class_names=fields.optional(fields.array(fields.text(), 0, fields.MAX_CLASSES)),
+    madds=fields.table(fields.size_text, fields.integer(0, 10 ** 18)),
+    architecture=fields.text(),
+    precision=fields.text(choices=('float32', 'int8')),
+), required=_REQUIRED)
+
+
+def parse_metadata(texts: Mapping[str, str], path: str) -> Dict[str, Any]:
+    """Return what a file of timm-rs export records of itself, checked.
+
+    Args:
+        texts: Its metadata, values as JSON.
+        path: Name of the file.
+
+    Raises:
+        UserError: It is another file, or a value in it is not usable.
+    """
+    missing = [name for name in _REQUIRED if name not in texts]
+    if missing:
+        raise UserError(f"{path} is not a file of timm-rs export, its metadata lack {', '.join(missing)}.")
+    values = {name: fields.parse_json(value, f'{path}: {name}') for name, value in texts.items()}
+    found = fields.check_fields(values, _METADATA, path)
+    if len(found['mean']) != len(found['std']):
+        raise UserError(f"{path}: mean is of {len(found['mean'])} channels, std of {len(found['std'])}.")
+    names = found.get('class_names')
+    if names is not None and len(names) != found['num_classes']:
+        raise UserError(f"{path}: class_names are {len(names)}, num_classes is {found['num_classes']}.")
+    return dict(values, **found)

@@ -1,11 +1,11 @@
 """An exported network at work in ONNX Runtime, without torch"""
-import json
 import os
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
 from .errors import UserError
+from .format import PREPROCESSING, parse_metadata
 from .images import MODES as IMAGE_MODES
 from .images import ImageError, ImageSource, is_image_source
 from .preprocess import Preprocessing, stack
@@ -13,8 +13,6 @@ from .preprocess import Preprocessing, stack
 __all__ = ['MODES', 'Session']
 
 MODES = ('fast', 'low_memory')
-_PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
-_KEYS = ('resolutions', 'num_classes', *_PREPROCESSING)
 
 
 class Session:
@@ -64,11 +62,12 @@ class Session:
         self.path = os.fspath(path)
         self.mode = mode
         self.metadata = read_metadata(self.path)
-        self.resolutions: Tuple[int, ...] = tuple(sorted(self.metadata['resolutions'], reverse=True))
+        self.resolutions: Tuple[int, ...] = self.metadata['resolutions']
         self.num_classes: int = self.metadata['num_classes']
-        self.class_names: Optional[List[str]] = self.metadata.get('class_names')
-        self.madds: Dict[int, int] = {int(r): n for r, n in self.metadata.get('madds', {}).items()}
-        self.mean, self.std = (tuple(self.metadata[key]) for key in ('mean', 'std'))
+        self.class_names: Optional[Tuple[str, ...]] = self.metadata.get('class_names')
+        self.madds: Dict[int, int] = self.metadata.get('madds', {})
+        self.mean: Tuple[float, ...] = self.metadata['mean']
+        self.std: Tuple[float, ...] = self.metadata['std']
         self.preprocessing = preprocessing_of(self.metadata) if len(self.mean) in IMAGE_MODES else None
         self._sessions = self._open(threads)
         (images,) = self._sessions[self.resolutions[0]].get_inputs()
@@ -198,26 +197,27 @@ class Session:
 
 def preprocessing_of(metadata: Dict[str, Any]) -> Preprocessing:
     """Return the preprocessing that the metadata of a file tell."""
-    values = {k: metadata[k] for k in _PREPROCESSING}
+    values = {k: metadata[k] for k in PREPROCESSING}
     return Preprocessing(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def read_metadata(path: str) -> Dict[str, Any]:
-    """Return what a file of timm-rs export tells of itself.
-
-    Raises:
-        ValueError: There is no such file, or it is another.
-    """
+    """Return what a file of timm-rs export records of itself, see format.parse_metadata."""
     if not os.path.isfile(path):
         raise UserError(f'{path} does not exist, expected a file of timm-rs export.')
-    texts = open_onnx(path, threads=1, optimize=False).get_modelmeta().custom_metadata_map
-    try:
-        metadata = {key: json.loads(text) for key, text in texts.items()}
-        missing = [key for key in _KEYS if key not in metadata]
-    except ValueError:
-        missing = _KEYS
-    if missing:
-        raise UserError(f"{path} is no file of timm-rs export, its metadata lack {', '.join(missing)}.")
+    session = open_onnx(path, threads=1, optimize=False)
+    metadata = parse_metadata(session.get_modelmeta().custom_metadata_map, path)
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    if len(inputs) != 1 or len(inputs[0].shape) != 4 or not outputs or len(outputs[0].shape) != 2:
+        raise UserError(f'{path} is not a file of timm-rs export, expected one input of 4 axes and logits of 2.')
+    channels, *sides = inputs[0].shape[1:]
+    for name, found, expected in (
+        ('mean', channels, [len(metadata['mean'])]),
+        ('num_classes', outputs[0].shape[1], [metadata['num_classes'] or outputs[0].shape[1]]),
+        *(('resolutions', side, metadata['resolutions']) for side in sides),
+    ):
+        if isinstance(found, int) and found not in expected:
+            raise UserError(f'{path}: the graph has {found} where {name} records {expected[0]}.')
     return metadata
 
 

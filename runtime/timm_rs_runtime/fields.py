@@ -1,0 +1,249 @@
+"""Values from files, checked where they are read
+
+A check is a function that returns a value as it is used, or raises Mismatch. `check_fields` turns that into one line
+that names the file, the field, the value and what was expected.
+"""
+import json
+import math
+import os
+import reprlib
+from typing import Any, Callable, Dict, Mapping, Sequence, Union
+
+from .errors import UserError, one_line
+
+__all__ = [
+    'MAX_BYTES', 'MAX_CLASSES', 'MAX_SIZE', 'array', 'check_fields', 'either', 'flag', 'integer', 'number', 'optional',
+    'parse_json', 'plain', 'read_json', 'read_text', 'record', 'resolutions', 'shown', 'size_text', 'table', 'text']
+
+MAX_BYTES = 2 ** 24  # of a text file
+MAX_CLASSES = 10 ** 6
+MAX_SIZE = 4096  # pixels of a side, channels of an image
+
+Check = Callable[[Any], Any]
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 60
+
+
+class Mismatch(Exception):
+    """A value is not what a check expects.
+
+    Args:
+        value: The value.
+        expected: What it should be, in words.
+        place: Where it stands in what is checked, such as '.mean[1]'.
+    """
+
+    def __init__(self, value: Any, expected: str, place: str = ''):
+        super().__init__(expected)
+        self.value, self.expected, self.place = value, expected, place
+
+
+class _Missing:
+    def __repr__(self) -> str:
+        return 'missing'
+
+
+_MISSING = _Missing()
+
+
+def check_fields(value: Any, check: Check, source: str) -> Any:
+    """Return what was read from a file, checked.
+
+    Args:
+        value: Content of the file.
+        check: What it has to be, mostly a record.
+        source: The file, for the message.
+
+    Raises:
+        UserError: It is something else.
+
+    Example:
+        >>> check_fields({'size': 160, 'more': None}, record({'size': integer(1, 4096)}), 'a.json')
+        {'size': 160}
+        >>> check_fields({'size': [160, 0]}, record({'size': array(integer(1, 4096))}), 'a.json')
+        Traceback (most recent call last):
+        timm_rs_runtime.errors.UserError: a.json: size[1] is 0, expected an integer from 1 to 4096.
+    """
+    try:
+        return check(value)
+    except Mismatch as e:
+        place = e.place.lstrip('.') or 'the content'
+        raise UserError(f'{source}: {place} is {shown(e.value)}, expected {e.expected}.') from None
+
+
+def integer(low: int, high: int) -> Check:
+    return _check(lambda v: type(v) is int and low <= v <= high, f'an integer from {low} to {high}')
+
+
+def number(low: float = -math.inf, high: float = math.inf, above: bool = False) -> Check:
+    """Expect a finite number; with `above` it has to be larger than `low`."""
+    expected = 'a finite number'
+    if low > -math.inf:
+        expected = f"a number {'above' if above else 'of at least'} {low:g}"
+    if high < math.inf:
+        expected += f' and at most {high:g}'
+
+    def is_right(value: Any) -> bool:
+        if type(value) not in (int, float) or not -1e300 < value < 1e300:
+            return False
+        return low <= value <= high and not (above and value == low)
+
+    return _check(is_right, expected)
+
+
+def text(most: int = 1000, choices: Sequence[str] = ()) -> Check:
+    if choices:
+        return _check(lambda v: isinstance(v, str) and v in choices, f"one of {', '.join(choices)}")
+    return _check(lambda v: isinstance(v, str) and len(v) <= most, f'text of at most {most} characters')
+
+
+def flag() -> Check:
+    return _check(lambda v: isinstance(v, bool), 'true or false')
+
+
+def optional(check: Check) -> Check:
+    return lambda value: None if value is None else check(value)
+
+
+def either(*checks: Check) -> Check:
+    def check(value: Any) -> Any:
+        expected = []
+        for one in checks:
+            try:
+                return one(value)
+            except Mismatch as e:
+                if e.place:  # it is of this kind, and a part of it is wrong
+                    raise
+                expected.append(e.expected)
+        raise Mismatch(value, ' or '.join(expected))
+
+    return check
+
+
+def array(check: Check, least: int = 0, most: int = 1000) -> Check:
+    """Expect a list of values of one kind, which becomes a tuple."""
+    is_right = _check(
+        lambda v: isinstance(v, (list, tuple)) and least <= len(v) <= most,
+        f'a list of {least}' if least == most else f'a list of {least} to {most} values')
+    return lambda value: tuple(_at(check, v, f'[{i}]') for i, v in enumerate(is_right(value)))
+
+
+def table(key: Check, value: Check, most: int = 1000) -> Check:
+    """Expect a dict of values of one kind, with keys of one kind."""
+    is_right = _check(lambda v: isinstance(v, Mapping) and len(v) <= most, f'a dict of at most {most} values')
+
+    def check(values: Any) -> Dict[Any, Any]:
+        names = {k: '.' + shown(k).strip("'") for k in is_right(values)}
+        return {_at(key, k, names[k]): _at(value, v, names[k]) for k, v in values.items()}
+
+    return check
+
+
+def record(fields: Mapping[str, Check], required: Sequence[str] = ()) -> Check:
+    """Expect a dict that holds some fields, each with a check of its own; whatever else it holds is left out."""
+    is_right = _check(lambda v: isinstance(v, Mapping), 'a dict of fields and their values')
+
+    def check(values: Any) -> Dict[str, Any]:
+        values = is_right(values)
+        present = [name for name in fields if name in values or name in required]
+        return {name: _at(fields[name], values.get(name, _MISSING), f'.{name}') for name in present}
+
+    return check
+
+
+def resolutions(least: int = 1) -> Check:
+    """Expect different input sizes in pixels, as a list or, of one size, a number."""
+    sizes = array(integer(1, MAX_SIZE), least, 64)
+
+    def check(value: Any) -> Any:
+        found = sizes([value] if type(value) is int else value)
+        if len(set(found)) < len(found):
+            raise Mismatch(value, 'different input sizes')
+        return tuple(sorted(found, reverse=True))
+
+    return check
+
+
+def size_text(value: Any) -> int:
+    """Expect an input size in pixels as the key of a table, which JSON keeps as text."""
+    if type(value) is str and value.isdecimal() and len(value) <= 4:
+        value = int(value)
+    return integer(1, MAX_SIZE)(value)
+
+
+def plain(most: int = 1000, depth: int = 3) -> Check:
+    """Expect a value of JSON of any kind, neither long nor deep, with numbers of at most a million."""
+    scalar = either(flag(), number(-1e6, 1e6), text(most), _check(lambda v: v is None, 'null'))
+
+    def check(value: Any) -> Any:
+        if isinstance(value, (list, tuple)) and depth:
+            return list(array(plain(most, depth - 1))(value))
+        if isinstance(value, Mapping) and depth:
+            return table(text(100), plain(most, depth - 1))(value)
+        return scalar(value)
+
+    return check
+
+
+def shown(value: Any) -> str:
+    """Return a value in a few words, however long or deep it is."""
+    try:
+        return one_line(_repr.repr(value), 200)
+    except ValueError:  # an integer too large to be printed
+        return f'too large an {type(value).__name__}'
+
+
+def read_text(path: Union[str, os.PathLike], most: int = MAX_BYTES) -> str:
+    """Return the text of a file in UTF-8.
+
+    Raises:
+        UserError: There is no such file, it is larger than `most` bytes, or it is not text.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f'{path} does not exist or is not a regular file.')
+    with open(path, 'rb') as f:
+        content = f.read(most + 1)
+    if len(content) > most:
+        raise UserError(f'{path} is larger than the {most} bytes that are read of such a file.')
+    try:
+        return content.decode('utf-8-sig')
+    except UnicodeDecodeError as e:
+        raise UserError(f'{path} is not text in UTF-8: {e.reason} at byte {e.start}.') from None
+
+
+def parse_json(content: str, source: str) -> Any:
+    """Return the value of a JSON text, which holds no NaN.
+
+    Raises:
+        UserError: It is not JSON.
+    """
+    try:
+        return json.loads(content, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f'{source} is not valid JSON: {one_line(e)}.') from None
+
+
+def read_json(path: Union[str, os.PathLike], check: Check) -> Any:
+    """Return what a JSON file holds, checked; see check_fields."""
+    return check_fields(parse_json(read_text(path), os.fspath(path)), check, os.fspath(path))
+
+
+def _check(is_right: Callable[[Any], bool], expected: str) -> Check:
+    def check(value: Any) -> Any:
+        if not is_right(value):
+            raise Mismatch(value, expected)
+        return value
+
+    return check
+
+
+def _at(check: Check, value: Any, place: str) -> Any:
+    """Check a value that is a part of another."""
+    try:
+        return check(value)
+    except Mismatch as e:
+        raise Mismatch(e.value, e.expected, place + e.place) from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f'it holds {name}')
