@@ -188,19 +188,27 @@ class _Constants:
         return self._node('Reshape', [f'{name}.flat', shape], [f'{name}.picked'])
 
     def select(self) -> List[onnx.NodeProto]:
-        """Return the nodes that find the row and pick it from all tables."""
+        """Return the nodes that find the row and pick it from all tables.
+
+        The row is how many of the areas halfway between two sizes the input's area is below. Integers only: float16
+        ends at 65504, less than 256 x 256, and OpenVINO 2026.4 leaves out an Abs of what comes from a shape. Where
+        height and width are fixed, but not the batch, ONNX Runtime folds the Shape of what has no batch dimension only:
+        of the plane that is the sum of one image's first channel, or of none where the batch is empty.
+        """
         if not self._picked:
             return []
         nodes, self._nodes = self._nodes, []
-        areas = np.array([r * r for r in self._resolutions], np.float32)
-        # ONNX Runtime folds a Shape only where all dimensions are known, which the batch is not.
-        self._node('GatherND', ['images', self._initializer('first_plane', np.zeros(2, np.int64))], ['images.plane'])
+        areas = np.square(self._resolutions, dtype=np.int64)
+        halfway = (areas[:-1] + areas[1:] + 1) // 2  # which is the larger size's, like all above it
+        first, end, axes = (self._initializer(f'first_plane.{k}', np.array(v, np.int64))
+                            for k, v in (('start', [0, 0]), ('end', [1, 1]), ('axes', [0, 1])))
+        self._node('Slice', ['images', first, end, axes], ['images.slice'])
+        self._node('ReduceSum', ['images.slice', axes], ['images.plane'], keepdims=0)
         self._node('Shape', ['images.plane'], ['images.size'])
-        self._node('ReduceProd', ['images.size'], ['images.area.int'], keepdims=1)
-        self._node('Cast', ['images.area.int'], ['images.area'], to=onnx.TensorProto.FLOAT)
-        self._node('Sub', [self._initializer('resolution_areas', areas), 'images.area'], ['images.area.difference'])
-        self._node('Abs', ['images.area.difference'], ['images.area.distance'])
-        self._node('ArgMin', ['images.area.distance'], [INDEX], axis=0, keepdims=0)
+        self._node('ReduceProd', ['images.size'], ['images.area'], keepdims=1)
+        self._node('Less', ['images.area', self._initializer('halfway_areas', halfway)], ['images.below'])
+        self._node('Cast', ['images.below'], ['images.below.int'], to=onnx.TensorProto.INT64)
+        self._node('ReduceSum', ['images.below.int'], [INDEX], keepdims=0)
         for kind, pack in self._packs.items():
             lengths = np.array([table.shape[1] for table in pack.values()], np.int64)
             table = self._initializer(f'table.{kind}', np.concatenate(list(pack.values()), axis=1))
