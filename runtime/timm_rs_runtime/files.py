@@ -1,13 +1,12 @@
 """Files that are there complete or not at all"""
 import os
-import secrets
+import re
 import shutil
 import stat
 import sys
 import tempfile
 from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, Any, Iterator, Union
+from typing import IO, Any, Iterator, Optional, Union
 
 from .errors import UserError
 
@@ -31,7 +30,7 @@ def check_new_file(path: _Path, overwrite: bool = False) -> None:
             devices and `-` (standard output) can be written to.
     """
     path = os.fspath(path)
-    if path == STDIO:
+    if path == STDIO or _is_special(path):
         return
     real = os.path.realpath(path)
     folder = os.path.dirname(real)
@@ -39,23 +38,29 @@ def check_new_file(path: _Path, overwrite: bool = False) -> None:
         raise UserError(f'{folder} does not exist, expected a folder for {os.path.basename(path)}.')
     if os.path.isdir(real):
         raise UserError(f'{path} is a folder, expected the name of a file.')
-    if os.path.exists(real) and not _is_special(real) and not overwrite:
-        raise UserError(f'{path} exists and is not overwritten, give another output.')
+    if os.path.islink(real):
+        raise UserError(f'{path} is a link to itself, expected the name of a file.')
+    if not os.access(folder, os.W_OK):
+        raise UserError(f'{folder} is not writable, expected a folder for {os.path.basename(path)}.')
+    if os.path.exists(real) and not overwrite:
+        raise UserError(f'{path} exists and is not overwritten, give another output or --overwrite.')
 
 
 def check_new_folder(path: _Path) -> None:
     """Raise UserError if there is something of this name other than an empty folder."""
     if os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path)):
         raise UserError(f'{path} exists and is not overwritten, give another output.')
+    if os.path.ismount(path):
+        raise UserError(f'{path} is the root of a file system and cannot be replaced, give a folder in it.')
 
 
 @contextmanager
 def atomic_path(path: _Path, overwrite: bool = False) -> Iterator[str]:
     """Give a name to write a file to, which gets its own name when all went well, and is deleted otherwise.
 
-    The file is written in the same folder under a fresh name with the same ending, synced and renamed. A link is
-    followed. A pipe, a device and `-` get the bytes at the end and are never replaced. What a killed process left
-    behind is deleted by the next that writes the same file.
+    The file is written under the same name in a fresh folder beside it, synced and renamed. A link is followed. A
+    pipe, a device and `-` get the bytes at the end and are never replaced. What a killed process left behind is
+    deleted by the next that writes the same file.
 
     Args:
         path: File to write.
@@ -80,20 +85,19 @@ def atomic_path(path: _Path, overwrite: bool = False) -> Iterator[str]:
                         shutil.copyfileobj(source, target)
         return
     path = os.path.realpath(path)
-    folder, name = os.path.split(path)
-    _delete_leftovers(folder, name)
-    partial = os.path.join(folder, f'{_PREFIX}{secrets.token_hex(8)}-{name}')
-    with _locked(partial):
-        try:
-            yield partial
+    with _partial(path) as partial:
+        yield partial
+        _sync(partial)
+        if overwrite:
             if os.path.exists(path):
                 os.chmod(partial, stat.S_IMODE(os.stat(path).st_mode))
-            _sync(partial)
-            check_new_file(path, overwrite)  # another process may have been faster
             os.replace(partial, path)
-            _sync(folder)
-        finally:
-            Path(partial).unlink(missing_ok=True)
+            return
+        try:
+            os.link(partial, path)  # unlike a rename it fails if another process was faster
+        except OSError:  # it was, or the file system has no links
+            check_new_file(path)
+            os.replace(partial, path)
 
 
 @contextmanager
@@ -121,18 +125,14 @@ def atomic_folder(path: _Path) -> Iterator[str]:
     """
     check_new_folder(path)
     path = os.path.realpath(path)
-    parent, name = os.path.split(path)
-    os.makedirs(parent, exist_ok=True)
-    _delete_leftovers(parent, name)
-    partial = os.path.join(parent, f'{_PREFIX}{secrets.token_hex(8)}-{name}')
-    os.mkdir(partial)
-    with _locked(partial):
-        try:
-            yield partial
-            os.replace(partial, path)
-            _sync(parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with _partial(path) as partial:
+        os.mkdir(partial)
+        yield partial
+        for folder, _, names in os.walk(partial):
+            for name in names:
+                _sync(os.path.join(folder, name))
+        os.replace(partial, path)
 
 
 def _is_special(path: str) -> bool:
@@ -140,48 +140,59 @@ def _is_special(path: str) -> bool:
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
+@contextmanager
+def _partial(path: str) -> Iterator[str]:
+    """Give the same name in a fresh folder beside it, which is deleted at the end.
+
+    The folder is locked meanwhile: the leftovers of a killed process are not.
+    """
+    parent, name = os.path.split(path)
+    leftover = re.compile(rf'{re.escape(_PREFIX)}\w{{8}}-{re.escape(name)}')
+    for entry in os.scandir(parent):
+        if leftover.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+            lock = _lock(entry.path, exclusive=True)
+            if lock is not None:  # nobody is writing there
+                shutil.rmtree(entry.path, ignore_errors=True)
+                os.close(lock)
+    while True:
+        folder = tempfile.mkdtemp(prefix=_PREFIX, suffix=f'-{name}', dir=parent)
+        lock = _lock(folder)
+        if os.path.exists(folder):  # else another process took it for leftovers before it was locked
+            break
+    try:
+        yield os.path.join(folder, name)
+        _sync(parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
 def _sync(path: str) -> None:
+    """Have a file or folder reach the disk."""
     if os.name != 'posix':
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError:
+        if not os.path.isdir(path):  # not every file system syncs folders
+            raise
     finally:
         os.close(descriptor)
 
 
-@contextmanager
-def _locked(path: str) -> Iterator[None]:
-    """Hold a lock on a file or folder, made if need be, which says that a living process writes it."""
+def _lock(path: str, exclusive: bool = False) -> Optional[int]:
+    """Return a descriptor that holds a lock, None where it is held by others, gone, or there are no locks."""
     if fcntl is None:
-        yield
-        return
-    if not os.path.isdir(path):
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    descriptor = os.open(path, os.O_RDONLY)
+        return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-        yield
-    finally:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except OSError:
         os.close(descriptor)
-
-
-def _delete_leftovers(folder: str, name: str) -> None:
-    """Delete what killed processes have left of a file or folder."""
-    if fcntl is None:
-        return
-    for entry in os.scandir(folder):
-        hexadecimal, _, rest = entry.name[len(_PREFIX):].partition('-')
-        if not entry.name.startswith(_PREFIX) or rest != name or len(hexadecimal) != 16 or entry.is_symlink():
-            continue
-        try:
-            descriptor = os.open(entry.path, os.O_RDONLY)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(entry.path, ignore_errors=True) if entry.is_dir() else Path(entry.path).unlink()
-        except OSError:  # it is being written, or gone
-            pass
-        finally:
-            os.close(descriptor)
+        return None
+    return descriptor
