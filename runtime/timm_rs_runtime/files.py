@@ -183,7 +183,7 @@ def _sync(path: str) -> None:
 
 
 def _lock(path: str, exclusive: bool = False) -> Optional[int]:
-    """Return a descriptor that holds a lock, None where it is held by others, gone, or there are no locks."""
+    """Return a descriptor that holds a lock; None for an exclusive one that others hold, and where there are none."""
     if fcntl is None:
         return None
     try:
@@ -191,7 +191,7 @@ def _lock(path: str, exclusive: bool = False) -> Optional[int]:
     except OSError:
         return None
     try:
-        fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
     except OSError:
         os.close(descriptor)
         return None
