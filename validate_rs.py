@@ -132,6 +132,7 @@ def create_parser():
     add('--torchcompile', nargs='?', default=None, const='inductor', metavar='BACKEND', help='compile the model')
     add('--torchcompile-mode', default=None, help='mode of torch.compile')
     add('--results-file', default='', metavar='FILE', help='write the table to FILE, .csv or .json')
+    add('--overwrite', action='store_true', help='replace a results file of this name')
     add('--results-format', default=None, choices=_FORMATS, help='format of that file (default: by its name)')
 
     # So it is anyway: on one device, without a prefetcher, at the sizes of training.
@@ -169,7 +170,7 @@ def main(argv=None):
 
     with one_line_errors('validate_rs.py'):
         if args.results_file:
-            check_new_file(args.results_file)
+            check_new_file(args.results_file, args.overwrite)
         if args.img_size is not None:
             args.img_size = check_resolutions(args.img_size)
         for module in args.device_modules:
@@ -231,7 +232,7 @@ def main(argv=None):
     print(format_table(rows))
     if args.results_file:
         with one_line_errors('validate_rs.py'):
-            write_results(args.results_file, [{c: row[c] for c in _COLUMNS} for row in rows], args.results_format)
+            write_results(args, [{c: row[c] for c in _COLUMNS} for row in rows])
 
 
 def take_over_training_args(args):
@@ -316,10 +317,10 @@ def format_table(rows):
     return '\n'.join(lines)
 
 
-def write_results(path, rows, format):
+def write_results(args, rows):
     """Write the rows as CSV or JSON; the file is there complete or not at all."""
-    with atomic_write(path, newline='') as f:
-        if format == 'json':
+    with atomic_write(args.results_file, overwrite=args.overwrite, newline='') as f:
+        if args.results_format == 'json':
             json.dump(rows, f, indent=2)
         else:
             writer = csv.DictWriter(f, fieldnames=_COLUMNS)

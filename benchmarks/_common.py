@@ -16,10 +16,11 @@ import torch
 
 import timm_rs
 from timm_rs_runtime.errors import OneLineParser
+from timm_rs_runtime.files import atomic_write
 
 __all__ = [
     'add_deployed_arguments', 'add_timing_arguments', 'create_parser', 'environment', 'measure', 'median',
-    'print_table', 'ratio', 'shell_command', 'write_results',
+    'print_table', 'ratio', 'shell_command', 'write_json', 'write_results',
 ]
 
 Contenders = Dict[str, Callable[[], Any]]
@@ -125,8 +126,13 @@ def write_results(args: argparse.Namespace, rows: Sequence[Dict[str, Any]]) -> N
     settings = {k: v for k, v in vars(args).items() if k != 'output'}
     results = dict(command=shell_command(), environment=environment(), settings=settings, rows=list(rows))
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(results, indent=2) + '\n')
+    write_json(args.output, results)
     print(f'\nWritten to {args.output}')
+
+
+def write_json(path: Path, content: Any) -> None:
+    with atomic_write(path, overwrite=True) as f:
+        f.write(json.dumps(content, indent=2) + '\n')
 
 
 def shell_command() -> str:

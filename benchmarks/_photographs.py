@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from tqdm import tqdm
 
+from timm_rs_runtime.files import atomic_path
+
 __all__ = [
     'Boxes', 'Photographs', 'crop', 'list_photographs', 'load_photographs', 'normalize', 'random_boxes',
     'resize_matrices',
@@ -88,9 +90,8 @@ def load_photographs(root: str, sizes: Sequence[int], side: int, crop_pct: float
         train=train, train_labels=train_labels, val=dict(zip(sizes, val)), val_labels=val_labels,
         held_out=dict(zip(sizes, held)), classes=classes)
     cache.parent.mkdir(parents=True, exist_ok=True)
-    partial = cache.with_suffix('.tmp')
-    torch.save(dict(found, key=key), partial)
-    os.replace(partial, cache)
+    with atomic_path(cache, overwrite=True) as partial:
+        torch.save(dict(found, key=key), partial)
     return Photographs(**found)
 
 

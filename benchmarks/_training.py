@@ -1,7 +1,5 @@
 """Training of one network of the comparison, on a CPU, or on a GPU beside others"""
-import json
 import math
-import os
 import sys
 import threading
 import time
@@ -24,10 +22,10 @@ from timm.utils import ModelEmaV3
 from timm_rs.evaluate import ENSEMBLE, count_parameters
 from timm_rs.quant import quantize
 from timm_rs.train import ResolutionPyramid
+from timm_rs_runtime.files import atomic_path
 
 __all__ = [
     'Diverged', 'Run', 'Stopped', 'choose_levels', 'create_network', 'level_shares', 'say', 'train_network',
-    'write_json',
 ]
 
 TERMS = ('loss', 'classification', 'ensemble', 'distillation')
@@ -139,8 +137,8 @@ def train_network(
                          epoch=epoch, seconds=seconds)
             if average:
                 state.update(average=average.state_dict())
-            torch.save(state, f'{checkpoint}.tmp')
-            os.replace(f'{checkpoint}.tmp', checkpoint)
+            with atomic_path(checkpoint, overwrite=True) as partial:
+                torch.save(state, partial)
             saved = now
         if stopped:
             raise Stopped(run.name)
@@ -356,7 +354,3 @@ def say(text: str) -> None:
     sys.stdout.write(f'{text}\n')  # at once, other threads speak too
     sys.stdout.flush()
 
-
-def write_json(path: Path, content: dict) -> None:
-    path.with_suffix('.tmp').write_text(json.dumps(content, indent=2) + '\n')
-    os.replace(path.with_suffix('.tmp'), path)

@@ -13,8 +13,10 @@ import json
 import statistics
 from pathlib import Path
 
-from _common import create_parser, environment, shell_command
+from _common import create_parser, environment, shell_command, write_json
 from _tables import METHODS, cell, gain, top1
+
+from timm_rs_runtime.files import atomic_write
 
 
 def main(argv=None):
@@ -49,14 +51,15 @@ def main(argv=None):
             rows.append(row_of(title, method, size, chosen, recipe))
             scores[title, METHODS[method], size] = top1(chosen, size)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.output, 'w', newline='') as f:
+    with atomic_write(args.output, overwrite=True, newline='') as f:
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     table = markdown(scores, sizes)
-    args.output.with_suffix('.md').write_text(table)
-    args.output.with_suffix('.json').write_text(json.dumps(dict(
-        command=shell_command(), environment=environment(), recipes=recipes, runs=runs), indent=2) + '\n')
+    with atomic_write(args.output.with_suffix('.md'), overwrite=True) as f:
+        f.write(table)
+    write_json(args.output.with_suffix('.json'), dict(
+        command=shell_command(), environment=environment(), recipes=recipes, runs=runs))
     print(table)
 
 

@@ -42,15 +42,16 @@ from typing import Callable, Container, Dict, List, Optional, Tuple
 
 import timm
 import torch
-from _common import create_parser, environment, shell_command
+from _common import create_parser, environment, shell_command, write_json
 from _photographs import Photographs, list_photographs, load_photographs, normalize
 from _tables import DEFAULTS, METHODS, describe, markdown, plot, summarize, top1
-from _training import Diverged, Run, create_network, level_shares, say, train_network, write_json
+from _training import Diverged, Run, create_network, level_shares, say, train_network
 from _variants import ENSEMBLES
 from timm.utils import ParseKwargs
 
 from timm_rs.evaluate import count_madds
 from timm_rs.train import ResolutionPyramid
+from timm_rs_runtime.files import atomic_path, atomic_write
 
 RECIPE = (
     'model', 'sizes', 'epochs', 'batch_size', 'weight_decay', 'warmup_epochs', 'scale', 'hflip', 'distill_ramp',
@@ -222,7 +223,7 @@ def keep_recipe(args: Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     path = args.work / 'recipe.json'
     if not path.exists():
-        path.write_text(json.dumps(recipe_of(args), indent=2) + '\n')
+        write_json(path, recipe_of(args))
 
 
 def told(key: str, value) -> str:
@@ -412,7 +413,8 @@ def train(
         none = {str(s): 0. for s in run.sizes}  # a rate like any other, only the worst
         result, weights = dict(asdict(run), top1=none, top5=none, loss={}, seconds=time.perf_counter() - began), {}
     if weights:
-        torch.save(weights, args.work / f'{run.name}.pth')
+        with atomic_path(args.work / f'{run.name}.pth', overwrite=True) as partial:
+            torch.save(weights, partial)
     write(run, dict(result, cost=cost(run, args)), args)
     checkpoint.unlink(missing_ok=True)
 
@@ -436,16 +438,17 @@ def write_table(args: Namespace) -> None:
         raise SystemExit(f'{args.work} holds no finished run of these.')
     rows = [summarize(args, *key, results, madds(args, key[1])) for key, results in found.items()]
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.output, 'w', newline='') as f:
+    with atomic_write(args.output, overwrite=True, newline='') as f:
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     table = markdown(rows, {(title, size): top1(results, size) for (title, size), results in found.items()}, args)
-    args.output.with_suffix('.md').write_text(table)
-    args.output.with_suffix('.json').write_text(json.dumps(dict(
+    with atomic_write(args.output.with_suffix('.md'), overwrite=True) as f:
+        f.write(table)
+    write_json(args.output.with_suffix('.json'), dict(
         command=shell_command(), environment=environment(), dataset=args.dataset,
         images=args.images, recipe={k: getattr(args, k) for k in RECIPE}, lrs=args.lrs,
-        searches=[r for _, r in searches if r], runs=[r for _, r in runs]), indent=2) + '\n')
+        searches=[r for _, r in searches if r], runs=[r for _, r in runs]))
     plot(rows, describe(args), args.output.with_suffix('.png'))
     print(table)
 

@@ -519,12 +519,14 @@ def test_command_tells_what_is_wrong(folder, tmp_path, capsys, flags, message):
     assert e.value.code == 1 and message in line and os.listdir(tmp_path) == []
 
 
-def test_command_does_not_overwrite(folder, tmp_path, capsys):
+def test_command_overwrites_only_when_told(folder, tmp_path, capsys):
     (tmp_path / 'all.onnx').write_text('mine')
     with pytest.raises(SystemExit):
         main(['export', folder, '-o', str(tmp_path / 'all.onnx')])
     assert 'exists and is not overwritten' in capsys.readouterr().err
     assert (tmp_path / 'all.onnx').read_text() == 'mine'
+    main(['export', folder, '-o', str(tmp_path / 'all.onnx'), '--overwrite'])
+    assert (tmp_path / 'all.onnx').stat().st_size > 1000 and os.listdir(tmp_path) == ['all.onnx']
 
 
 def test_command_of_a_training_run(tmp_path, capsys):

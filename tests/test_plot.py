@@ -46,6 +46,15 @@ def test_figures(run, tmp_path, capsys):
         assert pixels.shape[0] > 300 and pixels.std() > 0.01
 
 
+def test_figures_are_not_overwritten(run, tmp_path, capfd):
+    argv = ['plot', str(run), '--output', str(tmp_path), '--format', 'svg']
+    (tmp_path / 'accuracy_vs_madds.svg').write_text('mine')
+    assert 'accuracy_vs_madds.svg exists and is not overwritten' in fails(main, argv, capfd)
+    assert not (tmp_path / 'curves.svg').exists()
+    main([*argv, '--overwrite'])
+    assert '<svg' in (tmp_path / 'accuracy_vs_madds.svg').read_text() and (tmp_path / 'curves.svg').exists()
+
+
 def test_bad_folders(run, tmp_path, capfd):
     assert 'summary.csv is missing' in fails(main, ['plot', tmp_path], capfd)
     (run / 'summary.csv').write_text('epoch,lr\n0,0.1\n')

@@ -117,7 +117,7 @@ def test_validation_knows_the_flags_of_timm():
     assert {f'--{flag}' for flag in VALIDATE_FLAGS} <= set(validate_rs.create_parser()._option_string_actions)
 
 
-def test_validation_takes_the_flags_of_timm(images, trained, tmp_path, monkeypatch):
+def test_validation_takes_the_flags_of_timm(images, trained, tmp_path, monkeypatch, capfd):
     calls = []
     monkeypatch.setattr(validate_rs, 'set_fast_norm', lambda: calls.append(1))
     argv = [str(images), '--checkpoint', str(trained / 'last.pth.tar'), '--device', 'cpu', '--workers', '0']
@@ -129,7 +129,10 @@ def test_validation_takes_the_flags_of_timm(images, trained, tmp_path, monkeypat
     row, = json.loads(path.read_text())
     assert row['resolution'] == 32 and calls == [1]
     flags = '--results-format csv --img-size 32 --crop-border-pixels 3'.split()
-    validate_rs.main([*argv, '--results-file', f'{path}.json', *flags])
+    (tmp_path / 'table.json').write_text('mine')
+    argv = [*argv, '--results-file', f'{path}.json', *flags]
+    assert 'table.json exists and is not overwritten' in fails(validate_rs.main, argv, capfd)
+    validate_rs.main([*argv, '--overwrite'])
     cropped, = csv.DictReader((tmp_path / 'table.json').open())
     assert float(cropped['top5']) == row['top5'] and float(cropped['loss']) != row['loss']
 

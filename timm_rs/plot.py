@@ -8,6 +8,7 @@ import timm
 import yaml
 
 from timm_rs_runtime.errors import UserError
+from timm_rs_runtime.files import atomic_path
 
 from .evaluate import ENSEMBLE, count_madds
 from .hub.convert import model_args
@@ -64,12 +65,13 @@ def read_run(folder: str) -> RunHistory:
     return RunHistory(os.path.basename(os.path.normpath(folder)), resolutions, rows, args)
 
 
-def plot_curves(runs: Sequence[RunHistory], path: str) -> None:
+def plot_curves(runs: Sequence[RunHistory], path: str, overwrite: bool = False) -> None:
     """Draw top-1 accuracy over epochs, a panel per run and a line per resolution and for the ensemble.
 
     Args:
         runs: The runs.
         path: File to write; its ending chooses the format.
+        overwrite: Replace a file of this name.
     """
     figure, axes = _figure(len(runs))
     for axis, run in zip(axes, runs):
@@ -84,15 +86,17 @@ def plot_curves(runs: Sequence[RunHistory], path: str) -> None:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(loc='lower right')
     axes[0].set_ylabel('top-1 accuracy (%)')
-    figure.savefig(path, dpi=150)
+    with atomic_path(path, overwrite) as partial:
+        figure.savefig(partial, dpi=150)
 
 
-def plot_accuracy_against_madds(runs: Sequence[RunHistory], path: str) -> None:
+def plot_accuracy_against_madds(runs: Sequence[RunHistory], path: str, overwrite: bool = False) -> None:
     """Draw top-1 accuracy of each run's best epoch against the multiply-adds of each resolution.
 
     Args:
         runs: The runs.
         path: File to write; its ending chooses the format.
+        overwrite: Replace a file of this name.
     """
     figure, (axis,) = _figure(1)
     for run in runs:
@@ -103,7 +107,8 @@ def plot_accuracy_against_madds(runs: Sequence[RunHistory], path: str) -> None:
             axis.annotate(f'{r} px', (cost[r] / 1e6, value), textcoords='offset points', xytext=(4, -11), fontsize=8)
     axis.set(xlabel='multiply-adds (millions)', ylabel='top-1 accuracy (%)')
     axis.legend(loc='lower right')
-    figure.savefig(path, dpi=150)
+    with atomic_path(path, overwrite) as partial:
+        figure.savefig(partial, dpi=150)
 
 
 def _figure(panels: int):

@@ -214,10 +214,15 @@ def _calibrate(args: argparse.Namespace) -> None:
     _print_saved(args.output, model, ' '.join(map(str, model.resolutions)))
 
 
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--overwrite', action='store_true', help='replace a file of this name')
+
+
 def _add_export(parser: argparse.ArgumentParser) -> None:
     _add_source(parser)
     add = parser.add_argument
     add('-o', '--output', required=True, metavar='FILE', help='file to write')
+    _add_overwrite(parser)
     add('--format', default='onnx', choices=('onnx', 'torch-export', 'torchscript'), help='default: %(default)s')
     add('--resolution', type=int, metavar='N',
         help='take this resolution out (default: one file for all of them, ONNX only)')
@@ -242,21 +247,21 @@ def _export(args: argparse.Namespace) -> None:
         raise UserError('--quantize int8 and --calibration-data DIR need each other.')
     if args.quantize and args.resolution is not None:
         raise UserError('--quantize int8 writes all resolutions, leave --resolution out.')
-    check_new_file(args.output)
+    check_new_file(args.output, args.overwrite)
     labels = _read_labels(args.label_names or _labels_beside(args.checkpoint))
     if args.quantize:
         images = find_images(args.calibration_data, args.calibration_images)
     model = _load(args).model
     if args.quantize:
-        found = export_int8(model, args.output, images, labels)
+        found = export_int8(model, args.output, images, labels, overwrite=args.overwrite)
         told = {r: f"top-1 of {row['agreement']:.1%} of {len(images)} images as the network's, "
                    f"logits {row['error']:.1%} off" for r, row in found.items()}
     elif args.resolution is None:
-        errors = export_switchable(model, args.output, labels, args.tolerance)
+        errors = export_switchable(model, args.output, labels, args.tolerance, args.overwrite)
         told = {r: f'differs from the network by {error:.2g} at most' for r, error in errors.items()}
     else:
         error = export_resolution(
-            model, args.resolution, args.output, args.format, args.batch_size, labels, args.tolerance)
+            model, args.resolution, args.output, args.format, args.batch_size, labels, args.tolerance, args.overwrite)
         told = {args.resolution: f'differs from the network by {error:.2g} at most'}
     for resolution, text in told.items():
         print(f'{resolution} px: {text}')
@@ -312,6 +317,7 @@ def _add_fit_cascade(parser: argparse.ArgumentParser) -> None:
     add('--start', type=int, metavar='N', help='first input size in pixels (default: fitted)')
     add('--images', type=int, metavar='N', help='images to use at most (default: all)')
     add('-o', '--output', required=True, metavar='FILE', help='file to write')
+    _add_overwrite(parser)
 
 
 def _fit_cascade(args: argparse.Namespace) -> None:
@@ -326,6 +332,7 @@ def _fit_cascade(args: argparse.Namespace) -> None:
         args.start,
         args.images,
         args.threads,
+        args.overwrite,
     )
     print('network  accuracy  mean MAdds  mean ms  images through each size')
     for row in rows:
@@ -353,6 +360,7 @@ def _add_plot(parser: argparse.ArgumentParser) -> None:
     add('runs', nargs='+', metavar='OUTPUT_DIR', help='output folders of train_rs.py')
     add('--output', default='.', metavar='DIR', help='folder of the figures (default: the current one)')
     add('--format', default='png', choices=('png', 'pdf', 'svg'), help='of the figures (default: png)')
+    _add_overwrite(parser)
 
 
 def _plot(args: argparse.Namespace) -> None:
@@ -360,9 +368,11 @@ def _plot(args: argparse.Namespace) -> None:
 
     runs = [read_run(folder) for folder in args.runs]
     os.makedirs(args.output, exist_ok=True)
-    for name, plot in (('curves', plot_curves), ('accuracy_vs_madds', plot_accuracy_against_madds)):
-        path = os.path.join(args.output, f'{name}.{args.format}')
-        plot(runs, path)
+    paths = [os.path.join(args.output, f'{name}.{args.format}') for name in ('curves', 'accuracy_vs_madds')]
+    for path in paths:
+        check_new_file(path, args.overwrite)
+    for path, plot in zip(paths, (plot_curves, plot_accuracy_against_madds)):
+        plot(runs, path, args.overwrite)
         print(path)
 
 

@@ -11,6 +11,7 @@ and .md.
 """
 import argparse
 import json
+import os
 import textwrap
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import timm_rs
 from timm_rs.checkpoint import read_weights
 from timm_rs.evaluate import ENSEMBLE, count_madds, count_parameters
 from timm_rs.hub.push import read_metrics
+from timm_rs_runtime.files import atomic_path, atomic_write
 
 FOLDER = Path(timm_rs.__file__).parent / 'models' / 'weights'
 
@@ -45,18 +47,21 @@ def main():
     model = timm.create_model(args.model, num_classes=len(labels), resolutions=args.resolutions)
     place = {k: model.pretrained_cfg[k] for k in ('first_conv', 'classifier')}
     FOLDER.mkdir(exist_ok=True)
-    save_file(
-        {k: v.half().contiguous() if v.is_floating_point() else v for k, v in weights.items()},
-        FOLDER / f'{name}.safetensors', metadata=dict(format='pt'))
-    (FOLDER / f'{name}.safetensors').chmod(0o644)
+    with atomic_path(FOLDER / f'{name}.safetensors', overwrite=True) as partial:
+        save_file(
+            {k: v.half().contiguous() if v.is_floating_point() else v for k, v in weights.items()},
+            partial, metadata=dict(format='pt'))
+        os.chmod(partial, 0o644)
     told = dict(
         resolutions=sorted(args.resolutions, reverse=True),
         pretrained_cfg=dict(
             num_classes=len(labels), input_size=(3, *[max(args.resolutions)] * 2), pool_size=None,
             interpolation='bilinear', crop_pct=1., mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
             label_names=labels, license='apache-2.0', **place))
-    (FOLDER / f'{name}.json').write_text(json.dumps(told, indent=2) + '\n')
-    (FOLDER / f'{name}.md').write_text(card(name, model, labels, read_metrics(args.metrics), args))
+    with atomic_write(FOLDER / f'{name}.json', overwrite=True) as f:
+        f.write(json.dumps(told, indent=2) + '\n')
+    with atomic_write(FOLDER / f'{name}.md', overwrite=True) as f:
+        f.write(card(name, model, labels, read_metrics(args.metrics), args))
     print(f'{name}: {(FOLDER / f"{name}.safetensors").stat().st_size / 1e6:.1f} MB')
 
 

@@ -151,10 +151,10 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum(-1, keepdims=True)
 
 
-def write_cascade(path: Union[str, os.PathLike], cascade: Cascade, **told: Any) -> None:
+def write_cascade(path: Union[str, os.PathLike], cascade: Cascade, overwrite: bool = False, **told: Any) -> None:
     """Write a cascade as JSON, complete or not at all, and what else is told of it."""
     values = dict(asdict(cascade), **told)
-    with atomic_write(path) as f:
+    with atomic_write(path, overwrite=overwrite) as f:
         json.dump(values, f, indent=2)
         f.write('\n')
 

@@ -255,18 +255,20 @@ def fit_cascade(
         start: Optional[int] = None,
         most: Optional[int] = None,
         threads: Optional[int] = None,
+        overwrite: bool = False,
 ) -> List[Dict[str, Any]]:
     """Fit a cascade on labelled images and write it.
 
     Args:
         path: File of `timm-rs export --format onnx`, or a Session.
         folder: Folder of class folders, see label_folders.
-        output: File to write, which there must not be yet.
+        output: File to write.
         target_accuracy: Share of right answers to reach.
         target_madds: Mean multiply-adds of an image to stay below.
         start: First resolution, fitted if None.
         most: Images at most.
         threads: Threads of an inference, all cores if None.
+        overwrite: Replace a file of this name.
 
     Returns:
         Rows of accuracy, mean multiply-adds and mean latency on these images, of each resolution and the cascade. The
@@ -275,14 +277,14 @@ def fit_cascade(
     Raises:
         ValueError: A file, folder or argument is not usable, or no cascade reaches the target.
     """
-    check_new_file(output)
+    check_new_file(output, overwrite)
     session = path if hasattr(path, 'predict') else Session(path, threads)
     images, labels = label_folders(folder, session, most)
     latency, reading = measure_images(session, spread(images, _TIMED))
     logits = collect_logits(session, images)
     found = fit(logits, labels, session.madds, target_accuracy, target_madds, start)
     rows = compare(session, found.cascade, logits, labels, latency, reading)
-    write_cascade(output, found.cascade, images=len(images), target_accuracy=target_accuracy,
+    write_cascade(output, found.cascade, overwrite, images=len(images), target_accuracy=target_accuracy,
                   target_madds=target_madds, rows=rows)
     return rows
 

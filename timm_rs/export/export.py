@@ -57,6 +57,7 @@ def export_switchable(
         path: str,
         class_names: Optional[Sequence[str]] = None,
         tolerance: float = TOLERANCE,
+        overwrite: bool = False,
 ) -> Dict[int, float]:
     """Write one ONNX file that serves every resolution, chosen by the height and width of the input.
 
@@ -67,6 +68,7 @@ def export_switchable(
         path: File to write, complete or not at all.
         class_names: Names of the classes, in their order; if None what the model tells.
         tolerance: Largest absolute difference of logits between the network and the file.
+        overwrite: Replace a file of this name.
 
     Returns:
         The largest difference of logits found at each resolution.
@@ -77,12 +79,12 @@ def export_switchable(
     """
     from .merge import build
 
-    check_new_file(path)
+    check_new_file(path, overwrite)
     metadata = _describe_switchable(model, class_names)
     plain = {r: _take(model, r) for r in model.resolutions}
     merged = build(_trace_all(plain, metadata['architecture']))
     set_metadata(merged, metadata)
-    with atomic_path(path) as partial:
+    with atomic_path(path, overwrite) as partial:
         _save_onnx(merged, partial)
         return verify(_onnx_runner(partial), plain, metadata['architecture'], tolerance)
 
@@ -93,6 +95,7 @@ def export_int8(
         images: Sequence[Any],
         class_names: Optional[Sequence[str]] = None,
         batch_size: int = 4,
+        overwrite: bool = False,
 ) -> Dict[int, Dict[str, float]]:
     """Write one int8 ONNX file that serves every resolution, see timm_rs.export.int8.
 
@@ -102,6 +105,7 @@ def export_int8(
         images: Images like those to come, as files or PIL images, for the ranges of activations; some 100.
         class_names: Names of the classes, in their order; if None what the model tells.
         batch_size: Images of a batch.
+        overwrite: Replace a file of this name.
 
     Returns:
         For each resolution how the file does on these images beside the network: 'agreement', the share with the same
@@ -116,7 +120,7 @@ def export_int8(
     from .int8 import QuantizationError, calibrate, quantize
     from .merge import build
 
-    check_new_file(path)
+    check_new_file(path, overwrite)
     metadata = dict(_describe_switchable(model, class_names), precision='int8')
     if not images:
         raise UserError('There are no images to calibrate on.')
@@ -133,7 +137,7 @@ def export_int8(
     except QuantizationError as e:
         raise ExportError(f"{metadata['architecture']} cannot be quantized: {e}") from e
     set_metadata(merged, metadata)
-    with atomic_path(path) as partial:
+    with atomic_path(path, overwrite) as partial:
         _save_onnx(merged, partial)
         run = _onnx_runner(partial)
         found = {r: _fidelity(run, network, batches[r]) for r, network in plain.items()}
@@ -153,6 +157,7 @@ def export_resolution(
         batch_size: Optional[int] = None,
         class_names: Optional[Sequence[str]] = None,
         tolerance: float = TOLERANCE,
+        overwrite: bool = False,
 ) -> float:
     """Write the plain network of one resolution, BatchNorms folded into convolutions.
 
@@ -164,6 +169,7 @@ def export_resolution(
         batch_size: Images of a batch, None for any number.
         class_names: Names of the classes, in their order; if None what the model tells. ONNX only.
         tolerance: Largest absolute difference of logits between the network and the file.
+        overwrite: Replace a file of this name.
 
     Returns:
         The largest difference of logits found.
@@ -178,7 +184,7 @@ def export_resolution(
         raise UserError(f"Unknown format {format!r}, expected one of {', '.join(FORMATS)}.")
     if format == 'torch-export' and not path.endswith('.pt2'):
         raise UserError(f'{path}: torch.export.load wants a file whose name ends in .pt2.')
-    check_new_file(path)
+    check_new_file(path, overwrite)
     network = _take(model, resolution)
     metadata = describe(model, (resolution,), class_names)
     save, runner = {
@@ -186,7 +192,7 @@ def export_resolution(
         'torch-export': (_write_torch_export, lambda p: torch.export.load(p).module()),
         'torchscript': (_write_torchscript, torch.jit.load),
     }[format]
-    with atomic_path(path) as partial, _quiet():
+    with atomic_path(path, overwrite) as partial, _quiet():
         try:
             save(network, resolution, batch_size, metadata, partial)
         except Exception as e:  # of the tracers, which have no common class
