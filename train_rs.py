@@ -38,9 +38,10 @@ from timm_rs.train.builders import (
     build_task,
     select_device,
 )
-from timm_rs.train.engine import Preempted, Preemption, ensemble_weights, train_one_epoch, validate
 from timm_rs.train.faults import TrainingFault
+from timm_rs.train.loop import ensemble_weights, train_one_epoch, validate
 from timm_rs.train.options import parse_args
+from timm_rs.train.preemption import Preempted, Preemption
 from timm_rs.train.saver import AtomicCheckpointSaver, Progress, find_latest
 from timm_rs.train.summary import append_summary, trim_summary
 from timm_rs_runtime.errors import UserError, one_line_errors

@@ -14,9 +14,9 @@ from command_lines import MODEL, TINY, fails, images, trained, validated  # noqa
 import train_rs
 from timm_rs.hub.convert import save_model
 from timm_rs.hub.push import LABEL_FILE
-from timm_rs.train import MultiResolutionTask, engine
+from timm_rs.train import MultiResolutionTask, loop
 from timm_rs.train.builders import build_model
-from timm_rs.train.engine import choose_levels
+from timm_rs.train.loop import choose_levels
 from timm_rs.train.options import parse_args
 
 ROOT = Path(__file__).parent.parent
@@ -114,7 +114,7 @@ def test_some_updates_of_the_smaller_sizes(images, tmp_path):
 @pytest.mark.parametrize('flags', ['--opt adamw --lr 0.01', '--opt sgd', '--opt lookahead_adamw --lr 0.01'])
 def test_updates_of_the_smaller_sizes_leave_the_larger_ones_alone(images, tmp_path, monkeypatch, flags):
     """Although the optimizer has momentum from before."""
-    monkeypatch.setattr(engine, 'choose_levels', lambda args, epoch, update: None if epoch == 0 else (1,))
+    monkeypatch.setattr(loop, 'choose_levels', lambda args, epoch, update: None if epoch == 0 else (1,))
     train_rs.main([
         str(images), *TINY, '--epochs', '2', '--output', str(tmp_path), '--experiment', 'r', '--small-steps', '0.5',
         *flags.split()])

@@ -19,11 +19,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DistributedSampler, RandomSampler
 
-from timm_rs.train import engine
+from timm_rs.train import loop
 from timm_rs.train.builders import Loaders, build_optimizer, build_task
 from timm_rs.train.determinism import EpochSampler, ReadErrors, SteadyDataset, mix_seed, seed_all
-from timm_rs.train.engine import Preemption, train_one_epoch
+from timm_rs.train.loop import train_one_epoch
 from timm_rs.train.options import parse_args
+from timm_rs.train.preemption import Preemption
 from timm_rs.train.saver import Progress
 
 RESOLUTIONS = (32, 24, 16)
@@ -486,11 +487,11 @@ class NoFloat64(TorchFunctionMode):
 
 
 def test_a_device_without_float64(monkeypatch):
-    assert engine._sum_dtype(torch.device('mps')) == torch.float32 and engine._sum_dtype(CPU) == torch.float64
+    assert loop._sum_dtype(torch.device('mps')) == torch.float32 and loop._sum_dtype(CPU) == torch.float64
     expected = train(*build(), batches())
-    monkeypatch.setattr(engine, '_sum_dtype', lambda device: torch.float32)
+    monkeypatch.setattr(loop, '_sum_dtype', lambda device: torch.float32)
     args, task = build()
     with NoFloat64():
         assert train(args, task, batches()) == pytest.approx(expected, rel=1e-6)
-        sums = engine._own_sums([1., 2., 3., 4.], args, CPU)
-    assert sums.dtype == torch.float32 and engine._all_sums(sums, args) == [1, 2, 3, 4]
+        sums = loop._own_sums([1., 2., 3., 4.], args, CPU)
+    assert sums.dtype == torch.float32 and loop._all_sums(sums, args) == [1, 2, 3, 4]

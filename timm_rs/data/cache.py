@@ -216,20 +216,23 @@ class CropLoader:
     def __len__(self) -> int:
         return len(self.order) // self.batch_size
 
-    def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+    def boxes(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        """Give the indices [N] of each batch of the epoch and their boxes [5, N]."""
         generator = torch.Generator().manual_seed(self.seed_epoch(self.order.epoch))
         numbers = torch.rand(len(self.targets), 5, generator=generator)
-        for batch in torch.tensor([index for _, index, _ in self.order]).split(self.batch_size):
-            if len(batch) < self.batch_size:
-                return
-            boxes = self.draw(numbers[batch], self.aspects[batch]).to(self.device, non_blocking=True)
+        for indices in torch.tensor([index for _, index, _ in self.order]).split(self.batch_size):
+            if len(indices) == self.batch_size:
+                yield indices, self.draw(numbers[indices], self.aspects[indices])
+
+    def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        for indices, boxes in self.boxes():
             if isinstance(self.images, torch.Tensor):
-                batch = batch.to(self.device, non_blocking=True)
-                images = self.images[batch]
+                indices = indices.to(self.device, non_blocking=True)
+                images = self.images[indices]
             else:
-                images = torch.from_numpy(self.images[batch.numpy()]).to(self.device, non_blocking=True)
-            targets = self.targets[batch].to(self.device, non_blocking=True)
-            yield self.normalize(crop(images, boxes, self.size)), targets
+                images = torch.from_numpy(self.images[indices.numpy()]).to(self.device, non_blocking=True)
+            crops = crop(images, boxes.to(self.device, non_blocking=True), self.size)
+            yield self.normalize(crops), self.targets[indices].to(self.device, non_blocking=True)
 
 
 class DecodedLoader:

@@ -3,7 +3,6 @@ import argparse
 import logging
 import os
 import random
-import signal
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -20,12 +19,11 @@ from ..evaluate import average, evaluate
 from .builders import Loaders
 from .determinism import ReadErrors, mix_seed, seed_all
 from .faults import TrainingFault
+from .preemption import Preempted, Preemption
 from .saver import AtomicCheckpointSaver, Progress
 from .task import TERMS, MultiResolutionTask
 
 __all__ = [
-    'Preempted',
-    'Preemption',
     'choose_levels',
     'ensemble_weights',
     'flatten_metrics',
@@ -34,61 +32,6 @@ __all__ = [
 ]
 
 _logger = logging.getLogger('train')
-
-
-class Preempted(Exception):
-    """The process was asked to end."""
-
-
-class Preemption:
-    """Notes a SIGTERM, for all processes to end at the same safe point, whichever of them it reached and when.
-
-    Args:
-        distributed: There are several processes; all of them make this object, and later the same calls.
-    """
-
-    def __init__(self, distributed: bool = False):
-        self.requested = False
-        self._group = dist.new_group(backend='gloo') if distributed else None  # on the CPU: no GPU is waited for
-        self._flag = self._work = None
-        self._before = signal.signal(signal.SIGTERM, self._note)
-
-    def _note(self, *_: Any) -> None:
-        self.requested = True
-
-    def poll(self) -> bool:
-        """Return whether to end, the same on all processes; these do not wait for each other but for the last poll."""
-        if self._group is None:
-            return self.requested
-        end = self._work is not None and self._result()
-        self._ask()
-        return end
-
-    def agree(self) -> bool:
-        """Return whether to end, the same on all processes, once all of them are here."""
-        if self._group is None:
-            return self.requested
-        if self._work is not None:
-            self._work.wait()
-        self._ask()
-        return self._result()
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        if self._group is not None:
-            dist.barrier(self._group)
-
-    def close(self) -> None:
-        """Let a SIGTERM do what it did before."""
-        signal.signal(signal.SIGTERM, self._before)
-
-    def _ask(self) -> None:
-        self._flag = torch.tensor(int(self.requested))
-        self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, self._group, async_op=True)
-
-    def _result(self) -> bool:
-        self._work.wait()
-        return bool(self._flag)
 
 
 class _Faults:
