@@ -74,11 +74,17 @@ class Run:
 def main(argv=None):
     args = parse_args(argv)
     flags = dict(vars(args))
-    if utils.distributed.world_info_from_env()[1] > 0:
-        logging.getLogger().setLevel(logging.WARNING)  # the first process tells what they have in common
-    with one_line_errors('train_rs.py'):
+    local_rank, rank, _ = utils.distributed.world_info_from_env()
+    if rank > 0:
+        logging.getLogger().setLevel(logging.WARNING)  # the first process says what they have in common
+    with one_line_errors('train_rs.py', args.traceback, quiet=local_rank > 0):
         run = set_up(args, flags)
+    with one_line_errors('train_rs.py', args.traceback):
+        train(run, args)
 
+
+def train(run, args):
+    """Train to the end, or to a safe point after a SIGTERM."""
     preemption = Preemption(args.distributed)
     try:
         fit(run, args, preemption)
@@ -93,11 +99,10 @@ def main(argv=None):
         preemption.barrier()  # a launcher ends the others when one has gone
         raise SystemExit(128 + 15) from None
     except RuntimeError as e:
-        fault = e if isinstance(e, TrainingFault) else run.loaders.errors.fault()
+        fault = None if isinstance(e, TrainingFault) else run.loaders.errors.fault()
         if fault is None:
             raise
-        print(f'train_rs.py: error: {fault}', file=sys.stderr)
-        raise SystemExit(1) from e
+        raise fault from e
     finally:
         preemption.close()
     if args.distributed:

@@ -46,7 +46,7 @@ from timm_rs.evaluate import ENSEMBLE, count_madds, count_parameters, evaluate
 from timm_rs.hub.convert import load_weights, model_args
 from timm_rs.hub.push import LABEL_FILE
 from timm_rs.resolutions import check_resolutions, neighbours
-from timm_rs_runtime.errors import OneLineParser, UserError, one_line_errors
+from timm_rs_runtime.errors import KeyValues, OneLineParser, UserError, one_line_errors
 from timm_rs_runtime.files import atomic_write, check_new_file
 
 _logger = logging.getLogger('validate')
@@ -105,7 +105,7 @@ def create_parser():
     add('--in-chans', type=int, default=None, metavar='N', help='image channels')
     add('--gp', default=None, metavar='POOL', help='global pool')
     add('--bn-eps', type=float, default=None, help='epsilon of BatchNorm')
-    add('--model-kwargs', nargs='*', default={}, action=utils.ParseKwargs, help='further model arguments as key=value')
+    add('--model-kwargs', nargs='*', default={}, action=KeyValues, help='further model arguments as key=value')
     add('--img-size', type=int, nargs='+', default=None, metavar='N',
         help="sizes to evaluate at, trained or not (default: all of the model's resolutions and their ensemble)")
     add('--input-size', type=int, nargs=3, default=None, metavar='N', help='channels, height and width of one size')
@@ -134,6 +134,7 @@ def create_parser():
     add('--results-file', default='', metavar='FILE', help='write the table to FILE, .csv or .json')
     add('--overwrite', action='store_true', help='replace a results file of this name')
     add('--results-format', default=None, choices=_FORMATS, help='format of that file (default: by its name)')
+    add('--traceback', action='store_true', help='show the traceback of an error')
 
     # So it is anyway: on one device, without a prefetcher, at the sizes of training.
     add('--amp-impl', default='native', choices=('native',), help=argparse.SUPPRESS)
@@ -168,7 +169,7 @@ def main(argv=None):
                 f"--input-size {' '.join(map(str, args.input_size))}: expected a square, and the channels and the size "
                 'of --in-chans and --img-size if these are given.')
 
-    with one_line_errors('validate_rs.py'):
+    with one_line_errors('validate_rs.py', args.traceback):
         if args.results_file:
             check_new_file(args.results_file, args.overwrite)
         if args.img_size is not None:
@@ -210,28 +211,27 @@ def main(argv=None):
         dtype = getattr(torch, args.model_dtype) if args.model_dtype else torch.float32
         normalize = PyramidNormalizer(config['mean'], config['std'], device, dtype, args.channels_last)
 
-    autocast = nullcontext
-    if args.amp:
-        autocast = partial(torch.autocast, device_type=device.type, dtype=getattr(torch, args.amp_dtype))
-    network = model
-    if args.torchcompile:
-        network = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
-    progress = tqdm(total=len(loader), desc='Test', leave=False, disable=None)
+        autocast = nullcontext
+        if args.amp:
+            autocast = partial(torch.autocast, device_type=device.type, dtype=getattr(torch, args.amp_dtype))
+        network = model
+        if args.torchcompile:
+            network = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+        progress = tqdm(total=len(loader), desc='Test', leave=False, disable=None)
 
-    def log(batch_idx, running):
-        progress.update()
-        if batch_idx % args.log_freq == 0:
-            top1 = '  '.join(f"{key}: {row['top1']:.2f}" for key, row in running.items())
-            _logger.info(f'Test: [{batch_idx:>4d}/{len(loader)}]  Acc@1  {top1}')
+        def log(batch_idx, running):
+            progress.update()
+            if batch_idx % args.log_freq == 0:
+                top1 = '  '.join(f"{key}: {row['top1']:.2f}" for key, row in running.items())
+                _logger.info(f'Test: [{batch_idx:>4d}/{len(loader)}]  Acc@1  {top1}')
 
-    metrics = evaluate(network, loader, resolutions, normalize, amp_autocast=autocast, on_batch=log)
-    progress.close()
-    params = count_parameters(model)
-    madds[ENSEMBLE] = sum(madds.values())
-    rows = [dict(row, resolution=key, madds=madds[key], params=params) for key, row in metrics.items()]
-    print(format_table(rows))
-    if args.results_file:
-        with one_line_errors('validate_rs.py'):
+        metrics = evaluate(network, loader, resolutions, normalize, amp_autocast=autocast, on_batch=log)
+        progress.close()
+        params = count_parameters(model)
+        madds[ENSEMBLE] = sum(madds.values())
+        rows = [dict(row, resolution=key, madds=madds[key], params=params) for key, row in metrics.items()]
+        print(format_table(rows))
+        if args.results_file:
             write_results(args, [{c: row[c] for c in _COLUMNS} for row in rows])
 
 

@@ -1,14 +1,14 @@
 """Command line of train_rs.py: timm's flags, same names and defaults, and those of multi-resolution training"""
 import argparse
-import difflib
 import os
+import reprlib
 from typing import Any, Dict, List, Optional, Sequence
 
 import yaml
 from huggingface_hub.utils import validate_repo_id
-from timm.utils import ParseKwargs
+from timm.utils.distributed import world_info_from_env
 
-from timm_rs_runtime.errors import OneLineParser
+from timm_rs_runtime.errors import KeyValues, OneLineParser, did_you_mean, one_line
 
 from ..data.datasets import INTERPOLATIONS
 from ..resolutions import check_resolutions
@@ -62,6 +62,7 @@ class _Refuse(argparse.Action):
 def create_parser() -> argparse.ArgumentParser:
     """Return the parser; every flag that it accepts is read by train_rs.py."""
     parser = OneLineParser(
+        quiet=world_info_from_env()[0] > 0,
         usage='%(prog)s DIR --model rs_resnet18 [--resolutions 224 192 ...] [options]',
         description='Train a Resolution Switchable Network: one set of weights for several input sizes.',
         epilog="All other flags are those of timm's train.py.",
@@ -139,7 +140,7 @@ def create_parser() -> argparse.ArgumentParser:
     add('--grad-accum-steps', type=int, default=1, metavar='N', help='batches whose gradients make one update')
     add('--grad-checkpointing', action='store_true', help='recompute activations instead of keeping them')
     add('--fast-norm', action='store_true', help="timm's fast norm layers")
-    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='further model arguments as key=value')
+    add('--model-kwargs', nargs='*', default={}, action=KeyValues, help='further model arguments as key=value')
     add('--head-init-scale', type=float, default=None, help='scale of the initial classifier')
     add('--head-init-bias', type=float, default=None, help='initial bias of the classifier')
     add('--torchcompile', nargs='?', default=None, const='inductor', metavar='BACKEND', help='compile the model')
@@ -167,7 +168,7 @@ def create_parser() -> argparse.ArgumentParser:
     add('--layer-decay', type=float, default=None, help='layer-wise decay of the learning rate')
     add('--layer-decay-min-scale', type=float, default=0., help='lower bound of the layer-wise scale')
     add('--layer-decay-no-opt-scale', type=float, default=None, help='layer-wise scale under which layers are frozen')
-    add('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, help='further optimizer arguments as key=value')
+    add('--opt-kwargs', nargs='*', default={}, action=KeyValues, help='further optimizer arguments as key=value')
 
     add = parser.add_argument_group('Learning rate').add_argument
     add('--sched', default='cosine', metavar='NAME', help='schedule of timm (default: cosine)')
@@ -273,6 +274,8 @@ def create_parser() -> argparse.ArgumentParser:
     add('--wandb-tags', nargs='+', default=[], help='wandb tags')
     add('--wandb-resume-id', default='', help='wandb run to go on with')
 
+    add('--traceback', action='store_true', help='show the traceback of an error')
+
     add = parser.add_argument_group('Hugging Face Hub').add_argument
     add('--push-to-hub', default='', metavar='USER/NAME',
         help='push the best checkpoint in the end, with the token of HF_TOKEN or of `hf auth login`')
@@ -312,18 +315,17 @@ def _read_config(parser: argparse.ArgumentParser, path: str) -> Dict[str, Any]:
     if not os.path.isfile(path):
         parser.error(f'--config {path}: there is no such file.')
     try:
-        with open(path) as f:
+        with open(path, encoding='utf-8') as f:
             config = yaml.safe_load(f) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        parser.error(f"--config {path}: no valid YAML ({' '.join(str(e).split())}).")
+    except (yaml.YAMLError, RecursionError, ValueError) as e:
+        parser.error(f'--config {path}: not valid YAML ({one_line(e)}).')
     if not isinstance(config, dict):
         parser.error(f'--config {path}: expected flags with their values, got a {type(config).__name__}.')
     actions = {a.dest: a for a in parser._actions if a.dest != 'help'}
     defaults = {}
     for name, value in config.items():
         if name not in actions:
-            near = difflib.get_close_matches(str(name), actions, n=1)
-            parser.error(f"--config {path}: unknown flag {name!r}{f', did you mean {near[0]!r}?' if near else '.'}")
+            parser.error(f'--config {path}: unknown flag {name!r}{did_you_mean(str(name), actions)}')
         action = actions[name]
         if isinstance(action, _Refuse):
             if value not in (None, False, 0, '', [], _UNUSED.get(name)):
@@ -335,9 +337,13 @@ def _read_config(parser: argparse.ArgumentParser, path: str) -> Dict[str, Any]:
 
 def _convert(parser: argparse.ArgumentParser, path: str, action: argparse.Action, value: Any) -> Any:
     """Return a YAML value as the command line would give it."""
-    if value is None or isinstance(action, ParseKwargs):
+    expected = f'--config {path}: {action.dest} is {reprlib.repr(value)}, expected'
+    if value is None and action.default is None:
         return value
-    expected = f'--config {path}: {action.dest} is {value!r}, expected'
+    if isinstance(action, KeyValues):
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            parser.error(f'{expected} names with their values.')
+        return value
     if isinstance(action.default, bool):
         if not isinstance(value, bool):
             parser.error(f'{expected} true or false.')
@@ -346,12 +352,16 @@ def _convert(parser: argparse.ArgumentParser, path: str, action: argparse.Action
     if is_list != isinstance(value, (list, tuple)):
         parser.error(f"{expected} {'a list' if is_list else 'one value'}.")
     convert = action.type or str
-    if convert is int and any(isinstance(v, float) and not v.is_integer() for v in (value if is_list else [value])):
-        parser.error(f'{expected} int.')
+    values = list(value) if is_list else [value]
     try:
-        value = [convert(v) for v in value] if is_list else convert(value)
-    except (TypeError, ValueError):
-        parser.error(f'{expected} {convert.__name__}.')
+        for i, v in enumerate(values):
+            is_cut = convert is int and isinstance(v, float) and v != int(v)
+            if v is None or is_cut or isinstance(v, (bool, bytes, dict, list)):
+                raise ValueError
+            values[i] = convert(v)
+    except (OverflowError, TypeError, ValueError):
+        parser.error(f"{expected} {dict(str='text').get(convert.__name__, convert.__name__)}.")
+    value = values if is_list else values[0]
     if action.choices is not None and value not in action.choices:
         parser.error(f"{expected} one of {', '.join(map(str, action.choices))}.")
     return value

@@ -1,0 +1,66 @@
+"""What the commands share that begin with a checkpoint"""
+import argparse
+import os
+from typing import Any, List, Optional
+
+from timm_rs_runtime.errors import KeyValues
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say where a network comes from."""
+    add = parser.add_argument
+    add('checkpoint', metavar='CHECKPOINT',
+        help="file of train_rs.py, of timm or of the authors' code, folder with config.json, hf-hub:user/name, or "
+             'name of a pretrained rs_* model')
+    add('--model', metavar='NAME', help='name of an rs_* model (default: what the checkpoint records)')
+    add('--resolutions', type=int, nargs='+', metavar='N',
+        help='input sizes in pixels (default: what the checkpoint records, else 224 192 160 128 96)')
+    add('--num-classes', type=int, metavar='N', help='number of classes (default: what the checkpoint records)')
+    add('--use-ema', action='store_true', help='take the moving average of the weights')
+    add('--label-names', metavar='FILE', help='names of the classes in their order, one a line')
+    add('--model-kwargs', nargs='*', default={}, action=KeyValues, help='further model arguments as key=value')
+    add('--mean', type=float, nargs='+', metavar='MEAN', help='pixel mean that the weights were trained with')
+    add('--std', type=float, nargs='+', metavar='STD', help='pixel standard deviation that they were trained with')
+    add('--interpolation', metavar='NAME', help='interpolation of the images')
+    add('--crop-pct', type=float, metavar='PCT', help='share of the image that is cropped')
+
+
+def add_packed(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of those who write weights."""
+    parser.add_argument('--packed', action='store_true', help='write weights of K bits, of a quantized network')
+
+
+def load(args: argparse.Namespace) -> Any:
+    """Load the checkpoint that the arguments of add_source name."""
+    from timm_rs.hub.convert import load_model
+
+    data = {k: getattr(args, k) for k in ('mean', 'std', 'interpolation', 'crop_pct')}
+    return load_model(
+        args.checkpoint,
+        args.model,
+        args.resolutions,
+        args.num_classes,
+        args.use_ema,
+        model_kwargs=args.model_kwargs,
+        data_config={k: v for k, v in data.items() if v},
+    )
+
+
+def read_labels(args: argparse.Namespace) -> Optional[List[str]]:
+    """Return the names of the classes, of --label-names or of the file that training left beside the checkpoint."""
+    from timm_rs.hub.push import LABEL_FILE
+
+    path = args.label_names
+    beside = os.path.join(os.path.dirname(args.checkpoint), LABEL_FILE)
+    if path is None and os.path.isfile(args.checkpoint) and os.path.isfile(beside):
+        path = beside
+    if path is None:
+        return None
+    with open(path, encoding='utf-8-sig') as f:
+        return f.read().rstrip().splitlines()
+
+
+def print_saved(output: str, model: Any, resolutions: Any) -> None:
+    """Print what was written and how to load it."""
+    print(f"{output}: {model.pretrained_cfg['architecture']} at {resolutions}, loaded by "
+          f"timm.create_model('local-dir:{output}', pretrained=True)")

@@ -1,0 +1,54 @@
+"""timm-rs calibrate"""
+import argparse
+
+from timm_rs_runtime.files import check_new_folder
+
+from ._source import add_source, load, print_saved, read_labels
+
+METHODS = ('copy', 'statistics', 'tune_bn', 'tune_bn_head')  # of timm_rs.calibrate, which takes seconds to import
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_source(parser)
+    add = parser.add_argument
+    add('--resolution', type=int, required=True, metavar='N', help='new input size in pixels')
+    add('--data-dir', metavar='DIR', help='images to calibrate on, in class folders; labels are not used')
+    add('--dataset', default='', metavar='NAME', help='kind of data set: "", "digits", or <type>/<name> as in timm')
+    add('--split', default='train', metavar='NAME', help='split to calibrate on')
+    add('--method', default='tune_bn', choices=METHODS, help='default: %(default)s')
+    add('--images', type=int, default=5000, metavar='N', help='use at most N images (default: %(default)s)')
+    add('--epochs', type=int, default=2, metavar='N', help='passes over the images (default: %(default)s)')
+    add('--lr', type=float, default=1e-3, metavar='LR', help='learning rate (default: %(default)s)')
+    add('--batch-size', type=int, default=64, metavar='N', help='images per batch (default: %(default)s)')
+    add('--workers', type=int, default=4, metavar='N', help='loader processes (default: %(default)s)')
+    add('--device', default='cuda', help='device to run on; the CPU serves where there is no GPU')
+    add('--output', required=True, metavar='DIR', help='folder to make')
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+    from timm.data import create_transform
+    from timm.data.model_config import resolve_input_data_config
+
+    from timm_rs.calibrate import add_resolution
+    from timm_rs.data.datasets import choose_img_mode, create_dataset
+    from timm_rs.hub.convert import save_model
+
+    check_new_folder(args.output)
+    labels = read_labels(args)
+    device = torch.device(args.device if torch.cuda.is_available() or not args.device.startswith('cuda') else 'cpu')
+    model = load(args).model.to(device)
+    loader = None
+    if args.method != 'copy':
+        config = resolve_input_data_config(model)
+        size = max(args.resolution, model.resolutions[0])
+        channels = config.pop('input_size')[0]
+        dataset = create_dataset(
+            args.dataset, args.data_dir, args.split, input_img_mode=choose_img_mode(channels))
+        dataset.transform = create_transform((channels, size, size), is_training=False, **config)
+        chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:args.images]
+        loader = torch.utils.data.DataLoader(
+            torch.utils.data.Subset(dataset, chosen.tolist()), batch_size=args.batch_size, num_workers=args.workers)
+    add_resolution(model, args.resolution, loader, args.method, epochs=args.epochs, lr=args.lr)
+    save_model(model.cpu(), args.output, labels)
+    print_saved(args.output, model, ' '.join(map(str, model.resolutions)))

@@ -1,0 +1,59 @@
+"""timm-rs export"""
+import argparse
+import os
+
+from timm_rs_runtime.errors import UserError
+from timm_rs_runtime.files import check_new_file
+
+from ._source import add_source, load, read_labels
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_source(parser)
+    add = parser.add_argument
+    add('-o', '--output', required=True, metavar='FILE', help='file to write')
+    add('--overwrite', action='store_true', help='replace a file of this name')
+    add('--format', default='onnx', choices=('onnx', 'torch-export', 'torchscript'), help='default: %(default)s')
+    add('--resolution', type=int, metavar='N',
+        help='take this resolution out (default: one file for all of them, ONNX only)')
+    batch = parser.add_mutually_exclusive_group()
+    batch.add_argument('--batch-size', type=int, metavar='N', help='images of a batch, with --resolution')
+    batch.add_argument('--dynamic-batch', action='store_true', help='batches of any number of images (the default)')
+    add('--tolerance', type=float, default=1e-4, metavar='X',
+        help='largest difference of logits between network and file (default: %(default)s)')
+    add('--quantize', choices=('int8',), help='all resolutions in int8, with --calibration-data')
+    add('--calibration-data', metavar='DIR', help='folder of images like those to come, for the ranges of activations')
+    add('--calibration-images', type=int, default=128, metavar='N', help='use at most N images (default: %(default)s)')
+
+
+def run(args: argparse.Namespace) -> None:
+    from timm_rs.export.export import export_int8, export_resolution, export_switchable
+    from timm_rs_runtime.images import find_images
+
+    if args.resolution is None and (args.format != 'onnx' or args.batch_size):
+        what = f'--format {args.format}' if args.format != 'onnx' else '--batch-size'
+        raise UserError(f'{what} needs --resolution: one file for all resolutions is ONNX, of any batch size.')
+    if bool(args.quantize) != bool(args.calibration_data):
+        raise UserError('--quantize int8 and --calibration-data DIR need each other.')
+    if args.quantize and args.resolution is not None:
+        raise UserError('--quantize int8 writes all resolutions, leave --resolution out.')
+    check_new_file(args.output, args.overwrite)
+    labels = read_labels(args)
+    if args.quantize:
+        images = find_images(args.calibration_data, args.calibration_images)
+    model = load(args).model
+    if args.quantize:
+        found = export_int8(model, args.output, images, labels, overwrite=args.overwrite)
+        lines = {r: f"top-1 of {row['agreement']:.1%} of {len(images)} images as the network's, "
+                    f"logits {row['error']:.1%} off" for r, row in found.items()}
+    elif args.resolution is None:
+        errors = export_switchable(model, args.output, labels, args.tolerance, args.overwrite)
+        lines = {r: f'differs from the network by at most {error:.2g}' for r, error in errors.items()}
+    else:
+        error = export_resolution(
+            model, args.resolution, args.output, args.format, args.batch_size, labels, args.tolerance, args.overwrite)
+        lines = {args.resolution: f'differs from the network by at most {error:.2g}'}
+    for resolution, text in lines.items():
+        print(f'{resolution} px: {text}')
+    print(f"{args.output}: {model.pretrained_cfg['architecture']} at {' '.join(map(str, lines))}, "
+          f'{os.path.getsize(args.output) / 1e6:.1f} MB')

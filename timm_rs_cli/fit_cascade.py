@@ -1,0 +1,39 @@
+"""timm-rs fit-cascade"""
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add('file', metavar='FILE.onnx', help='file of timm-rs export')
+    add('--threads', type=int, metavar='N', help='threads of an inference (default: all cores)')
+    add('--data-dir', required=True, metavar='DIR', help='labelled images, in class folders')
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument('--target-accuracy', type=float, metavar='A', help='accuracy in percent to reach, cheaply')
+    target.add_argument('--target-madds', type=float, metavar='M',
+        help='mean multiply-adds of an image to stay below, in millions')
+    add('--start', type=int, metavar='N', help='first input size in pixels (default: fitted)')
+    add('--images', type=int, metavar='N', help='use at most N images (default: all)')
+    add('-o', '--output', required=True, metavar='FILE', help='file to write')
+    add('--overwrite', action='store_true', help='replace a file of this name')
+
+
+def run(args: argparse.Namespace) -> None:
+    from timm_rs_runtime.fitting import fit_cascade
+
+    rows = fit_cascade(
+        args.file,
+        args.data_dir,
+        args.output,
+        None if args.target_accuracy is None else args.target_accuracy / 100,
+        None if args.target_madds is None else args.target_madds * 1e6,
+        args.start,
+        args.images,
+        args.threads,
+        args.overwrite,
+    )
+    print('network  accuracy  mean MAdds  mean ms  images through each size')
+    for row in rows:
+        shares = ', '.join(f'{r} px {share:.0%}' for r, share in row['shares'].items())
+        print(f"{row['network']:8} {row['accuracy']:8.2%} {row['madds'] / 1e6:10.1f}M {row['milliseconds']:8.2f}  "
+              f'{shares}')
+    print(f'{args.output}: thresholds of a cascade for {args.file}')

@@ -1,0 +1,36 @@
+"""timm-rs predict"""
+import argparse
+import sys
+import warnings
+
+from timm_rs_runtime.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add('images', nargs='+', metavar='IMAGE', help='files, folders, or - for an image on stdin')
+    add('--model', required=True, metavar='FILE.onnx', help='file of timm-rs export')
+    add('--threads', type=int, metavar='N', help='threads of an inference (default: all cores)')
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument('--resolution', type=int, metavar='N', help='input size in pixels (default: the largest)')
+    size.add_argument('--budget-ms', type=float, metavar='T', help='take the largest size that keeps so many ms')
+    size.add_argument('--cascade', metavar='FILE', help='take larger sizes for unsure images; file of fit-cascade')
+    add('--mode', default='fast', choices=('fast', 'low_memory'), help='default: %(default)s')
+    add('--top', type=int, default=5, metavar='K', help='classes to print (default: %(default)s)')
+    add('--json', action='store_true', help='print a line of JSON for each image')
+
+
+def run(args: argparse.Namespace) -> None:
+    from timm_rs_runtime.predict import Predictor, predict_all
+
+    if args.top < 1:
+        raise UserError(f'--top is {args.top}, expected a positive number.')
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f'timm-rs predict: {message}', file=sys.stderr)
+        warnings.simplefilter('always', RuntimeWarning)
+        predictor = Predictor(args.model, args.resolution, args.budget_ms, args.cascade, args.threads, args.mode)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Palette images with Transparency')  # by Pillow
+        failed = predict_all(predictor, args.images, args.top, args.json)
+    if failed:
+        raise SystemExit(1)
