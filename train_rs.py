@@ -5,10 +5,10 @@
     ./distributed_train.sh 8 DIR --config configs/rs_resnet18.yaml
     python train_rs.py --dataset digits --model rs_resnet10t --resolutions 32 24 16 --epochs 10
 
-The flags are those of timm's train.py, and --resolutions, --distill, --loss-reduction, --small-steps, --private,
---flip, --resample and --memory. The output folder holds args.yaml, summary.csv (accuracy at every resolution, of the
-ensemble, and their mean), label_names.txt where the data set names its classes, the last and the best checkpoints. A
-run that was killed goes on with --resume auto as if it had not been.
+The flags are those of timm's train.py, and --resolutions, --distill, --loss-reduction, --small-steps,
+--sizes-per-update, --private, --flip, --resample, --memory and --decoded-cache. The output folder holds args.yaml,
+summary.csv (accuracy at every resolution, of the ensemble, and their mean), label_names.txt where the data set names
+its classes, the last and the best checkpoints. A run that was killed goes on with --resume auto as if it had not been.
 """
 import importlib
 import logging
@@ -130,7 +130,7 @@ def set_up(args, flags):
     loaders = build_loaders(args, model, device, *datasets)
     task = build_task(args, model, device)
     optimizer = build_optimizer(args, model)
-    if args.small_steps:  # of Lookahead the one inside, whose step it calls
+    if args.small_steps or args.sizes_per_update:  # of Lookahead the one inside, whose step it calls
         getattr(optimizer, '_base_optimizer', optimizer).register_step_pre_hook(lambda *_: task.drop_idle_gradients())
     amp_autocast, loss_scaler = nullcontext, None
     if args.amp:
@@ -261,10 +261,11 @@ def resume_run(path, args, model, task, optimizer, loss_scaler):
             raise UserError(
                 f"--resume {path} was trained with --{name.replace('_', '-')} {getattr(saved, name, None)}, "
                 f'now it is {getattr(args, name)}.')
-    if args.private == 'statistics' != getattr(saved, 'private', 'both'):
+    private = getattr(saved, 'private', 'both')
+    if args.private not in ('both', private):
         raise UserError(
-            f'--resume {path} was trained with --private both, now it is statistics: load it with '
-            '--initial-checkpoint, and all resolutions begin with the weights and biases of the largest.')
+            f'--resume {path} was trained with --private {private}, now it is {args.private}: load it with '
+            '--initial-checkpoint, and all resolutions begin with what they share of the largest.')
     if args.no_resume_opt:
         resume_checkpoint(model, path, log_info=utils.is_primary(args))
     else:

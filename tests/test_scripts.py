@@ -111,6 +111,31 @@ def test_some_updates_of_the_smaller_sizes(images, tmp_path):
     assert set(drawn) == {None, (1, 2)} and 60 < drawn.count((1, 2)) < 140
 
 
+def test_random_size_of_a_network_that_shares_all(images, tmp_path):
+    """The steps of every size sum up to all of them, and the network is the same at every size."""
+    train_rs.main([
+        str(images), *TINY, '--epochs', '4', '--output', str(tmp_path), '--experiment', 'r', '--private', 'none',
+        '--resolutions', '32', '24', '16', '--sizes-per-update', '1', '--distill', 'none'])
+    found = torch.load(tmp_path / 'r' / 'last.pth.tar', weights_only=False)['state_dict']
+    steps = [int(found[f'bn1.{r}.num_batches_tracked']) for r in (32, 24, 16)]
+    assert sum(steps) == 4 * 2 and max(steps) < 8
+    for name in ('weight', 'bias', 'running_mean', 'running_var'):
+        for r in (24, 16):
+            assert torch.equal(found[f'bn1.{r}.{name}'], found[f'bn1.32.{name}'])
+    assert not torch.equal(found['bn1.32.running_mean'], torch.zeros_like(found['bn1.32.running_mean']))
+    args = parse_args(['x', '--sizes-per-update', '2', '--resolutions', '32', '24', '16'])
+    drawn = [choose_levels(args, epoch, update) for epoch in range(10) for update in range(20)]
+    assert {levels: drawn.count(levels) > 40 for levels in drawn} == {(0, 1): True, (0, 2): True, (1, 2): True}
+
+
+def test_one_resolution(images, tmp_path):
+    train_rs.main([
+        str(images), *TINY, '--epochs', '1', '--output', str(tmp_path), '--experiment', 'r', '--resolutions', '16',
+        '--distill', 'none'])
+    row, = csv.DictReader((tmp_path / 'r' / 'summary.csv').open())
+    assert row['eval_top1_16'] == row['eval_top1_mean'] == row['eval_top1_ens']
+
+
 @pytest.mark.parametrize('flags', ['--opt adamw --lr 0.01', '--opt sgd', '--opt lookahead_adamw --lr 0.01'])
 def test_updates_of_the_smaller_sizes_leave_the_larger_ones_alone(images, tmp_path, monkeypatch, flags):
     """Although the optimizer has momentum from before."""
@@ -285,6 +310,7 @@ def test_missing_package_leaves_nothing_behind(images, tmp_path, capfd, monkeypa
     (['--initial-checkpoint', 'nowhere.pth'], 'nowhere.pth'),
     (['--distill', 'both'], "invalid choice: 'both'"),
     (['--small-steps', '1'], '--small-steps is 1, expected a share of the updates'),
+    (['--small-steps', '0.5', '--sizes-per-update', '1'], '--small-steps does not go with --sizes-per-update'),
     (['--private', 'statistics', '--model-ema'], '--private statistics does not go with --model-ema'),
     (['--mixup', '0.2', '--batch-size', '3'], '--batch-size is 3, expected an even one'),
     (['--scale', '0.5'], '--scale is [0.5], expected 2 numbers'),

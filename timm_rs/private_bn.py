@@ -164,7 +164,7 @@ def interpolate(low: nn.Module, high: nn.Module, share: float) -> Dict[str, torc
     return {k: torch.lerp(v, second[k], share) if v.is_floating_point() else v for k, v in first.items()}
 
 
-def tie_affine(module: nn.Module) -> None:
+def tie_affine(module: nn.Module, statistics: bool = False) -> None:
     """Let all resolutions train the affine parameters of the largest, in place; their statistics stay private.
 
     A state dict has the same keys as ever, so a network that was trained in this way is saved, loaded and switched like
@@ -173,6 +173,7 @@ def tie_affine(module: nn.Module) -> None:
 
     Args:
         module: Network that holds PrivateBN.
+        statistics: Share the running statistics too, so that nothing is private to a resolution.
 
     Example:
         >>> bn = PrivateBN(nn.BatchNorm2d(8), (224, 160))
@@ -185,6 +186,8 @@ def tie_affine(module: nn.Module) -> None:
             first, *others = (layer[r] for r in layer)
             for bn in others:
                 bn.weight, bn.bias = first.weight, first.bias
+                if statistics:
+                    bn.running_mean, bn.running_var = first.running_mean, first.running_var
 
 
 def is_recomputing() -> bool:

@@ -96,6 +96,9 @@ def select_device(args: argparse.Namespace) -> torch.device:
     if args.sync_bn and args.device.startswith('cpu'):
         raise UserError('--sync-bn needs GPUs, synchronized BatchNorm does not run on a CPU.')
     device = name_flags(args, 'device')(init_distributed_device)(args)
+    bfloat16 = 'bfloat16' in (args.amp and args.amp_dtype, args.model_dtype)
+    if bfloat16 and device.type == 'cpu' and torch.backends.cpu.get_cpu_capability() == 'AVX2':
+        _logger.warning('This CPU has no instructions for bfloat16, float32 is several times as fast.')
     if args.aug_repeats and not args.distributed:
         raise UserError('--aug-repeats needs distributed training, see distributed_train.sh.')
     return device
@@ -152,6 +155,10 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
         raise UserError(
             f'--eval-metric {args.eval_metric!r}: expected one of {", ".join(_METRICS)}, followed by _mean, '
             f'_{ENSEMBLE} or a resolution such as _{args.resolutions[-1]}.')
+    if (args.sizes_per_update or 1) > len(args.resolutions):
+        raise UserError(
+            f'--sizes-per-update {args.sizes_per_update}: expected at most the number of resolutions, '
+            f'{len(args.resolutions)}.')
     conflict = largest_size_conflict(args, args.resolutions)
     if conflict:
         raise UserError(conflict)
@@ -170,8 +177,8 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
         model.to(memory_format=torch.channels_last)
     if args.distributed and args.sync_bn:
         model = convert_sync_batchnorm(model)
-    if args.private == 'statistics':
-        tie_affine(model)
+    if args.private != 'both':
+        tie_affine(model, statistics=args.private == 'none')
     return model
 
 

@@ -219,12 +219,15 @@ def train_one_epoch(
 
 
 def choose_levels(args: argparse.Namespace, epoch: int, update: int) -> Optional[Tuple[int, ...]]:
-    """Return the indices of the resolutions that an update trains, None for all: with --small-steps some updates train
-    the smaller half alone, the same ones on all processes and after a resume."""
-    if random.Random(mix_seed(args.seed, epoch, update)).random() >= args.small_steps:
-        return None
-    count = len(args.resolutions)
-    return tuple(range(count // 2, count))
+    """Return the indices of the resolutions that an update trains, None for all.
+
+    With --sizes-per-update these are so many at random; with --small-steps some updates train only the smaller half.
+    They are the same on all processes and after a resume.
+    """
+    count, generator = len(args.resolutions), random.Random(mix_seed(args.seed, epoch, update))
+    if args.sizes_per_update:
+        return tuple(sorted(generator.sample(range(count), args.sizes_per_update)))
+    return tuple(range(count // 2, count)) if generator.random() < args.small_steps else None
 
 
 def _own_sums(sums: List[float], args: argparse.Namespace, device: torch.device) -> torch.Tensor:

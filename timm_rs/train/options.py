@@ -40,8 +40,8 @@ _REFUSED = {
     'kd_token_distill_type': 'the teacher is the ensemble of resolutions, see --distill',
     'distill_loss_weight': 'the terms of the loss are weighted as in the paper, see --distill',
     'task_loss_weight': 'the terms of the loss are weighted as in the paper, see --distill',
-    'train_img_sizes': 'all of --resolutions are trained on every batch',
-    'train_size_schedule': 'all of --resolutions are trained on every batch',
+    'train_img_sizes': 'the training sizes are --resolutions, see --sizes-per-update',
+    'train_size_schedule': 'the training sizes are --resolutions, see --sizes-per-update',
     'multilabel_threshold': 'distillation between resolutions is defined for one label per image',
     'target_format': 'distillation between resolutions is defined for one label per image',
 }
@@ -82,9 +82,11 @@ def create_parser() -> argparse.ArgumentParser:
     add('--small-steps', type=float, default=0., metavar='P',
         help='share of the updates that train the smaller half of the resolutions alone, which costs little and lets '
              'these train for more epochs (default: 0)')
-    add('--private', default='both', choices=('both', 'statistics'),
-        help='what of a BatchNorm is private to a resolution: both halves (default), or the running statistics alone, '
-             'while all resolutions train one weight and bias')
+    add('--sizes-per-update', type=int, default=None, metavar='N',
+        help='number of resolutions, drawn at random, that each update trains (default: all)')
+    add('--private', default='both', choices=('both', 'statistics', 'none'),
+        help='what of a BatchNorm is private to a resolution: both halves (default); only the running statistics, '
+             'while all resolutions train one weight and bias; or nothing')
     add('--flip', default='shared', choices=ResolutionPyramid.FLIPS,
         help='flip an image once for all resolutions (default) or anew for each')
     add('--resample', default='matched', choices=ResolutionPyramid.RESAMPLES,
@@ -401,8 +403,11 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error('--decoded-cache-side needs --decoded-cache.')
     if not 0 <= args.small_steps < 1:
         parser.error(f'--small-steps is {args.small_steps:g}, expected a share of the updates, from 0 to below 1.')
-    if args.private == 'statistics' and args.model_ema:
-        parser.error('--private statistics does not go with --model-ema, which averages what is shared repeatedly.')
+    if args.small_steps and args.sizes_per_update:
+        parser.error('--small-steps does not go with --sizes-per-update.')
+    if args.private != 'both' and args.model_ema:
+        parser.error(
+            f'--private {args.private} does not go with --model-ema, which averages what is shared repeatedly.')
     for name, lengths in _LENGTHS.items():
         value = getattr(args, name)
         if value is not None and len(value) not in lengths:
@@ -432,7 +437,7 @@ _LENGTHS = dict(scale=(2,), ratio=(2,), cutmix_minmax=(2,), opt_betas=(2, 3))
 _LEAST = dict(
     epochs=1, batch_size=1, validation_batch_size=1, grad_accum_steps=1, num_classes=1, in_chans=1, workers=0,
     log_interval=1, max_unreadable=0, val_interval=1, recovery_interval=0, checkpoint_hist=1, push_interval=0,
-    stop_epoch=1, start_epoch=0, decoded_cache_side=1, decoded_cache_gb=0.,
+    stop_epoch=1, start_epoch=0, decoded_cache_side=1, decoded_cache_gb=0., sizes_per_update=1,
 )
 
 
