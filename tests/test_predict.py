@@ -155,4 +155,4 @@ def test_unusable_arguments(file, capsys, arguments, code, message):
 def test_another_file_is_refused(capsys, tmp_path):
     (tmp_path / 'text.onnx').write_text('no model')
     _, (error,) = predict(capsys, 'a.png', '--model', tmp_path / 'text.onnx', code=1)
-    assert 'text.onnx is no ONNX file' in error
+    assert 'text.onnx is not an ONNX file' in error

@@ -1,12 +1,15 @@
 """What a file of timm-rs export is made of, for those who write and those who read it"""
+import os
 from typing import Any, Dict, Mapping
 
 from PIL import Image
 
 from . import fields
 from .errors import UserError
+from .ort import open_onnx
+from .preprocess import Preprocessing
 
-__all__ = ['INDEX', 'PREPROCESSING', 'parse_metadata']
+__all__ = ['INDEX', 'PREPROCESSING', 'parse_metadata', 'preprocessing_of', 'read_metadata']
 
 INDEX = 'resolution_index'  # in the graph: int64 scalar, the row of the tables, 0 for the largest size
 
@@ -50,3 +53,29 @@ def parse_metadata(texts: Mapping[str, str], path: str) -> Dict[str, Any]:
     if names is not None and len(names) != found['num_classes']:
         raise UserError(f"{path}: class_names are {len(names)}, num_classes is {found['num_classes']}.")
     return dict(values, **found)
+
+
+def preprocessing_of(metadata: Dict[str, Any]) -> Preprocessing:
+    """Return the preprocessing that the metadata of a file record."""
+    values = {k: metadata[k] for k in PREPROCESSING}
+    return Preprocessing(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def read_metadata(path: str) -> Dict[str, Any]:
+    """Return what a file of timm-rs export records of itself, see parse_metadata."""
+    if not os.path.isfile(path):
+        raise UserError(f'{path} does not exist, expected a file of timm-rs export.')
+    session = open_onnx(path, threads=1, optimize=False)
+    metadata = parse_metadata(session.get_modelmeta().custom_metadata_map, path)
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    if len(inputs) != 1 or len(inputs[0].shape) != 4 or not outputs or len(outputs[0].shape) != 2:
+        raise UserError(f'{path} is not a file of timm-rs export, expected one input of 4 axes and logits of 2.')
+    channels, *sides = inputs[0].shape[1:]
+    for name, found, expected in (
+        ('mean', channels, [len(metadata['mean'])]),
+        ('num_classes', outputs[0].shape[1], [metadata['num_classes'] or outputs[0].shape[1]]),
+        *(('resolutions', side, metadata['resolutions']) for side in sides),
+    ):
+        if isinstance(found, int) and found not in expected:
+            raise UserError(f'{path}: the graph has {found} where {name} records {expected[0]}.')
+    return metadata

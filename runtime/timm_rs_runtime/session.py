@@ -1,25 +1,47 @@
 """An exported network at work in ONNX Runtime, without torch"""
 import os
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+import threading
+from functools import partial
+from itertools import islice
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
+from . import ort
+from .checks import check_count
 from .errors import UserError
-from .format import PREPROCESSING, parse_metadata
+from .format import preprocessing_of, read_metadata
 from .images import MODES as IMAGE_MODES
-from .images import ImageError, ImageSource, is_image_source
-from .preprocess import Preprocessing, stack
+from .images import ImageError, ImageSource, is_image_source, name_of
+from .lifetime import Closable, ClosedError
 
-__all__ = ['MODES', 'Session']
+__all__ = ['MODES', 'NotFiniteError', 'Session']
 
 MODES = ('fast', 'low_memory')
+MAX_IMAGES = 4096  # of a request
 
 
-class Session:
-    """Runs a file of `timm-rs export` at any of its resolutions; safe to be called from several threads.
+class NotFiniteError(UserError):
+    """A network answers with NaN or infinity; the message names the network, its size and the images.
 
     Args:
-        path: File of `timm-rs export --format onnx`, for all sizes or for one.
+        message: The message.
+        logits: Array of float32 [N, num_classes], with the answers to the other images.
+    """
+
+    def __init__(self, message: str, logits: Optional[np.ndarray] = None):
+        super().__init__(message)
+        self.logits = logits
+
+
+class Session(Closable):
+    """Runs a file of `timm-rs export` at any of its resolutions; safe to be called from several threads.
+
+    It can be closed, is a context manager, can be pickled and copied, and works in forked processes: a copy or a forked
+    process opens the file again.
+
+    Args:
+        path: File of `timm-rs export --format onnx`, or of one size.
         threads: Threads of an inference, all cores if None.
         mode: 'fast' holds a graph per size, each with its BatchNorms folded into its weights, at the latency of a plain
             network; 'low_memory' holds the weights once for all sizes.
@@ -36,15 +58,14 @@ class Session:
         mean: Pixel mean of each channel, of values in [0, 1].
         std: Pixel standard deviation of each channel.
         batch_size: Images that are run at a time, where the file takes batches of one size only; None for any number.
-        metadata: All that the file tells of itself.
+        metadata: All that the file records of itself.
 
     Raises:
-        ImportError: ONNX Runtime is not installed.
-        ValueError: The file is no export of timm_rs, or an argument is not usable.
+        UserError: The file is not an export of timm_rs, or an argument is not usable.
 
     Example:
-        >>> session = Session('model.onnx', threads=1)    # doctest: +SKIP
-        >>> session.predict('photo.jpg', resolution=160).argmax(-1)    # doctest: +SKIP
+        >>> with Session('model.onnx', threads=1) as session:    # doctest: +SKIP
+        ...     session.predict('photo.jpg', resolution=160).argmax(-1)
         array([207])
     """
 
@@ -55,29 +76,45 @@ class Session:
             mode: str = 'fast',
             warm_up: bool = True,
     ):
+        if not isinstance(path, (str, os.PathLike)):
+            raise UserError(f'Got {type(path).__name__}, expected the name of a file of timm-rs export.')
         if mode not in MODES:
             raise UserError(f"Unknown mode {mode!r}, expected {' or '.join(map(repr, MODES))}.")
-        if threads is not None and threads < 1:
-            raise UserError(f'threads is {threads}, expected a positive number.')
         self.path = os.fspath(path)
         self.mode = mode
+        self._threads = threads
         self.metadata = read_metadata(self.path)
-        self.resolutions: Tuple[int, ...] = self.metadata['resolutions']
+        self.resolutions: Tuple[int, ...] = tuple(sorted(self.metadata['resolutions'], reverse=True))
         self.num_classes: int = self.metadata['num_classes']
-        self.class_names: Optional[Tuple[str, ...]] = self.metadata.get('class_names')
-        self.madds: Dict[int, int] = self.metadata.get('madds', {})
-        self.mean: Tuple[float, ...] = self.metadata['mean']
-        self.std: Tuple[float, ...] = self.metadata['std']
+        self.class_names: Optional[Sequence[str]] = self.metadata.get('class_names')
+        self.madds: Dict[int, int] = {int(r): n for r, n in self.metadata.get('madds', {}).items()}
+        self.mean, self.std = (tuple(self.metadata[key]) for key in ('mean', 'std'))
         self.preprocessing = preprocessing_of(self.metadata) if len(self.mean) in IMAGE_MODES else None
-        self._sessions = self._open(threads)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._sessions: Optional[Dict[int, Any]] = self._open()
         (images,) = self._sessions[self.resolutions[0]].get_inputs()
         self._input = images.name
-        self.batch_size: Optional[int] = images.shape[0] if isinstance(images.shape[0], int) else None
+        self.batch_size: Optional[int] = None
+        if isinstance(images.shape[0], int):
+            self.batch_size = check_count(f'{self.path}: the batch size', images.shape[0], 1, MAX_IMAGES)
+        super().__init__()
         if warm_up:
             self.warm_up()
 
+    @classmethod
+    def open(cls, model: Any, threads: Optional[int] = None, mode: str = 'fast') -> Any:
+        """Return a session as it is, or open a file."""
+        return model if hasattr(model, 'predict') else cls(model, threads, mode)
+
     def __repr__(self) -> str:
         return f'{type(self).__name__}({self.path!r}, mode={self.mode!r}, resolutions={self.resolutions})'
+
+    def close(self) -> None:
+        """Answer nobody any more, and give the memory back. What is being answered is answered."""
+        with self._lock:
+            self._closed = True
+            self._sessions = None
 
     def predict(
             self,
@@ -95,30 +132,39 @@ class Session:
             Array of float32 [N, num_classes].
 
         Raises:
-            ImageError: A ValueError that names an image that cannot be used.
-            ValueError: There is no such resolution, or the batch is none of float32 [N, C, H, W] of a known size.
-            RuntimeError: ONNX Runtime fails, for example for lack of memory.
+            ClosedError: The session was closed.
+            ImageError: An image cannot be used; the message names it.
+            InferenceError: ONNX Runtime fails, for example for lack of memory.
+            NotFiniteError: The network answers with NaN or infinity.
+            UserError: There is no such resolution, the batch is not float32 [N, C, H, W] of a known size, or there are
+                more than MAX_IMAGES images.
         """
-        if not isinstance(images, np.ndarray):
-            images = [images] if is_image_source(images) else list(images)
-            resolution = self.check_resolution(self.resolutions[0] if resolution is None else resolution)
-            if not images:
-                return np.zeros((0, self.num_classes), np.float32)
-            self.check_takes_images()
-            images = stack(images, self.preprocessing, resolution)
-        else:
+        sessions = self._opened()
+        sources = None
+        if isinstance(images, np.ndarray):
             resolution = self._check_batch(images, resolution)
+        else:
+            sources = image_list(images)
+            resolution = self.check_resolution(self.resolutions[0] if resolution is None else resolution)
+            if sources:
+                self.check_takes_images()
+            images = [self.preprocessing(source, resolution) for source in sources]
         if not len(images):
             return np.zeros((0, self.num_classes), np.float32)
+        images = np.asarray(images)
         size = self.batch_size or len(images)
-        return np.concatenate([self._run(images[i:i + size], resolution) for i in range(0, len(images), size)])
+        runs = [self._run(sessions[resolution], images[i:i + size]) for i in range(0, len(images), size)]
+        logits = np.concatenate(runs)
+        if not np.isfinite(logits).all():
+            raise self._not_finite(logits, resolution, sources)
+        return logits
 
     def preprocess(self, image: ImageSource, resolution: Optional[int] = None) -> np.ndarray:
         """Return the input that predict makes of an image: float32 [C, resolution, resolution].
 
         Raises:
             ImageError: The image cannot be used.
-            ValueError: There is no such resolution.
+            UserError: There is no such resolution.
         """
         self.check_takes_images()
         resolution = self.resolutions[0] if resolution is None else resolution
@@ -126,61 +172,74 @@ class Session:
 
     def warm_up(self, rounds: int = 1) -> None:
         """Run every size with a batch of one, so that its buffers are there."""
-        for resolution in self.resolutions:
+        for resolution, session in self._opened().items():
             images = np.zeros((self.batch_size or 1, len(self.mean), resolution, resolution), np.float32)
             for _ in range(rounds):
-                self.predict(images)
+                self._run(session, images)
 
     def check_resolution(self, resolution: int) -> int:
         """Return a resolution that this network has.
 
         Raises:
-            ValueError: It has another.
+            UserError: It has others.
         """
         if resolution not in self.resolutions:
             known = ', '.join(map(str, self.resolutions))
             raise UserError(f'Unknown resolution {resolution!r}, {self.path} has {known}.')
         return int(resolution)
 
-    def _run(self, images: np.ndarray, resolution: int) -> np.ndarray:
+    def _run(self, session: Any, images: np.ndarray) -> np.ndarray:
         """Return the logits of a batch, which is filled up with zeros where the file takes batches of one size only."""
         count = len(images)
         if self.batch_size and count < self.batch_size:
             images = np.concatenate([images, np.zeros((self.batch_size - count, *images.shape[1:]), images.dtype)])
-        try:
-            return self._sessions[resolution].run(None, {self._input: images})[0][:count]
-        except Exception as e:  # ONNX Runtime has no common class of its errors
-            raise RuntimeError(f'Cannot run a batch of {images.shape} with {self.path}: {_first_line(e)}') from e
+        return ort.run(session, {self._input: images}, self.path)[0][:count]
 
-    def _open(self, threads: Optional[int]) -> Dict[int, Any]:
+    def _not_finite(
+            self,
+            logits: np.ndarray,
+            resolution: int,
+            sources: Optional[Sequence[ImageSource]],
+    ) -> NotFiniteError:
+        (broken,) = np.nonzero(~np.isfinite(logits).all(-1))
+        names = [f'image {i} of the batch' if sources is None else name_of(sources[i]) for i in broken[:3]]
+        listed = ', '.join(names) + ', ...' * (len(broken) > 3)
+        return NotFiniteError(
+            f'{self.path} at {resolution} px answers with logits that are not finite numbers: {listed}.', logits)
+
+    def _open(self) -> Dict[int, Any]:
         """Return the session of ONNX Runtime that serves each size."""
-        if len(self.resolutions) == 1:
-            return dict.fromkeys(self.resolutions, open_onnx(self.path, threads))
-        if self.mode == 'low_memory':
-            session = self._open_blocked(threads) if self.metadata.get('precision') == 'float32' else None
-            return dict.fromkeys(self.resolutions, session or open_onnx(self.path, threads))
+        if len(self.resolutions) == 1 or self.mode == 'low_memory':
+            return dict.fromkeys(self.resolutions, ort.open_onnx(self.path, self._threads))
         # Told the size, ONNX Runtime folds the choice of it, the tables and then the BatchNorms.
-        return {r: open_onnx(self.path, threads, dict(height=r, width=r)) for r in self.resolutions}
+        return {r: ort.open_onnx(self.path, self._threads, dict(height=r, width=r)) for r in self.resolutions}
 
-    def _open_blocked(self, threads: Optional[int]) -> Optional[Any]:
-        """Return a session of the file's faster form, None where there is none or it does something else."""
-        try:
-            from .low_memory import blocked_model
-        except ImportError:  # onnx is not installed
-            return None
-        model = blocked_model(self.path)
-        if model is None:
-            return None
-        blocked = open_onnx(model, threads, optimize=False)
-        size = self.resolutions[-1]
-        images = np.random.default_rng(0).standard_normal((1, len(self.mean), size, size), np.float32)
-        expected, actual = (s.run(None, {'images': images})[0] for s in (open_onnx(self.path, threads), blocked))
-        return blocked if np.allclose(actual, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max()) else None
+    def _opened(self) -> Dict[int, Any]:
+        sessions = self._sessions
+        if sessions is None:  # closed, or in a process that was forked
+            with self._lock:
+                self._check_open()
+                self._sessions = sessions = self._sessions or self._open()
+        return sessions
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f'The session of {self.path} was closed, open another one.')
+
+    def _reopening(self) -> Callable:
+        self._check_open()
+        return partial(type(self), os.path.abspath(self.path), self._threads, self.mode)
+
+    def _after_fork(self) -> None:
+        self._lock = threading.Lock()
+        for session in set((self._sessions or {}).values()):
+            ort.abandon(session)
+        self._sessions = None
 
     def check_takes_images(self) -> None:
         """Raise ImageError if the channels are not those of an image."""
         if self.preprocessing is None:
-            raise ImageError(f'{self.path} takes {len(self.mean)} channels, so no images but float32 arrays of them.')
+            raise ImageError(f'{self.path} takes {len(self.mean)} channels, so float32 arrays of them, not images.')
 
     def _check_batch(self, images: np.ndarray, resolution: Optional[int]) -> int:
         channels = len(self.mean)
@@ -195,67 +254,17 @@ class Session:
         return height
 
 
-def preprocessing_of(metadata: Dict[str, Any]) -> Preprocessing:
-    """Return the preprocessing that the metadata of a file tell."""
-    values = {k: metadata[k] for k in PREPROCESSING}
-    return Preprocessing(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-def read_metadata(path: str) -> Dict[str, Any]:
-    """Return what a file of timm-rs export records of itself, see format.parse_metadata."""
-    if not os.path.isfile(path):
-        raise UserError(f'{path} does not exist, expected a file of timm-rs export.')
-    session = open_onnx(path, threads=1, optimize=False)
-    metadata = parse_metadata(session.get_modelmeta().custom_metadata_map, path)
-    inputs, outputs = session.get_inputs(), session.get_outputs()
-    if len(inputs) != 1 or len(inputs[0].shape) != 4 or not outputs or len(outputs[0].shape) != 2:
-        raise UserError(f'{path} is not a file of timm-rs export, expected one input of 4 axes and logits of 2.')
-    channels, *sides = inputs[0].shape[1:]
-    for name, found, expected in (
-        ('mean', channels, [len(metadata['mean'])]),
-        ('num_classes', outputs[0].shape[1], [metadata['num_classes'] or outputs[0].shape[1]]),
-        *(('resolutions', side, metadata['resolutions']) for side in sides),
-    ):
-        if isinstance(found, int) and found not in expected:
-            raise UserError(f'{path}: the graph has {found} where {name} records {expected[0]}.')
-    return metadata
-
-
-def open_onnx(
-        model: Union[str, bytes],
-        threads: Optional[int] = None,
-        sizes: Optional[Dict[str, int]] = None,
-        optimize: bool = True,
-) -> Any:
-    """Open a model with ONNX Runtime.
-
-    Args:
-        model: Name of a file, or what is in it.
-        threads: Threads of an inference, all cores if None.
-        sizes: What height and width will be.
-        optimize: Let ONNX Runtime rewrite the graph.
+def image_list(images: Union[ImageSource, Iterable[ImageSource]]) -> List[ImageSource]:
+    """Return the images of a request.
 
     Raises:
-        ValueError: It is no ONNX file.
+        ImageError: It is something else.
+        UserError: There are more than MAX_IMAGES.
     """
-    try:
-        import onnxruntime
-    except ImportError as e:
-        raise ImportError("timm_rs_runtime needs the package onnxruntime: pip install 'timm_rs[export]'.") from e
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads or 0
-    options.add_session_config_entry('session.force_spinning_stop', '1')  # another size's threads take over
-    if not optimize:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    for name, size in (sizes or {}).items():
-        options.add_free_dimension_override_by_name(name, size)
-    try:
-        return onnxruntime.InferenceSession(model, options, providers=['CPUExecutionProvider'])
-    except Exception as e:
-        path = model if isinstance(model, str) else 'This'
-        raise UserError(f'{path} is no ONNX file that ONNX Runtime can load: {_first_line(e)}') from e
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:300]
+    if is_image_source(images):
+        return [images]
+    if isinstance(images, np.ndarray) or not isinstance(images, Iterable):
+        raise ImageError(f'Got {type(images).__name__}, expected images; Session.predict takes arrays, too.')
+    images = list(islice(images, MAX_IMAGES + 1))
+    check_count('The number of images', len(images), 0, MAX_IMAGES)
+    return images

@@ -22,8 +22,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_rs_runtime.errors import UserError, one_line
 from timm_rs_runtime.files import atomic_path, check_new_file
+from timm_rs_runtime.format import preprocessing_of
 from timm_rs_runtime.images import MODES
-from timm_rs_runtime.session import open_onnx, preprocessing_of
+from timm_rs_runtime.ort import open_onnx
 
 from ..evaluate import count_madds
 from ..quant.quantize import StepFunction, fold, is_quantized

@@ -14,7 +14,7 @@ import onnx
 from onnx import helper
 
 from timm_rs_runtime.errors import UserError
-from timm_rs_runtime.session import open_onnx
+from timm_rs_runtime.ort import open_onnx
 
 from .merge import SizedGraph, build
 

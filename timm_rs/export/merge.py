@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 
 from timm_rs_runtime.errors import UserError
 from timm_rs_runtime.format import INDEX
-from timm_rs_runtime.session import open_onnx
+from timm_rs_runtime.ort import open_onnx
 
 __all__ = ['MergeError', 'SizedGraph', 'build', 'merge']
 

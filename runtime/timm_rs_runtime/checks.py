@@ -1,0 +1,31 @@
+"""Numbers from outside, checked against stated bounds"""
+import numbers
+from typing import Any
+
+from .errors import UserError
+
+__all__ = ['MAX_THREADS', 'check_count']
+
+MAX_THREADS = 1024  # of an inference
+
+
+def check_count(name: str, value: Any, low: int, high: int) -> int:
+    """Return a whole number that is within bounds.
+
+    Args:
+        name: What it is, for the message.
+        value: The number.
+        low: The smallest that is allowed.
+        high: The largest.
+
+    Raises:
+        UserError: It is another value.
+
+    Example:
+        >>> check_count('--threads', 0, 1, 1024)
+        Traceback (most recent call last):
+        timm_rs_runtime.errors.UserError: --threads is 0, expected a whole number from 1 to 1024.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= value <= high:
+        raise UserError(f'{name} is {value!r}, expected a whole number from {low} to {high}.')
+    return int(value)

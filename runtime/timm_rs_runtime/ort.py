@@ -1,0 +1,88 @@
+"""ONNX Runtime: all that is asked of it
+
+From 1.29 on it sends reports of its use to its makers unless it is told not to before it is imported. Its thread for
+that also keeps a process that was forked after the import from ending. timm_rs contacts nobody.
+"""
+import ctypes
+import os
+from typing import Dict, List, Optional, Union
+
+import numpy as np
+
+from .checks import MAX_THREADS, check_count
+from .errors import UserError
+
+os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')
+
+import onnxruntime  # noqa: E402
+
+__all__ = ['InferenceError', 'abandon', 'open_onnx', 'run']
+
+
+class InferenceError(UserError, RuntimeError):
+    """ONNX Runtime cannot run a network, for example for lack of memory."""
+
+
+def open_onnx(
+        model: Union[str, bytes],
+        threads: Optional[int] = None,
+        sizes: Optional[Dict[str, int]] = None,
+        optimize: bool = True,
+) -> onnxruntime.InferenceSession:
+    """Open a model.
+
+    Args:
+        model: Name of a file, or what is in it.
+        threads: Threads of an inference, at most MAX_THREADS, all cores if None.
+        sizes: What height and width will be.
+        optimize: Let ONNX Runtime rewrite the graph.
+
+    Raises:
+        UserError: It is not an ONNX file.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry('session.force_spinning_stop', '1')  # another size's threads take over
+    if threads is not None:
+        options.intra_op_num_threads = check_count('threads', threads, 1, MAX_THREADS)
+        if threads > (os.cpu_count() or 1):  # those that spin would keep the others from working
+            options.add_session_config_entry('session.intra_op.allow_spinning', '0')
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    for name, size in (sizes or {}).items():
+        options.add_free_dimension_override_by_name(name, size)
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=['CPUExecutionProvider'])
+    except Exception as e:  # there is no common class of its errors
+        name = model if isinstance(model, str) else 'This'
+        raise UserError(f'{name} is not an ONNX file that ONNX Runtime can load: {_first_line(e)}') from e
+
+
+def run(session: onnxruntime.InferenceSession, inputs: Dict[str, np.ndarray], name: str) -> List[np.ndarray]:
+    """Return the outputs of a model.
+
+    Args:
+        session: The model.
+        inputs: Arrays by name.
+        name: The model's file, for the message.
+
+    Raises:
+        InferenceError: It cannot be run.
+    """
+    try:
+        return session.run(None, inputs)
+    except Exception as e:
+        shapes = ', '.join(str(x.shape) for x in inputs.values())
+        raise InferenceError(f'Cannot run a batch of {shapes} with {name}: {_first_line(e)}') from e
+
+
+def abandon(session: onnxruntime.InferenceSession) -> None:
+    """Keep a session for good, in a child of the process that opened it.
+
+    Its end would wait for threads that are in the parent only.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:300]
