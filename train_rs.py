@@ -38,7 +38,6 @@ from timm_rs.train.builders import (
     build_task,
     select_device,
 )
-from timm_rs.train.faults import TrainingFault
 from timm_rs.train.loop import ensemble_weights, train_one_epoch, validate
 from timm_rs.train.options import parse_args
 from timm_rs.train.preemption import Preempted, Preemption
@@ -99,7 +98,7 @@ def train(run, args):
         preemption.barrier()  # a launcher ends the others when one has gone
         raise SystemExit(128 + 15) from None
     except RuntimeError as e:
-        fault = None if isinstance(e, TrainingFault) else run.loaders.errors.fault()
+        fault = None if isinstance(e, UserError) else run.loaders.errors.fault()
         if fault is None:
             raise
         raise fault from e

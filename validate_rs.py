@@ -39,18 +39,21 @@ from timm_rs.data.datasets import (
     count_classes,
     create_dataset,
     create_eval_loader,
+    describe,
     explain_classes,
     number_classes,
 )
-from timm_rs.evaluate import ENSEMBLE, count_madds, count_parameters, evaluate
+from timm_rs.data.readers import skip_unreadable
+from timm_rs.evaluate import ENSEMBLE, check_images, count_madds, count_parameters, evaluate
 from timm_rs.hub.convert import load_weights, model_args
 from timm_rs.hub.push import LABEL_FILE
 from timm_rs.resolutions import check_resolutions, neighbours
 from timm_rs_runtime.errors import KeyValues, OneLineParser, UserError, one_line_errors
 from timm_rs_runtime.files import atomic_write, check_new_file
+from timm_rs_runtime.unreadable import MAX_UNREADABLE, ReadErrors
 
 _logger = logging.getLogger('validate')
-_COLUMNS = ('resolution', 'top1', 'top5', 'loss', 'madds', 'params', 'images_per_second')
+_COLUMNS = ('resolution', 'top1', 'top5', 'loss', 'madds', 'params', 'images', 'unreadable', 'images_per_second')
 _FORMATS = ('csv', 'json')
 
 # Flags of timm's validate.py that have no meaning here, with the reason that the user is given.
@@ -88,6 +91,8 @@ def create_parser():
     add('--data-dir', metavar='DIR', help='folder of the data set')
     add('--dataset', default='', metavar='NAME', help='kind of data set: "", "digits", or <type>/<name> as in timm')
     add('--split', default='validation', metavar='NAME', help='split to evaluate')
+    add('--max-unreadable', type=int, default=MAX_UNREADABLE, metavar='N',
+        help='unreadable images that end the program if exceeded; fewer are left out (default: %(default)s)')
     add('--num-samples', default=None, type=int, metavar='N', help='images in an iterable split')
     add('--dataset-download', action='store_true', help='let data sets that can be downloaded do so')
     add('--class-map', default='', metavar='FILE', help='file that maps class names to indices')
@@ -160,6 +165,8 @@ def main(argv=None):
     args.data_dir = args.data_dir or args.data
     if not args.model and not args.checkpoint:
         parser.error('give --checkpoint, --model, or both.')
+    if args.max_unreadable < 0:
+        parser.error(f'--max-unreadable is {args.max_unreadable}, expected at least 0.')
     args.pretrained = args.pretrained or not args.checkpoint
     if args.input_size:
         channels, height, width = args.input_size
@@ -206,8 +213,11 @@ def main(argv=None):
         )
         if not args.class_map:
             check_classes(args, dataset, model)
+        errors = ReadErrors(args.max_unreadable)
+        _logger.info(f'Validation reads {describe(dataset)}.')
         loader = create_eval_loader(
-            dataset, resolutions, args.batch_size, config, num_workers=args.workers, pin_memory=args.pin_mem)
+            skip_unreadable(dataset, errors, stand_in=False), resolutions, args.batch_size, config,
+            num_workers=args.workers, pin_memory=args.pin_mem)
         dtype = getattr(torch, args.model_dtype) if args.model_dtype else torch.float32
         normalize = PyramidNormalizer(config['mean'], config['std'], device, dtype, args.channels_last)
 
@@ -221,12 +231,16 @@ def main(argv=None):
 
         def log(batch_idx, running):
             progress.update()
+            errors.check()
             if batch_idx % args.log_freq == 0:
                 top1 = '  '.join(f"{key}: {row['top1']:.2f}" for key, row in running.items())
                 _logger.info(f'Test: [{batch_idx:>4d}/{len(loader)}]  Acc@1  {top1}')
 
         metrics = evaluate(network, loader, resolutions, normalize, amp_autocast=autocast, on_batch=log)
         progress.close()
+        check_images(metrics)
+        if errors.names:
+            _logger.warning(errors.summary())
         params = count_parameters(model)
         madds[ENSEMBLE] = sum(madds.values())
         rows = [dict(row, resolution=key, madds=madds[key], params=params) for key, row in metrics.items()]

@@ -1,14 +1,16 @@
 """Preprocessing against timm's own, on files as people have them"""
 import io
 import math
+import struct
 import warnings
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
+from PIL.PngImagePlugin import PngInfo
 from timm.data import create_transform
 
-from timm_rs_runtime import ImageError, Preprocessing
+from timm_rs_runtime import ImageError, Preprocessing, images
 from timm_rs_runtime.images import find_images, open_image
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -67,8 +69,6 @@ def exif_rotated():
     ('palette.png', Image.fromarray(photograph()).quantize(64), {}),
     ('palette.gif', Image.fromarray(photograph()).quantize(64), {}),
     ('black_white.png', Image.fromarray(photograph(channels=1)).convert('1'), {}),
-    ('deep.png', Image.fromarray(photograph(channels=1).astype(np.uint16) * 257), {}),
-    ('float.tiff', Image.fromarray(photograph(channels=1).astype(np.float32)), {}),
     ('rotated.jpg', Image.fromarray(photograph()), dict(exif=exif_rotated())),
     ('lossy.webp', Image.fromarray(photograph()), {}),
 ])
@@ -100,14 +100,67 @@ def test_normalizes_by_hand():
     assert np.allclose(ours[:, 2, 3], [1.0, 0.2, -0.5]) and ours.min() == -0.5
 
 
-# What is no image
+# 16 bits, and ranges that nobody knows
+
+GRADIENT = np.arange(256, dtype=np.uint8).reshape(16, 16)
+DEEP = GRADIENT.astype(np.uint16) * 257  # the same from 0 to 65535
+
+
+def write_tiff(path, pixels, photometric=1, bits=None, byte_order='<'):
+    """Write grey pixels as the plainest TIFF."""
+    height, width = pixels.shape
+    data = pixels.astype(pixels.dtype.newbyteorder(byte_order)).tobytes()
+    bits = bits or 8 * pixels.itemsize
+    values = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: height, 279: len(data)}
+    values[273] = 10 + 12 * len(values) + 4
+    entries = [struct.pack(f'{byte_order}HHII', tag, 4, 1, value) for tag, value in values.items()]
+    order = {'<': b'II', '>': b'MM'}[byte_order]
+    head = order + struct.pack(f'{byte_order}HIH', 42, 8, len(entries))
+    path.write_bytes(head + b''.join(entries) + bytes(4) + data)
+    return str(path)
+
+
+@pytest.mark.parametrize('name', ['a.png', 'a.pgm', 'a.jp2', 'little.tiff', 'big.tiff', 'in memory'])
+def test_a_16_bit_gradient_is_its_8_bit_twin(tmp_path, name):
+    image = Image.fromarray(DEEP)
+    if name.endswith('.tiff'):
+        source = write_tiff(tmp_path / name, DEEP, byte_order='<' if name.startswith('little') else '>')
+    else:
+        source = image if name == 'in memory' else saved(tmp_path / name, image)
+    assert np.array_equal(open_image(source, 'L'), GRADIENT)
+    assert np.array_equal(open_image(source), np.stack([GRADIENT] * 3, -1))
+    for size in (8, 16):
+        twin = Preprocessing(MEAN, STD)(Image.fromarray(GRADIENT), size)
+        assert np.array_equal(Preprocessing(MEAN, STD)(source, size), twin)
+
+
+def test_16_bits_are_rounded():
+    values = np.array([[0, 128, 129, 385, 386, 65406, 65407, 65535]], np.uint16)  # 128 / 257 = 0.498, 129 / 257 = 0.502
+    assert np.asarray(open_image(Image.fromarray(values), 'L')).tolist() == [[0, 0, 1, 1, 2, 254, 255, 255]]
+
+
+def test_pixels_of_no_known_range_are_refused(tmp_path):
+    folder = tmp_path
+    for path in (
+        saved(folder / 'float.tiff', Image.fromarray(GRADIENT.astype(np.float32))),
+        saved(folder / 'float.pfm', Image.fromarray(GRADIENT.astype(np.float32) / 255)),
+        saved(folder / '32_bits.tiff', Image.fromarray(GRADIENT.astype(np.int32))),
+        write_tiff(folder / 'white_is_0.tiff', DEEP, photometric=0),  # which Pillow reads as a negative
+        write_tiff(folder / '12_bits.tiff', DEEP, bits=12),
+        Image.fromarray(GRADIENT.astype(np.int32)),
+    ):
+        with pytest.raises(ImageError, match="has pixels of Pillow's mode '(F|I|I;16)', whose range is not known"):
+            open_image(path)
+
+
+# What is not an image
 
 def broken_files(folder):
     whole = io.BytesIO()
     Image.fromarray(photograph(300, 300)).save(whole, 'JPEG')
     whole = whole.getvalue()
     (folder / 'truncated.jpg').write_bytes(whole[:len(whole) // 2])
-    (folder / 'text.jpg').write_text('no image at all')
+    (folder / 'text.jpg').write_text('not an image')
     (folder / 'empty.png').write_bytes(b'')
     png = io.BytesIO()
     Image.fromarray(photograph()).save(png, 'PNG')
@@ -123,18 +176,57 @@ def test_errors_name_the_file(tmp_path):
         assert str(tmp_path / name) in str(e.value) and '\n' not in str(e.value)
 
 
-def test_decompression_bomb(tmp_path, monkeypatch):
+@pytest.mark.parametrize('name', ['a.eps', 'a.pdf', 'a.ico', 'a.tga', 'a.pcx', 'a.sgi', 'a.dds'])
+def test_other_formats_are_not_opened(tmp_path, name):
+    path = saved(tmp_path / name, Image.new('RGB', (16, 16)))
+    with open(path, 'rb') as f:
+        content = f.read()
+    for source in (path, content):
+        with pytest.raises(ImageError, match='is not an image, expected one of JPEG, PNG, '):
+            open_image(source)
+    with pytest.raises(ImageError, match='no images'):
+        find_images(tmp_path)
+
+
+def test_a_text_that_is_too_long(tmp_path, monkeypatch):
+    info = PngInfo()
+    info.add_text('Comment', 'x' * 1000, zip=True)
+    path = saved(tmp_path / 'text.png', Image.new('RGB', (4, 4)), pnginfo=info)
+    assert open_image(path).size == (4, 4)
+    monkeypatch.setattr(PngImagePlugin, 'MAX_TEXT_CHUNK', 100)
+    with pytest.raises(ImageError, match='text.png cannot be read as an image: Decompressed data too large'):
+        open_image(path)
+
+
+def test_too_many_pixels(tmp_path, monkeypatch):
     path = saved(tmp_path / 'bomb.png', Image.new('1', (400, 300)))
+    with monkeypatch.context() as patch:
+        patch.setattr(images, 'MAX_PIXELS', 100_000)
+        for source in (path, Image.new('L', (400, 300))):
+            with pytest.raises(ImageError, match='is 400x300, expected at most 100,000 pixels'):
+                open_image(source)
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 50_000)  # from twice as many on Pillow refuses
     with pytest.raises(ImageError, match='bomb.png.*120000 pixels'):
         Preprocessing(MEAN, STD)(path, 32)
 
 
 def test_long_and_thin(tmp_path):
-    path = saved(tmp_path / 'line.png', Image.new('RGB', (100_000, 1)))  # 256 px high it would be 25,600,000 px wide
-    with pytest.raises(ImageError, match='line.png is 100000x1'):
+    path = saved(tmp_path / 'line.png', Image.new('RGB', (1001, 10)))
+    with pytest.raises(ImageError, match='line.png is 1001x10, expected .* one side at most 100 times the other'):
         Preprocessing(MEAN, STD)(path, 224)
-    assert Preprocessing(MEAN, STD, crop_mode='squash')(path, 32).shape == (3, 32, 32)
+    longest = Image.new('RGB', (1000, 10))
+    assert Preprocessing(MEAN, STD)(longest, 32).shape == (3, 32, 32)
+    with pytest.raises(ImageError, match='would be resized to 200000x2000, expected at most 178,956,970 pixels'):
+        Preprocessing(MEAN, STD, crop_pct=1.0)(longest, 2000)
+
+
+def test_a_photograph_of_a_telephone_is_read(tmp_path):
+    """JPEGs of several pictures are JPEGs."""
+    picture = Image.fromarray(photograph())
+    path = saved(tmp_path / 'a.jpg', picture, format='MPO', save_all=True, append_images=[picture])
+    with Image.open(path) as opened:
+        assert opened.format == 'MPO'
+        assert np.array_equal(open_image(path), opened)
 
 
 @pytest.mark.parametrize('config, message', [
@@ -152,11 +244,11 @@ def test_unusable_settings(config, message):
 
 
 def test_find_images(tmp_path):
-    for name in ('b/2.JPG', 'b/1.png', 'a/3.jpeg', 'a/notes.txt'):
+    for name in ('b/2.JPG', 'b/1.png', 'a/3.webp', 'a/notes.txt', 'a/.png', 'a/4.eps'):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b'')
     found = [p[len(str(tmp_path)) + 1:] for p in find_images(tmp_path)]
-    assert found == ['a/3.jpeg', 'b/1.png', 'b/2.JPG']
+    assert found == ['a/3.webp', 'b/1.png', 'b/2.JPG']
     assert len(find_images(tmp_path, 2)) == 2 and find_images(tmp_path, 9) == find_images(tmp_path)
     with pytest.raises(ImageError, match='no images'):
         find_images((tmp_path / 'c').mkdir() or tmp_path / 'c')

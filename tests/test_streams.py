@@ -126,8 +126,8 @@ def test_two_processes(source, uninterrupted, folder, tmp_path):
     first, second = models(uninterrupted)
     assert_equal(first, second)
     row = outcome(uninterrupted)[1][-1]
-    for flags in ([str(folder)], source[1]):
-        results = tmp_path / 'results.json'
+    for number, flags in enumerate(([str(folder)], source[1])):
+        results = tmp_path / f'results{number}.json'
         validate_rs.main([
             *flags, '--checkpoint', str(uninterrupted / 'run' / 'last.pth.tar'), '--use-ema', '--workers', '0',
             '--device', 'cpu', '--results-file', str(results)])

@@ -21,11 +21,12 @@ from torch.utils.data import DistributedSampler, RandomSampler
 
 from timm_rs.train import loop
 from timm_rs.train.builders import Loaders, build_optimizer, build_task
-from timm_rs.train.determinism import EpochSampler, ReadErrors, SteadyDataset, mix_seed, seed_all
 from timm_rs.train.loop import train_one_epoch
 from timm_rs.train.options import parse_args
 from timm_rs.train.preemption import Preemption
 from timm_rs.train.saver import Progress
+from timm_rs.train.seeding import EpochSampler, SeededDataset, mix_seed, seed_all
+from timm_rs_runtime.unreadable import ReadErrors
 
 RESOLUTIONS = (32, 24, 16)
 LARGER = (96, 80, 64)  # for bfloat16: torch 2.15 miscomputes it on maps of 1x1, where channels come last
@@ -376,7 +377,7 @@ def test_repeated_images_are_augmented_anew(repeats, world_size):
         sampler = RepeatAugSampler(images, world_size, rank, num_repeats=repeats)
         order = EpochSampler(sampler, 42, batch_size=2)
         order.set_epoch(3)
-        keys, dataset = list(order), SteadyDataset(images, mix_seed(42, rank), ReadErrors(0))
+        keys, dataset = list(order), SeededDataset(images, mix_seed(42, rank))
         sampler.set_epoch(3)
         assert [key[1] for key in keys] == list(sampler)
         seen += [dataset[key] for key in keys]
@@ -390,7 +391,7 @@ def test_repeated_images_are_augmented_anew(repeats, world_size):
 ])
 def test_images_that_are_not_repeated_are_augmented_as_ever(sampler):
     """From (seed, epoch, index) alone: runs of earlier versions go on."""
-    order, dataset = EpochSampler(sampler, 42, 4), SteadyDataset(Draws(range(20)), mix_seed(42, 1), ReadErrors(0))
+    order, dataset = EpochSampler(sampler, 42, 4), SeededDataset(Draws(range(20)), mix_seed(42, 1))
     order.set_epoch(5)
     for key in order:
         found = dataset[key]

@@ -8,12 +8,13 @@ import struct
 import pytest
 import torch
 from PIL import Image
-from timm.data import create_dataset
 from torch.utils.data import Dataset
 
 import train_rs
-from timm_rs.train.determinism import ReadErrors, SteadyDataset
-from timm_rs.train.faults import TrainingFault
+from timm_rs.data.datasets import create_dataset
+from timm_rs.data.readers import ReadableDataset
+from timm_rs_runtime import ImageError
+from timm_rs_runtime.unreadable import ReadErrors, UnreadableError
 
 TINY = (
     '--model rs_test_resnet --resolutions 32 16 --batch-size 4 --validation-batch-size 32 --device cpu --lr 0.05 '
@@ -61,12 +62,12 @@ class Nothing(Dataset):
         return 1000
 
     def __getitem__(self, index):
-        raise OSError('No such device ' + 'or address' * 20)
+        raise ImageError('No such device ' + 'or address' * 20)
 
 
 def read_all(errors, first):
     with pytest.raises(RuntimeError, match='can be read'):
-        SteadyDataset(Nothing(), 0, errors)[first]
+        ReadableDataset(Nothing(), errors, stand_in=True)[first]
 
 
 def test_reports_wait_for_nobody():
@@ -109,7 +110,7 @@ def test_too_many_end_a_run_with_one_line(tmp_path, capfd, workers, split, count
 
 @pytest.fixture
 def dataset(tmp_path):
-    return create_dataset('', write_images(tmp_path, lambda *_: True, train=4), 'train')
+    return create_dataset('', str(write_images(tmp_path, lambda *_: True, train=4)), 'train')
 
 
 def fail_at(monkeypatch, path, error):
@@ -117,7 +118,7 @@ def fail_at(monkeypatch, path, error):
     opens = Image.open
 
     def fail_or_open(f, *args, **kwargs):
-        if f.name == path:
+        if f == path:
             raise error
         return opens(f, *args, **kwargs)
 
@@ -128,7 +129,7 @@ def fail_at(monkeypatch, path, error):
 def test_whatever_decoding_raises_another_image_stands_in(dataset, monkeypatch, caplog, error):
     fail_at(monkeypatch, dataset.filename(1, absolute=True), error)
     errors = ReadErrors(1)
-    images = SteadyDataset(dataset, 0, errors)
+    images = ReadableDataset(dataset, errors, stand_in=True)
     assert images[1] == images[2]
     errors.check()
     assert f'Cannot read image {dataset.filename(1, absolute=True)} ({str(error) or "EOFError"})' in caplog.text
@@ -144,7 +145,7 @@ def test_a_block_of_zeros_and_a_huge_image(dataset, monkeypatch):
     Image.new('RGB', (1000, 300)).save(huge)
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100_000)
     errors = ReadErrors(2)
-    images = SteadyDataset(dataset, 0, errors)
+    images = ReadableDataset(dataset, errors, stand_in=True)
     assert [images[i] for i in range(4)] == [images[i] for i in (1, 1, 3, 3)]
     errors.check()
     assert list(errors.names) == [zeros, huge]
@@ -157,7 +158,7 @@ def test_an_error_of_a_transform_is_none_of_reading(dataset, error):
         raise error
 
     errors = ReadErrors(0)
-    images = SteadyDataset(dataset, 0, errors)
+    images = ReadableDataset(dataset, errors, stand_in=True)
     images.transform = transform
     with pytest.raises(type(error)):
         images[0]
@@ -176,8 +177,8 @@ def test_an_image_that_can_be_read_the_next_time(dataset, monkeypatch):
 
     monkeypatch.setattr(Image, 'open', fail_once)
     errors = ReadErrors(0)
-    SteadyDataset(dataset, 0, errors)[0]
-    with pytest.raises(TrainingFault, match='1 images cannot be read'):
+    ReadableDataset(dataset, errors, stand_in=True)[0]
+    with pytest.raises(UnreadableError, match='1 images cannot be read'):
         errors.check()
 
 
@@ -187,9 +188,9 @@ def test_a_data_set_without_names():
     class Damaged(Nothing):
         def __getitem__(self, index):
             if index == 7:
-                raise SyntaxError('broken PNG file')
+                raise ImageError('broken PNG file')
             return torch.tensor(index), 0
 
-    assert SteadyDataset(Damaged(), 0, errors)[7][0] == 8
-    with pytest.raises(TrainingFault, match='number 7'):
+    assert ReadableDataset(Damaged(), errors, stand_in=True)[7][0] == 8
+    with pytest.raises(UnreadableError, match='number 7'):
         errors.check()

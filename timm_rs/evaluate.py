@@ -13,12 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_rs_runtime.errors import UserError
+from timm_rs_runtime.unreadable import UnreadableError
 
+from .data.readers import UNREADABLE
 from .quant.quantize import fold, is_quantized
 from .resolutions import check_resolutions, nearest_resolution
 from .switchable import SwitchableMixin
 
-__all__ = ['ENSEMBLE', 'average', 'count_madds', 'count_parameters', 'evaluate']
+__all__ = ['ENSEMBLE', 'average', 'check_images', 'count_madds', 'count_parameters', 'evaluate']
 
 ENSEMBLE = 'ens'  # key of the ensemble beside the resolutions
 
@@ -91,13 +93,14 @@ def evaluate(
         resolutions: Input sizes in pixels, those of the loader.
         normalize: Brings a uint8 batch to the device and normalizes it.
         amp_autocast: Context of mixed precision.
-        max_samples: Images of this process that count, the loader's padding excluded.
+        max_samples: Images of this process, without the loader's padding.
         distributed: Sum the counts over processes.
         on_batch: Called with the batch number and the running metrics.
 
     Returns:
-        For each resolution, and 'ens' for the ensemble: 'loss' (cross entropy), 'top1' and 'top5' in percent, and
-        'images_per_second' of this process, model alone.
+        For each resolution, and 'ens' for the ensemble: 'loss' (cross entropy), 'top1' and 'top5' in percent, 'images'
+        (which these are means over), 'unreadable' (images that are left out, see ReadableDataset), and
+        'images_per_second' of this process, only of the model.
     """
     resolutions = check_resolutions(resolutions)
     keys: List[Union[int, str]] = list(resolutions)
@@ -108,32 +111,48 @@ def evaluate(
     if isinstance(network, SwitchableMixin) and network.resolutions == resolutions:
         weights = network.alpha.float().softmax(0)
         keys.append(ENSEMBLE)
-    evaluators = {
-        key: ClassificationEvaluator(next(network.parameters()).device, max_samples=max_samples) for key in keys
-    }
+    device = next(network.parameters()).device
+    evaluators = {key: ClassificationEvaluator(device) for key in keys}
     seconds = dict.fromkeys(keys, 0.)
     model.eval()
-    num_images = 0
+    num_images = num_counted = num_unreadable = 0
     for batch_idx, (pyramid, target) in enumerate(loader):
+        num_images += len(target)
+        padding = 0 if max_samples is None else min(max(num_images - max_samples, 0), len(target))
+        (counted,) = (target[:len(target) - padding] != UNREADABLE).nonzero(as_tuple=True)
+        num_counted += len(counted)
+        num_unreadable += len(target) - padding - len(counted)
+        counted = counted.to(device, non_blocking=True)
+        target = target.to(device, non_blocking=True)[counted]
         logits = []
         for resolution, images in zip(resolutions, pyramid):
             images = normalize(images)
-            target = target.to(images.device, non_blocking=True)
             start = _now(images.device)
             with amp_autocast():
-                logits.append(model(images).float())
+                logits.append(model(images).float()[counted])
             seconds[resolution] += _now(images.device) - start
             evaluators[resolution].update(logits[-1], target)
         if weights is not None:
             evaluators[ENSEMBLE].update(torch.einsum('s,snc->nc', weights, torch.stack(logits)), target)
-        num_images += len(target)
         if on_batch is not None:
             on_batch(batch_idx, {key: e.summary() for key, e in evaluators.items()})
     seconds[ENSEMBLE] = sum(seconds.values())
+    counts = torch.tensor([num_counted, num_unreadable], device=device)
+    if distributed:
+        torch.distributed.all_reduce(counts)
+    counts = dict(zip(('images', 'unreadable'), counts.tolist()))
     return {
-        key: dict(e.compute(distributed=distributed), images_per_second=num_images / max(seconds[key], 1e-9))
+        key: dict(
+            e.compute(distributed=distributed), **counts, images_per_second=num_images / max(seconds[key], 1e-9))
         for key, e in evaluators.items()
     }
+
+
+def check_images(metrics: Dict[Union[int, str], Dict[str, float]]) -> None:
+    """Raise UnreadableError if all images of an evaluation were unreadable, so that the means are of none."""
+    row = next(iter(metrics.values()))
+    if row['unreadable'] and not row['images']:
+        raise UnreadableError(f"None of the {row['unreadable']} images can be read.")
 
 
 def _now(device: torch.device) -> float:

@@ -1,18 +1,44 @@
-"""Images: how they are found and read"""
+"""Images: how they are found and read, in training, evaluation and serving alike"""
 import io
 import os
 from typing import IO, Iterator, List, Optional, Sequence, Union
 
+import numpy as np
 from PIL import Image
 
 from .errors import UserError
 
-__all__ = ['MODES', 'ImageError', 'ImageSource', 'find_images', 'open_image', 'spread']
+__all__ = [
+    'FORMATS',
+    'MAX_ASPECT',
+    'MAX_BYTES',
+    'MAX_PIXELS',
+    'MODES',
+    'ImageError',
+    'ImageSource',
+    'extensions',
+    'find_images',
+    'open_image',
+    'split_folder',
+    'spread',
+]
 
 ImageSource = Union[str, os.PathLike, bytes, bytearray, memoryview, IO[bytes], Image.Image]
 
-_IN_MEMORY = (bytes, bytearray, memoryview)
+# Formats that photographs have, of which those are read that Pillow can read; none needs another program.
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'AVIF', 'HEIF', 'BMP', 'GIF', 'JPEG2000', 'PPM', 'TIFF')
+MAX_BYTES = 2 ** 29  # of a file
+MAX_PIXELS = MAX_BYTES // 3  # of an image: 178,956,970, more than which Pillow refuses too
+MAX_ASPECT = 100  # times that its longer side is its shorter one, which resizing makes as long as a network needs it
 MODES = {1: 'L', 3: 'RGB'}  # of Pillow, by channels
+SPLITS = (
+    ('train', 'training'),
+    ('val', 'valid', 'validation', 'eval', 'evaluation'),
+    ('test',),
+)  # names that mean the same split, timm's
+
+_IN_MEMORY = (bytes, bytearray, memoryview)
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
 
 
 class ImageError(UserError):
@@ -20,35 +46,73 @@ class ImageError(UserError):
 
 
 def open_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
-    """Return an image as timm reads it: decoded and converted, not turned by its EXIF orientation.
+    """Return an image, decoded and converted; the one way in which images are read.
+
+    The pixels are those that timm reads, byte for byte, with one exception: 16 bits per pixel are scaled to 8, where
+    Pillow would make everything above 255 white. As in timm an image is not turned by its EXIF orientation, and the
+    first picture of an animation counts.
 
     Args:
         source: Name of a file, a binary file or what is in it, or an image.
-        mode: RGB or L.
+        mode: RGB, L or another mode of 8 bits.
 
     Raises:
-        ImageError: It is no image, or a broken or too large one.
+        ImageError: It is not an image in one of FORMATS, or it is damaged, has more than MAX_PIXELS, is longer than
+            MAX_ASPECT, or has pixels of no known range.
     """
+    name = name_of(source)
     try:
         if isinstance(source, Image.Image):
-            if not all(source.size):
-                raise ImageError(f'{name_of(source)} is {source.width}x{source.height}, which holds no pixels.')
+            _check_size(source, name)
             source.load()
-            return source if source.mode == mode else source.convert(mode)
+            return source if source.mode == mode else _convert(source, mode, name)
         if not is_image_source(source):
             raise ImageError(f'Got {type(source).__name__}, expected the name of an image, a binary file or an image.')
-        with Image.open(io.BytesIO(source) if isinstance(source, _IN_MEMORY) else source) as image:
-            converted = image.convert(mode)
-            converted.filename = name_of(source)  # for messages
+        file = io.BytesIO(source) if isinstance(source, _IN_MEMORY) else source
+        with Image.open(file, formats=_readable_formats()) as image:
+            _check_size(image, name)
+            converted = _convert(image, mode, name)
+            converted.filename = name  # for messages
             return converted
     except ImageError:
         raise
     except FileNotFoundError as e:
-        raise ImageError(f'{name_of(source)} does not exist, expected an image.') from e
+        raise ImageError(f'{name} does not exist, expected an image.') from e
     except Image.UnidentifiedImageError as e:
-        raise ImageError(f'{name_of(source)} is no image that Pillow can read.') from e
+        raise ImageError(f"{name} is not an image, expected one of {', '.join(_readable_formats())}.") from e
     except Exception as e:  # Pillow's readers have no common class of what damaged files make them raise
-        raise ImageError(f'{name_of(source)} cannot be read as an image: {str(e) or type(e).__name__}.') from e
+        raise ImageError(f'{name} cannot be read as an image: {str(e) or type(e).__name__}.') from e
+
+
+def _readable_formats() -> List[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _check_size(image: Image.Image, name: str) -> None:
+    shorter, longer = sorted(image.size)
+    if not shorter:
+        raise ImageError(f'{name} is {image.width}x{image.height}, which holds no pixels.')
+    if shorter * longer > MAX_PIXELS or longer > MAX_ASPECT * shorter:
+        raise ImageError(
+            f'{name} is {image.width}x{image.height}, expected at most {MAX_PIXELS:,} pixels, and one side at most '
+            f'{MAX_ASPECT} times the other.')
+
+
+def _convert(image: Image.Image, mode: str, name: str) -> Image.Image:
+    if image.mode not in ('I', 'F') and not image.mode.startswith('I;'):
+        return image.convert(mode)
+    tags = getattr(image, 'tag_v2', {})  # of TIFF, where Pillow leaves 12 bits and white as 0 as they are
+    if image.mode.startswith('I;16'):
+        full_range = tags.get(_BITS_PER_SAMPLE, (16,)) == (16,) and tags.get(_PHOTOMETRIC, 1) == 1
+    else:
+        full_range = image.mode == 'I' and image.format in ('PNG', 'PPM')
+    if not full_range:
+        raise ImageError(
+            f'{name} has pixels of Pillow\'s mode {image.mode!r}, whose range is not known, expected 8 bits or '
+            'the full range of 16 bits.')
+    pixels = (np.asarray(image).astype(np.uint32) + 128) // 257  # rounded: 65535 is 255 times 257
+    return Image.fromarray(pixels.astype(np.uint8)).convert(mode)
 
 
 def buffered(source: ImageSource) -> ImageSource:
@@ -69,16 +133,54 @@ def buffered(source: ImageSource) -> ImageSource:
     return buffer
 
 
+def split_folder(folder: Union[str, os.PathLike], split: str) -> str:
+    """Return the folder that holds the images of a split: what DIR and --split mean, in every command.
+
+    Where DIR holds folders of splits it is the one of this split, by this or another of its names. A DIR without any
+    is taken as it is, for example a folder of class folders.
+
+    Args:
+        folder: DIR.
+        split: Name of the split, '' for DIR as it is.
+
+    Raises:
+        UserError: There is no such folder, or it holds other splits, which are never taken together.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     os.makedirs(os.path.join(folder, 'val', 'cat'))
+        ...     os.path.relpath(split_folder(folder, 'validation'), folder)
+        'val'
+    """
+    folder = os.fspath(folder)
+    if not os.path.isdir(folder):
+        raise UserError(f'{folder} does not exist, expected a folder of images.')
+    names = {name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name))}
+    splits = names & set().union(*SPLITS)
+    for name in (split, *next((same for same in SPLITS if split in same), ())):
+        if name and name in names:
+            return os.path.join(folder, name)
+    if splits and (split or len(splits) > 1):
+        raise UserError(f"{folder} has no split {split!r}, it holds {', '.join(sorted(splits))}.")
+    return folder
+
+
+def extensions() -> List[str]:
+    """Return the endings of the names of images of FORMATS, in small letters, with the dot."""
+    return sorted(ending for ending, name in Image.registered_extensions().items() if name in FORMATS)
+
+
 def find_images(folder: Union[str, os.PathLike], most: Optional[int] = None) -> List[str]:
-    """Return the image files below a folder by name, at most so many, spread evenly; links are followed.
+    """Return the image files below a folder by name, at most this many, spread evenly; links are followed.
 
     Raises:
         ImageError: There is no such folder, or no image in it.
-        ValueError: Not even one is asked for.
+        UserError: Not even one is asked for.
     """
     if not os.path.isdir(folder):
         raise ImageError(f'{folder} does not exist, expected a folder of images.')
-    known = Image.registered_extensions()
+    known = extensions()
     paths = sorted(p for p in _walk(folder) if os.path.splitext(p)[1].lower() in known)
     if not paths:
         raise ImageError(f'{folder} holds no images.')
@@ -86,7 +188,7 @@ def find_images(folder: Union[str, os.PathLike], most: Optional[int] = None) -> 
 
 
 def spread(paths: Sequence[str], most: Optional[int]) -> List[str]:
-    """Return so many of them at most, evenly spread."""
+    """Return at most this many of them, evenly spread."""
     if most is not None and most < 1:
         raise UserError(f'{most} images are asked for, expected a positive number.')
     if most is None or most >= len(paths):

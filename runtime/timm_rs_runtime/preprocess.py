@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import UserError
-from .images import MODES, ImageError, ImageSource, name_of, open_image
+from .images import MAX_PIXELS, MODES, ImageError, ImageSource, name_of, open_image
 
 __all__ = ['Preprocessing', 'stack']
 
@@ -65,13 +65,13 @@ class Preprocessing:
             Array of float32 [C, resolution, resolution].
 
         Raises:
-            ImageError: It is no image, or a broken or too large one.
+            ImageError: See open_image; or more than MAX_PIXELS are needed on the way.
         """
         name = name_of(image)
         image = open_image(image, MODES[len(self.mean)])
         width, height = self._resized(*image.size, resolution)
-        if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise ImageError(f'{name} is {image.width}x{image.height}, too long and thin to be resized.')
+        if width * height > MAX_PIXELS:
+            raise ImageError(f'{name} would be resized to {width}x{height}, expected at most {MAX_PIXELS:,} pixels.')
         image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
         image = self._cropped(image, resolution)
         array = np.asarray(image, np.float32).reshape(resolution, resolution, -1).transpose(2, 0, 1) / np.float32(255)

@@ -33,7 +33,7 @@ class Decoded(NamedTuple):
     Attributes:
         arrays: Of N images [N, ...] each, mapped into memory.
         targets: Their classes [N].
-        unreadable: Why images could not be read, by name; another one stands in for each.
+        unreadable: Why images could not be read, by name.
     """
     arrays: List[np.ndarray]
     targets: np.ndarray
@@ -63,7 +63,7 @@ def open_decoded(
         shapes: Shape and dtype of each array for one image.
         settings: What else the arrays depend on, as JSON can hold it.
         batches: Gives (a part of each array, targets), all images in order.
-        errors: Images that could not be read, see ReadErrors of timm_rs.train.
+        errors: Images that could not be read, see timm_rs_runtime.unreadable.
         most_gb: Size in GB that all decoded images in root may have.
 
     Raises:

@@ -1,23 +1,26 @@
 """Data sets by name, and evaluation loaders that decode an image once for all resolutions"""
 import os
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
-from typing import Any, Callable, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageMode
 from timm import data as timm_data
 from timm.data.loader import fast_collate
+from timm.data.readers import img_extensions
 
 from timm_rs_runtime.errors import UserError
+from timm_rs_runtime.images import extensions, open_image, split_folder
 
 from ..resolutions import check_resolutions
 from .exact_resize import ResizeAndCrop, to_planes
+from .readers import ImageDataset, StreamDataset
 
 _PACKAGES = dict(wds='webdataset', hfds='datasets', hfids='datasets', tfds='tensorflow_datasets')
-_TRAIN = ('train', 'training')  # names that timm takes for the same split
-_EVAL = ('val', 'valid', 'validation', 'eval', 'evaluation')
 _IMG_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 
 INTERPOLATIONS = tuple(name.lower() for name in Image.Resampling.__members__)  # as timm names them
@@ -30,6 +33,7 @@ __all__ = [
     'count_classes',
     'create_dataset',
     'create_eval_loader',
+    'describe',
     'explain_classes',
     'number_classes',
     'share_shards',
@@ -73,6 +77,13 @@ class DigitsDataset(torch.utils.data.Dataset):
         return (self.transform(image) if self.transform is not None else image), self.targets[index]
 
 
+def describe(dataset: torch.utils.data.Dataset) -> str:
+    """Return in words how many images of what a data set of create_dataset holds."""
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        return f'the images of {dataset.source}'
+    return f'{len(dataset):,} images of {dataset.source}'
+
+
 def create_dataset(name: str, root: Optional[str], split: str, **kwargs: Any) -> torch.utils.data.Dataset:
     """Return a data set of timm, or the digits.
 
@@ -82,12 +93,18 @@ def create_dataset(name: str, root: Optional[str], split: str, **kwargs: Any) ->
         split: Name of the split.
         **kwargs: Further arguments of timm.data.create_dataset.
 
+    Returns:
+        A data set that reads its images by timm_rs_runtime.images; its attribute `source` says where they are.
+
     Raises:
         ValueError: The folder is missing or holds no images, or not of this split.
         ImportError: The package that reads the data set is not installed.
     """
+    source, mode = f'split {split!r} of {name}', kwargs.get('input_img_mode') or 'RGB'
     if name == 'digits':
-        return DigitsDataset(split, input_img_mode=kwargs.get('input_img_mode') or 'RGB')
+        dataset = DigitsDataset(split, input_img_mode=mode)
+        dataset.source = source
+        return dataset
     kind, _, _ = name.lower().partition('/')
     if kind in _PACKAGES and find_spec(_PACKAGES[kind]) is None:
         how = 'tensorflow tensorflow_datasets' if kind == 'tfds' else "'timm_rs[stream]'"
@@ -97,25 +114,33 @@ def create_dataset(name: str, root: Optional[str], split: str, **kwargs: Any) ->
     if not name or name.startswith(('folder', 'torch/image_folder')):
         if not root:
             raise UserError('No data: give the folder of the data set as DIR or --data-dir, or --dataset digits.')
-        if not os.path.exists(root):
-            raise UserError(f'Data folder {root} does not exist, expected a folder with one of images per class.')
-        _check_split(root, split)
+        if not os.path.isfile(root):  # a tar
+            root = split_folder(root, split)
+        source, kwargs['search_split'] = root, False
     try:
-        return timm_data.create_dataset(name, root=root, split=split, **kwargs)
+        with _all_extensions():
+            dataset = timm_data.create_dataset(name, root=root, split=split, **kwargs)
     except (AssertionError, FileNotFoundError, NotADirectoryError, RuntimeError) as e:
         raise UserError(f'Cannot read split {split!r} of data set {name or root}: {e}') from e
+    if isinstance(dataset, timm_data.IterableImageDataset):
+        dataset = StreamDataset(dataset.reader, kind, mode)
+    elif isinstance(dataset, timm_data.ImageDataset):
+        dataset = ImageDataset(dataset.reader, mode)
+    elif hasattr(dataset, 'loader'):  # torchvision's folders of images
+        dataset.loader = partial(open_image, mode=mode)
+    dataset.input_img_mode, dataset.source = mode, source
+    return dataset
 
 
-def _check_split(root: str, split: str) -> None:
-    """Refuse a split that is not there beside others that are: timm would take all of them together."""
-    names = [set(_TRAIN), set(_EVAL), {'test'}]
-    folders = set(os.listdir(root)) if os.path.isdir(root) else set()
-    same = next((n for n in names if split in n), {split})
-    others = folders & set.union(*names)
-    if split and others and not folders & (same | {split}):
-        raise UserError(f"{root} has no split {split!r}, it holds {', '.join(sorted(others))}.")
-    if not split and len(others) > 1:
-        raise UserError(f"{root} holds {', '.join(sorted(others))}, expected one of them as the split instead of ''.")
+@contextmanager
+def _all_extensions() -> Iterator[None]:
+    """Let timm's folders and tars hold images of all formats that are read."""
+    before = img_extensions.get_img_extensions()
+    img_extensions.set_img_extensions(extensions())
+    try:
+        yield
+    finally:
+        img_extensions.set_img_extensions(before)
 
 
 def share_shards(
@@ -202,9 +227,12 @@ def choose_img_mode(in_chans: int, mode: Optional[str] = None) -> str:
         raise UserError(f'Images of {in_chans} channels need their PIL mode, give it by --input-img-mode.')
     mode = mode or _IMG_MODES[in_chans]
     try:
-        bands = len(ImageMode.getmode(mode).bands)
+        known = ImageMode.getmode(mode)
     except KeyError:
-        raise UserError(f'--input-img-mode {mode}: PIL has no such mode, expected one like RGB or L.') from None
+        known = None
+    if known is None or not known.typestr.endswith('u1'):
+        raise UserError(f'--input-img-mode {mode}: expected a mode of PIL of 8 bits, such as RGB or L.')
+    bands = len(known.bands)
     if bands != in_chans:
         raise UserError(
             f'--input-img-mode {mode} gives images of {bands} channels, the model takes {in_chans} (--in-chans).')

@@ -23,6 +23,7 @@ from timm.utils.distributed import init_distributed_device, world_info_from_env
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler
 
 from timm_rs_runtime.errors import UserError, one_line
+from timm_rs_runtime.unreadable import ReadErrors
 
 from ..data.cache import CropLoader, DecodedLoader, Squash, open_decoded
 from ..data.crop import random_boxes
@@ -32,20 +33,22 @@ from ..data.datasets import (
     count_classes,
     create_dataset,
     create_eval_loader,
+    describe,
     explain_classes,
     number_classes,
     share_shards,
 )
+from ..data.readers import ReadableDataset, skip_unreadable
 from ..evaluate import ENSEMBLE, count_madds
 from ..hub.convert import load_weights
 from ..models.rs_models import PREFIX, explain_unknown_model
 from ..private_bn import tie_affine
 from ..resolutions import check_resolutions
 from ..switchable import SwitchableMixin
-from .determinism import EpochSampler, ReadErrors, SteadyDataset, mix_seed
 from .loss import EnsembleDistillationLoss
 from .options import is_mixing, largest_size_conflict
 from .pyramid import ResolutionPyramid
+from .seeding import EpochSampler, SeededDataset, mix_seed
 from .task import MultiResolutionTask
 
 __all__ = [
@@ -215,6 +218,7 @@ def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:
         raise UserError(
             f'Split {args.val_split!r} of {args.data_dir or args.dataset} has other classes than {args.train_split!r}: '
             f'{differ}. A --class-map could number them.')
+    _logger.info(f'Training reads {describe(train_set)}, validation {describe(eval_set)}.')
     for split, dataset in ((args.train_split, train_set), (args.val_split, eval_set)):
         num_classes = count_classes(dataset)
         if num_classes is None or args.class_map:
@@ -259,11 +263,9 @@ def build_loaders(
     on_device = args.decoded_cache or prefetcher
     if args.reprob > 0 and on_device and not args.no_aug:  # here and not in the prefetcher, which runs a batch ahead
         erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device)
-    errors = ReadErrors(args.max_unreadable)
-    if not isinstance(train_set, IterableDataset):
-        train_set = SteadyDataset(train_set, mix_seed(args.seed, args.rank), errors)
-    if not isinstance(eval_set, IterableDataset):
-        eval_set = SteadyDataset(eval_set, 0, errors)
+    errors = ReadErrors(args.max_unreadable, 'another one stands in for it in training, it is left out of validation')
+    train_set = skip_unreadable(train_set, errors, stand_in=True)
+    eval_set = skip_unreadable(eval_set, errors, stand_in=False)
     normalize = PyramidNormalizer(data_config['mean'], data_config['std'], device, dtype, args.channels_last)
     eval_samples = None
     if args.distributed and not isinstance(eval_set, IterableDataset):  # a stream gives each its own, unpadded
@@ -272,6 +274,8 @@ def build_loaders(
         train_loader, eval_loader = _decoded_loaders(args, train_set, eval_set, data_config, errors, normalize)
         return Loaders(
             train_loader, eval_loader, normalize, mixup, erase, train_loader.order, errors, eval_samples)
+    if not isinstance(train_set, IterableDataset):
+        train_set = SeededDataset(train_set, mix_seed(args.seed, args.rank))
     train_loader = name_flags(args, 'aa', 'color_jitter', 'scale', 'ratio', 'mean', 'std')(create_loader)(
         train_set,
         input_size=(args.in_chans, args.resolutions[0], args.resolutions[0]),
@@ -327,8 +331,8 @@ def build_loaders(
 
 def _decoded_loaders(
         args: argparse.Namespace,
-        train_set: SteadyDataset,
-        eval_set: SteadyDataset,
+        train_set: ReadableDataset,
+        eval_set: ReadableDataset,
         data_config: Dict[str, Any],
         errors: ReadErrors,
         normalize: PyramidNormalizer,

@@ -15,12 +15,14 @@ import torchvision
 from timm import utils
 from tqdm import tqdm
 
-from ..evaluate import average, evaluate
+from timm_rs_runtime.unreadable import ReadErrors
+
+from ..evaluate import average, check_images, evaluate
 from .builders import Loaders
-from .determinism import ReadErrors, mix_seed, seed_all
 from .faults import TrainingFault
 from .preemption import Preempted, Preemption
 from .saver import AtomicCheckpointSaver, Progress
+from .seeding import mix_seed, seed_all
 from .task import TERMS, MultiResolutionTask
 
 __all__ = [
@@ -82,7 +84,8 @@ def train_one_epoch(
         Means over the epoch's images, of all processes, of the loss and its terms.
 
     Raises:
-        TrainingFault: The loss is not finite, memory ran out, or too many images cannot be read.
+        TrainingFault: The loss is not finite, or memory ran out.
+        UnreadableError: Too many images cannot be read.
         Preempted: The process was asked to end; progress tells where it is.
     """
     epoch = progress.epoch
@@ -285,7 +288,7 @@ def validate(
         As flatten_metrics does.
 
     Raises:
-        TrainingFault: Too many images cannot be read.
+        UnreadableError: Too many images cannot be read, or all of them.
         Preempted: The process was asked to end.
     """
     batches = tqdm(loaders.eval, desc=name, leave=False, disable=None if args.rank == 0 else True)
@@ -301,6 +304,7 @@ def validate(
     if preemption.agree():
         raise Preempted
     loaders.errors.check()
+    check_images(metrics)
     flat = flatten_metrics(metrics)
     if utils.is_primary(args):
         top1 = '  '.join(f"{key}: {row['top1']:.2f}" for key, row in metrics.items())

@@ -1,0 +1,210 @@
+"""timm's data sets, whose images are read as everywhere in timm_rs, and what is done where one cannot be read"""
+import io
+import tarfile
+from functools import partial
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple, Union
+
+from PIL import Image
+from timm.data import IterableImageDataset
+from timm.data.readers.reader import Reader
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torch.utils.data import Dataset
+
+from timm_rs_runtime.errors import one_line
+from timm_rs_runtime.images import ImageError, name_of, open_image
+from timm_rs_runtime.unreadable import ReadErrors
+
+__all__ = ['UNREADABLE', 'ImageDataset', 'ReadableDataset', 'StreamDataset', 'skip_unreadable']
+
+UNREADABLE = -100  # label in the place of an image that cannot be read, which torch's losses ignore
+_PIXEL = b'P4 1 1 \0'  # an image, PPM
+
+
+class ImageDataset(Dataset):
+    """Images and labels of a folder, tar or table, as timm's class of this name.
+
+    Args:
+        reader: timm's.
+        input_img_mode: PIL mode of the images.
+        transform: Applied to the PIL image.
+
+    Raises:
+        ImageError: When an image cannot be read; timm would give the next one.
+    """
+
+    def __init__(self, reader: Reader, input_img_mode: str = 'RGB', transform: Optional[Callable] = None):
+        self.reader = reader
+        self.input_img_mode = input_img_mode
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
+        try:
+            # A name, not a file that timm opened: what is not a regular file could keep it waiting.
+            is_folder = isinstance(self.reader, ReaderImageFolder)
+            file, target = self.reader.samples[index] if is_folder else self.reader[index][:2]
+        except (AssertionError, OSError, TypeError, tarfile.TarError) as e:  # timm's, of rows without an image
+            raise ImageError(f'Image number {index} cannot be read: {one_line(e)}.') from e
+        image = open_image(file, self.input_img_mode)
+        if self.transform is not None:
+            image = self.transform(image)
+        return image, -1 if target is None else target
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        """Return the name of an image, see timm."""
+        return self.reader.filename(index, basename, absolute)
+
+
+class ReadableDataset(Dataset):
+    """A data set without the images that cannot be read.
+
+    Args:
+        dataset: Images with labels, which raises ImageError.
+        errors: Where unreadable images are reported.
+        stand_in: In the place of an unreadable image is the next one, else a black one with the label UNREADABLE.
+    """
+
+    def __init__(self, dataset: Dataset, errors: ReadErrors, stand_in: bool):
+        self.dataset = dataset
+        self.errors = errors
+        self.stand_in = stand_in
+
+    @property
+    def transform(self) -> Any:
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.dataset.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Tuple[Any, Any]:
+        tries = min(len(self), self.errors.limit + 10) if self.stand_in else 1
+        for left in reversed(range(tries)):
+            try:
+                return self.dataset[index]
+            except ImageError as e:
+                self.errors.report(self._name(index), e, is_last=self.stand_in and not left)
+            index = (index + 1) % len(self)
+        if self.stand_in:
+            raise RuntimeError(f'No image before number {index} can be read.')
+        return _black(self.dataset), UNREADABLE
+
+    def _name(self, index: int) -> str:
+        if hasattr(self.dataset, 'samples'):  # torchvision's
+            return self.dataset.samples[index][0]
+        try:
+            return self.dataset.filename(index, absolute=True) or f'number {index}'
+        except (AttributeError, NotImplementedError):
+            return f'number {index}'
+
+
+class StreamDataset(IterableImageDataset):
+    """Images and labels one after the other, as timm's class; what cannot be read is skipped as ReadableDataset does.
+
+    Args:
+        reader: timm's.
+        kind: wds, hfids or tfds, whose images TensorFlow decodes.
+        input_img_mode: PIL mode of the images.
+    """
+
+    def __init__(self, reader: Reader, kind: str, input_img_mode: str = 'RGB'):
+        super().__init__(None, reader=reader)
+        self.kind = kind
+        self.input_img_mode = input_img_mode
+        self.errors: Optional[ReadErrors] = None
+        self.stand_in = False
+
+    def __iter__(self) -> Iterator[Tuple[Any, Any]]:
+        waiting, sample = 0, None
+        for number, (source, target) in enumerate(self._sources()):
+            try:
+                image = open_image(source, self.input_img_mode)
+            except ImageError as e:
+                if self.errors is None:
+                    raise
+                name = name_of(source)
+                self.errors.report(f'number {number}' if name == name_of(None) else name, e)
+                if self.stand_in:
+                    waiting += 1
+                    continue
+                yield _black(self), UNREADABLE
+                continue
+            for _ in range(1 + waiting):
+                yield image if self.transform is None else self.transform(image), target
+            waiting, sample = 0, (image, target)
+        for _ in range(waiting if sample else 0):
+            yield self.transform(sample[0]), sample[1]
+
+    def _sources(self) -> Iterator[Tuple[Any, Any]]:
+        """Give what open_image takes, and labels: timm's readers open images while they read on."""
+        reader = self.reader
+        if self.kind != 'tfds' and isinstance(reader, Reader):
+            reader.input_img_mode = ''
+            if reader.ds is None:
+                reader._lazy_init()
+                (_leave_encoded_wds if self.kind == 'wds' else _leave_encoded_hfids)(reader)
+        for source, target in reader:
+            yield _open_cell(source) if isinstance(source, dict) else source, target
+
+
+def skip_unreadable(dataset: Dataset, errors: ReadErrors, stand_in: bool) -> Dataset:
+    """Return a data set of create_dataset without the images that cannot be read, see ReadableDataset."""
+    if isinstance(dataset, StreamDataset):
+        dataset.errors, dataset.stand_in = errors, stand_in
+        return dataset
+    return ReadableDataset(dataset, errors, stand_in)
+
+
+def _black(dataset: Dataset) -> Any:
+    image = Image.new(getattr(dataset, 'input_img_mode', 'RGB'), (64, 64))
+    return image if dataset.transform is None else dataset.transform(image)
+
+
+def _leave_encoded_hfids(reader: Reader) -> None:
+    """Let a reader give images as bytes; decoded by `datasets` they are turned by their EXIF orientation."""
+    from datasets import Image as ImageFeature
+
+    if reader.ds.features is None:
+        reader.ds = reader.ds._resolve_features()
+    reader.ds = reader.ds.cast_column(reader.input_key, ImageFeature(decode=False))
+
+
+def _open_cell(cell: Dict[str, Any]) -> Union[str, io.BytesIO]:
+    """Return the image in a cell of a Hugging Face data set."""
+    content, path = cell['bytes'], cell['path'] or ''
+    if content is None and '://' not in path:
+        return path
+    if content is None:
+        import fsspec  # which `datasets` reads with too
+
+        with fsspec.open(path, 'rb') as f:
+            content = f.read()
+    file = io.BytesIO(content)
+    file.name = path
+    return file
+
+
+def _leave_encoded_wds(reader: Reader) -> None:
+    """Let a reader give images as files; timm passes over those that it cannot read."""
+    import webdataset
+    from timm.data.readers.reader_wds import _decode, log_and_continue
+
+    decode = partial(
+        _decode, image_key=reader.input_key, target_key=reader.target_keys or reader.target_key,
+        alt_label=reader.split_info.alt_label, image_mode='')
+
+    def leave_encoded(sample: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+        key = next(key for key in reader.input_key.split(';') if key in sample)
+        decoded = decode({**sample, key: _PIXEL})  # for the label
+        if decoded is None:
+            return None
+        file = io.BytesIO(sample[key])
+        file.name = f"{sample['__url__']}: {sample['__key__']}.{key}"
+        return {key: file, 'target': decoded['target']}
+
+    reader.ds.pipeline[-2] = webdataset.map(leave_encoded, handler=log_and_continue)
