@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,6 +200,24 @@ def test_evaluation_counts_every_image_once(images, uninterrupted, tmp_path):
         assert correct == pytest.approx(round(correct), abs=1e-9)
         assert float(row[f'eval_top1_{where}']) == expected['top1']
         assert float(row[f'eval_loss_{where}']) == pytest.approx(expected['loss'], rel=1e-5)
+
+
+def test_unreadable_images_of_all_processes_are_left_out(images, tmp_path):
+    """Each process cannot read some; the means are those of one process, over the readable images."""
+    shutil.copytree(images, tmp_path / 'images')
+    cut = sorted((tmp_path / 'images' / 'validation').glob('*/*'))[1:6:2]
+    for path in cut:
+        path.write_bytes(path.read_bytes()[:40])
+    assert start(tmp_path / 'images', tmp_path, '--epochs', '1').finish() == [0, 0]
+    results = tmp_path / 'results.json'
+    validate_rs.main([
+        str(tmp_path / 'images'), '--checkpoint', str(tmp_path / 'run' / 'last.pth.tar'), '--use-ema', '--workers', '0',
+        '--device', 'cpu', '--results-file', str(results)])
+    row = outcome(tmp_path)[1][-1]
+    for expected in json.loads(results.read_text()):
+        assert (expected['images'], expected['unreadable']) == (NUM_VALIDATION - 3, 3)
+        assert float(row[f"eval_top1_{expected['resolution']}"]) == expected['top1']
+        assert float(row[f"eval_loss_{expected['resolution']}"]) == pytest.approx(expected['loss'], rel=1e-5)
 
 
 def test_processes_are_equal_and_only_the_first_writes(uninterrupted):

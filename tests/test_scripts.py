@@ -327,13 +327,13 @@ def test_missing_package_leaves_nothing_behind(images, tmp_path, capfd, monkeypa
     (['--model-kwargs', 'width'], '--model-kwargs width: expected key=value'),
     (['--lrr', '1'], 'unknown flag --lrr, did you mean --lr?'),
     (['--device', 'gpu'], '--device gpu: Expected one of cpu, cuda'),
-    (['--val-split', 'nothing'], "has no split 'nothing', it holds train, validation"),
+    (['--val-split', 'nothing'], "holds train, validation, expected one of them as the split instead of 'nothing'"),
     (['--train-split', 'validation'], 'gives the same images for training and validation'),
     (['--train-split', ''], "holds train, validation, expected one of them as the split instead of ''"),
     (['--val-split', ''], "holds train, validation, expected one of them as the split instead of ''"),
     (['--in-chans', '2'], 'Images of 2 channels need their PIL mode, give it by --input-img-mode'),
     (['--input-img-mode', 'L'], '--input-img-mode L gives images of 1 channels, the model takes 3 (--in-chans)'),
-    (['--input-img-mode', 'RBG'], '--input-img-mode RBG: PIL has no such mode'),
+    (['--input-img-mode', 'RBG'], '--input-img-mode RBG: expected a mode of PIL of 8 bits'),
 ])
 def test_bad_training_input(images, tmp_path, capfd, flags, message):
     line = fails(train_rs.main, [images, *TINY, '--epochs', '1', '--output', tmp_path / 'out', *flags], capfd)

@@ -1,18 +1,26 @@
-"""Images that cannot be read: others stand in for them, and neither their number nor their kind holds a run up"""
+"""Images that cannot be read: named, counted, replaced in training and left out of evaluation"""
+import math
 import multiprocessing
 import random
 import re
+import shutil
 import signal
 import struct
 
+import numpy as np
 import pytest
+import timm
 import torch
+import torch.nn as nn
+from command_lines import fails, validated
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 import train_rs
+import validate_rs
 from timm_rs.data.datasets import create_dataset
 from timm_rs.data.readers import ReadableDataset
+from timm_rs.evaluate import check_images, evaluate
 from timm_rs_runtime import ImageError
 from timm_rs_runtime.unreadable import ReadErrors, UnreadableError
 
@@ -194,3 +202,120 @@ def test_a_data_set_without_names():
     assert ReadableDataset(Damaged(), errors, stand_in=True)[7][0] == 8
     with pytest.raises(UnreadableError, match='number 7'):
         errors.check()
+
+
+# Validation leaves them out
+
+class Brightness(nn.Module):
+    """Logits of two classes by the mean of an image: 1 where it is light."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        mean = self.scale * x.mean((1, 2, 3))
+        return torch.stack([-mean, mean], 1)
+
+
+def evaluate_shades(errors=None, **kwargs):
+    """Evaluate six images, light and dark, of which numbers 1 and 4 cannot be read."""
+    class Shades(Dataset):
+        transform = None
+        shades, targets = [2, 2, -1, 3, 3, -2], [1, 0, 0, 0, 1, 0]
+
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, index):
+            if index in (1, 4):
+                raise ImageError('broken')
+            return torch.full((3, 8, 8), float(self.shades[index])), self.targets[index]
+
+    readable = ReadableDataset(Shades(), errors or ReadErrors(), stand_in=False)
+    readable.dataset.transform = lambda image: torch.zeros(3, 8, 8)
+    batches = DataLoader(readable, batch_size=3)
+    return evaluate(Brightness(), (([x], y) for x, y in batches), (8,), lambda x: x, **kwargs)[8]
+
+
+def test_means_are_those_of_the_other_images():
+    """Three of four are right: 2, -1, -2, and not 3, which is of class 0."""
+    row = evaluate_shades()
+    losses = [math.log1p(math.exp(x)) for x in (-4, -2, 6, -4)]  # of logits -m and m
+    assert (row['top1'], row['images'], row['unreadable']) == (75., 4, 2)
+    assert row['loss'] == pytest.approx(sum(losses) / 4, rel=1e-6)
+
+
+def test_padding_is_not_unreadable():
+    """Of five images in this process, number 5 is the loader's padding."""
+    row = evaluate_shades(max_samples=4)
+    assert (row['images'], row['unreadable']) == (3, 1)
+    assert row['top1'] == pytest.approx(200 / 3)
+
+
+def test_no_image_at_all():
+    with pytest.raises(UnreadableError, match='None of the 3 images can be read'):
+        check_images({8: dict(images=0, unreadable=3)})
+    check_images({8: dict(images=0, unreadable=0)})
+    check_images({8: dict(images=1, unreadable=3)})
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp('model') / 'model.pth'
+    torch.manual_seed(0)
+    model = timm.create_model('rs_test_resnet', resolutions=(32, 16), num_classes=2)
+    model.fc.weight.data.normal_()
+    torch.save(model.state_dict(), path)
+    return ['--model', 'rs_test_resnet', '--resolutions', '32', '16', '--num-classes', '2', '--checkpoint', str(path)]
+
+
+def test_validation_of_one_cut_image_of_41(tmp_path, checkpoint, caplog):
+    """Its row is that of the 40 others."""
+    write_images(tmp_path / 'all', lambda *_: True, val=41)
+    shutil.copytree(tmp_path / 'all', tmp_path / 'others')
+    cut = sorted((tmp_path / 'all').glob('val/*/*.png'))[7]
+    cut.write_bytes(cut.read_bytes()[:-150])
+    (tmp_path / 'others' / cut.relative_to(tmp_path / 'all')).unlink()
+    flags = [*checkpoint, '--batch-size', '6']
+    caplog.set_level('INFO', 'validate')
+    found, expected = (validated(tmp_path / name, tmp_path, *flags) for name in ('all', 'others'))
+    for size in (32, 16, 'ens'):
+        assert found[size]['top1'] == expected[size]['top1'] and found[size]['top5'] == expected[size]['top5']
+        assert found[size]['loss'] == pytest.approx(expected[size]['loss'], rel=1e-6)
+        assert (found[size]['images'], found[size]['unreadable']) == (40, 1)
+        assert (expected[size]['images'], expected[size]['unreadable']) == (40, 0)
+    assert f'Cannot read image {cut} (image file is truncated), it is left out.' in caplog.text
+    assert f'Validation reads 41 images of {tmp_path}/all/val.' in caplog.text
+
+
+def test_validation_of_ten_in_a_row(tmp_path, checkpoint, capfd):
+    write_images(tmp_path / 'images', lambda split, i: i % 2 or i >= 20, val=41)
+    assert validated(tmp_path / 'images', tmp_path, *checkpoint)[32]['unreadable'] == 10
+    argv = [str(tmp_path / 'images'), *checkpoint, '--device', 'cpu', '--workers', '0']
+    line = fails(validate_rs.main, [*argv, '--max-unreadable', '9'], capfd)
+    assert line.startswith('validate_rs.py: error: 10 images cannot be read, expected at most 9 (--max-unreadable): ')
+    line = fails(validate_rs.main, [*argv, '--max-unreadable', '-1'], capfd)
+    assert '--max-unreadable is -1, expected at least 0' in line
+
+
+def test_validation_of_nothing_but_unreadable_images(tmp_path, checkpoint, capfd):
+    write_images(tmp_path / 'images', lambda *_: False, val=5)
+    argv = [str(tmp_path / 'images'), *checkpoint, '--device', 'cpu', '--workers', '2']
+    assert fails(validate_rs.main, argv, capfd) == 'validate_rs.py: error: None of the 5 images can be read.'
+
+
+def test_a_deep_image_is_its_8_bit_twin_in_training_and_validation(tmp_path):
+    """The batches that a run sees are the same, byte for byte."""
+    generator = np.random.default_rng(0)
+    for i in range(8):
+        pixels = generator.integers(0, 256, (20, 24), np.uint8)
+        for name, values in (('deep', pixels.astype(np.uint16) * 257), ('twin', pixels)):
+            for split in ('train', 'val'):
+                path = tmp_path / name / split / ('cat', 'dog')[i % 2] / f'{i}.png'
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(values).save(path)
+    for name in ('deep', 'twin'):
+        train_rs.main([str(tmp_path / name), *TINY, '--workers', '0', '--output', str(tmp_path / 'output' / name)])
+    rows = [(tmp_path / 'output' / name / 'run' / 'summary.csv').read_text() for name in ('deep', 'twin')]
+    assert rows[0] == rows[1]

@@ -162,7 +162,8 @@ def split_folder(folder: Union[str, os.PathLike], split: str) -> str:
         if name and name in names:
             return os.path.join(folder, name)
     if splits and (split or len(splits) > 1):
-        raise UserError(f"{folder} has no split {split!r}, it holds {', '.join(sorted(splits))}.")
+        raise UserError(
+            f"{folder} holds {', '.join(sorted(splits))}, expected one of them as the split instead of {split!r}.")
     return folder
 
 
