@@ -2,6 +2,13 @@
 
 Importing it registers the `rs_*` models with timm.
 """
+try:
+    import timm_rs_runtime  # noqa: F401
+except ModuleNotFoundError as e:
+    if e.name != 'timm_rs_runtime':
+        raise
+    raise ImportError('timm_rs needs timm_rs_runtime: pip install ./runtime .') from None
+
 from .calibrate import add_resolution
 from .models.rs_models import explain_unknown_model
 from .private_bn import PrivateBN
