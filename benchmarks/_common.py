@@ -137,7 +137,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def shell_command() -> str:
     """Return the command of this run."""
-    return shlex.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]])
+    script = Path(sys.argv[0]).resolve()
+    return shlex.join(['python', f'{script.parent.name}/{script.name}', *sys.argv[1:]])
 
 
 def environment() -> Dict[str, Any]:

@@ -5,7 +5,7 @@ Both files are written by timm_rs.export.export and run by timm_rs_runtime.Sessi
 training images, accuracy is measured on validation images. Folders are classes: named by WordNet id for a network of
 the 1,000 ImageNet classes, else in the order of the network's classes. Wanted: within 1 point of float32 at every size.
 
-    python benchmarks/int8_accuracy.py CHECKPOINT --model mobilenetv2_100 --model-kwargs pad_type=same \
+    python experiments/int8_accuracy.py CHECKPOINT --model mobilenetv2_100 --model-kwargs pad_type=same \
         --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5 --interpolation bilinear --crop-pct 1.0 \
         --train DIR --val DIR DIR --val-glob 'ILSVRC2012_val_*'
 
@@ -17,7 +17,7 @@ import tempfile
 
 import numpy as np
 import torch
-from _common import create_parser, print_table, write_results
+from _shared import create_parser, print_table, write_results
 from timm.data import ImageNetInfo
 from timm.utils import ParseKwargs
 

@@ -10,12 +10,12 @@ as it would be paid.
 Wanted: the accuracy of the largest size at no more than 60 % of its multiply-adds. Beside the difference to the largest
 size, in points, stands its standard error from image to image, answers being compared in pairs.
 
-    python benchmarks/cascade.py --model FILE.onnx --images DIR --threads 1
+    python experiments/cascade.py --model FILE.onnx --images DIR --threads 1
 """
 import time
 
 import numpy as np
-from _common import add_deployed_arguments, create_parser, print_table, write_results
+from _shared import add_deployed_arguments, create_parser, print_table, write_results
 
 from timm_rs_runtime import CascadeSession, Session
 from timm_rs_runtime.fitting import collect_logits, fit, label_folders

@@ -1,0 +1,121 @@
+"""Runs of train_rs.py: planned, started side by side, and read again"""
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence
+
+import torch
+import yaml
+from _shared import ROOT
+
+from timm_rs.train.options import parse_args
+from timm_rs.train.summary import read_summary
+
+__all__ = ['Run', 'hold_out', 'train_all']
+
+_FREE = ('resume', 'output', 'experiment', 'config', 'data', 'num_classes', 'in_chans', 'workers', 'device')
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of train_rs.py.
+
+    Attributes:
+        folder: Its output folder.
+        flags: Its flags, without those of the output.
+    """
+    folder: Path
+    flags: Sequence[str]
+
+    @property
+    def command(self) -> List[str]:
+        return [
+            'train_rs.py', *self.flags, '--output', str(self.folder.parent), '--experiment', self.folder.name,
+            '--resume', 'auto']
+
+    def check(self) -> None:
+        """End the program in one line if train_rs.py refuses the flags, or if the folder holds a run of others."""
+        now, path = vars(parse_args(self.flags)), self.folder / 'args.yaml'
+        if not path.exists():
+            return
+        before = yaml.safe_load(path.read_text())
+        for name, value in now.items():
+            if name not in _FREE and before.get(name) != value:
+                raise SystemExit(
+                    f"{self.folder} was trained with --{name.replace('_', '-')} {before.get(name)}, not {value}: "
+                    'choose another --work.')
+
+    def result(self) -> Optional[Dict[str, Dict[str, float]]]:
+        """Return top1, top5 and loss after the last epoch by size, None if it has not finished."""
+        rows = read_summary(str(self.folder / 'summary.csv'))
+        if not rows or int(rows[-1]['epoch']) + 1 < parse_args(self.flags).epochs:
+            return None
+        found = {}
+        for key, value in rows[-1].items():
+            if key.startswith('eval_') and not key.endswith('_mean'):
+                _, metric, size = key.split('_')
+                found.setdefault(metric, {})[size] = float(value)
+        return found
+
+
+def train_all(runs: Sequence[Run], jobs: int) -> None:
+    """Start the runs that are not done, `jobs` at a time; they share the threads, and a failed one ends all.
+
+    A run that was stopped goes on from its last checkpoint.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    env = dict(os.environ)
+    env.setdefault('OMP_NUM_THREADS', str(max(1, torch.get_num_threads() // jobs)))
+    todo, running, children = [run for run in runs if run.result() is None], {}, {}
+
+    def start(run):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with open(run.folder / 'train.log', 'ab') as log:
+            children[run] = subprocess.Popen(
+                [sys.executable, *run.command], cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
+        if children[run].wait():
+            last = (run.folder / 'train.log').read_text().strip().split('\n')[-1]
+            raise SystemExit(f'{run.folder} failed: {last}')
+        if run.result() is None:
+            raise SystemExit(f'{run.folder} has not trained all its epochs, see its train.log.')
+
+    began, count = time.time(), len(todo)
+    with ThreadPoolExecutor(jobs) as executor:
+        try:
+            while todo or running:
+                while todo and len(running) < jobs:
+                    run = todo.pop(0)
+                    print(f'{run.folder.name}: started', flush=True)
+                    running[run] = executor.submit(start, run)
+                wait(running.values(), return_when=FIRST_COMPLETED)
+                for run in [run for run, future in running.items() if future.done()]:
+                    running.pop(run).result()
+                    left = len(todo) + len(running)
+                    hours = (time.time() - began) / (count - left) * left / 3600
+                    scores = '  '.join(f'{size}: {value:.2f}' for size, value in run.result()['top1'].items())
+                    print(f'{run.folder.name}: {scores}; {left} runs left, about {hours:.1f} h', flush=True)
+        finally:
+            for child in children.values():
+                child.terminate()
+
+
+def hold_out(data_dir: str, folder: Path, share: float = 0.1) -> Path:
+    """Return a folder of links to the training images, a random share of each class as its validation split."""
+    made = folder / 'done'
+    if not made.exists():
+        for name in sorted(p for p in Path(data_dir, 'train').iterdir() if p.is_dir()):
+            images = sorted(p.resolve() for p in name.iterdir())
+            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
+            for i, index in enumerate(order):
+                split = 'validation' if i < max(1, round(share * len(images))) else 'train'
+                link = folder / split / name.name / images[index].name
+                link.parent.mkdir(parents=True, exist_ok=True)
+                if not link.is_symlink():
+                    link.symlink_to(images[index])
+        made.touch()
+    return folder

@@ -1,0 +1,168 @@
+"""Tables of accuracy: planned, trained by train_rs.py, and compared"""
+import csv
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from command_lines import fails
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / 'experiments'))
+import compare_recipes
+import paper_table
+from _runs import Run, hold_out
+from _tables import markdown, scores_of
+
+RECIPE = dict(
+    model='rs_test_resnet', resolutions=[32, 24], loss_reduction='mean', batch_size=4, lr=0.05, warmup_epochs=0,
+    color_jitter=0., train_interpolation='bilinear', interpolation='bilinear', crop_pct=1.0, epochs=2, workers=0,
+    device='cpu')
+
+
+@pytest.fixture
+def argv(tmp_path):
+    generator = random.Random(0)
+    for split, count in (('train', 10), ('val', 4)):
+        for name in ('cat', 'dog'):
+            folder = tmp_path / 'pictures' / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.frombytes('RGB', (40, 36), generator.randbytes(40 * 36 * 3)).save(folder / f'{i}.png')
+    (tmp_path / 'recipe.yaml').write_text(yaml.safe_dump(RECIPE))
+    return [
+        str(tmp_path / 'pictures'), '--config', str(tmp_path / 'recipe.yaml'), '--work', str(tmp_path / 'work'),
+        '--output', str(tmp_path / 'table.csv')]
+
+
+def write_run(folder, flags, scores):
+    """Leave what a finished run of train_rs.py leaves."""
+    from timm_rs.train.options import parse_args
+
+    args = vars(parse_args(flags))
+    folder.mkdir(parents=True)
+    (folder / 'args.yaml').write_text(yaml.safe_dump(args))
+    names = [f'eval_{metric}_{size}' for size in scores for metric in ('top1', 'top5', 'loss')]
+    values = [value for top1 in scores.values() for value in (top1, top1 + 1, 1.)]
+    (folder / 'summary.csv').write_text(
+        f"epoch,{','.join(names)},eval_top1_mean\n{args['epochs'] - 1},{','.join(map(str, values))},50\n")
+
+
+@pytest.mark.slow
+def test_table_of_trained_networks(argv, tmp_path):
+    """Through train_rs.py itself, of two learning rates; what is done is not trained again."""
+    argv = [*argv, '--methods', 'inet', 'random_size', '--lrs', '0.01', '0.1', '--search-epochs', '1', '--epochs', '1']
+    paper_table.main(argv)
+    table = json.loads((tmp_path / 'table.json').read_text())
+    assert [(r['method'], r['sizes']) for r in table['runs']] == [
+        ('inet', [32]), ('inet', [24]), ('random_size', [32, 24])]
+    for run in table['runs']:
+        found = {
+            r['lr']: r['top1'] for r in table['searches']
+            if r['method'] == run['method'] and r['sizes'] == run['sizes']}
+        best = max(found, key=lambda lr: sum(found[lr][str(s)] for s in run['sizes']))
+        assert run['lr'] == best and f'--lr {best}' in run['command']
+    assert set(table['runs'][0]['top1']) >= {'32', '24'}  # the largest I-Net at the other size too
+    rows = list(csv.DictReader((tmp_path / 'table.csv').open()))
+    assert [(r['method'], r['resolution']) for r in rows] == [
+        (method, size) for method in ('I-Nets', 'I-32', 'random size') for size in ('32', '24')]
+    assert (tmp_path / 'table.png').stat().st_size > 1000
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / 'work').glob('*/train.log')}
+    assert len(before) == 9
+    paper_table.main(argv)
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / 'work').glob('*/train.log')}
+    with pytest.raises(SystemExit, match='was trained with --batch-size 4, not 5: choose another --work'):
+        paper_table.main([*argv, '--batch-size', '5'])
+
+
+def test_plan_and_its_cost(argv, capsys):
+    paper_table.main([*argv, '--dry-run', '--seeds', '0', '1', '--private', 'statistics'])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * (2 + 4)
+    assert all(line.startswith('python train_rs.py') and '--private statistics' in line for line in lines)
+    costs = [float(line.rpartition('# ')[2].split()[0]) for line in lines[:6]]
+    assert costs[2] == costs[3] == pytest.approx(costs[0] + costs[1], abs=0.11)
+    assert costs[5] == pytest.approx(costs[2] / 2, abs=0.11)
+
+
+def test_wrong_flags_are_refused_before_anything_is_trained(argv, tmp_path, capfd):
+    assert '--aa rand' in fails(paper_table.main, [*argv, '--aa', 'rand'], capfd)
+    assert 'unknown flag --epoch-count' in fails(paper_table.main, [*argv, '--epoch-count', '3'], capfd)
+    assert 'does not hold train/' in fails(paper_table.main, [str(tmp_path), *argv[1:]], capfd)
+    assert not (tmp_path / 'work').exists()
+
+
+def test_a_failed_run_is_named_with_its_error(argv):
+    with pytest.raises(SystemExit, match='ens-lr0.05-seed0 failed: train_rs.py: error: --batch-size 1000 is more than'):
+        paper_table.main([*argv, '--methods', 'ens', '--batch-size', '1000'])
+
+
+def test_stopped_before_its_end(tmp_path):
+    flags = ['x', '--epochs', '3', '--resolutions', '32', '24']
+    write_run(tmp_path / 'r', flags, {32: 50., 24: 40.})
+    run = Run(tmp_path / 'r', flags)
+    assert run.result() == dict(top1={'32': 50., '24': 40.}, top5={'32': 51., '24': 41.}, loss={'32': 1., '24': 1.})
+    assert Run(tmp_path / 'r', [*flags[:2], '4', *flags[3:]]).result() is None
+
+
+def test_held_out_images_are_a_share_of_each_class(argv, tmp_path):
+    for _ in range(2):
+        hold_out(argv[0], tmp_path / 'held', 0.25)
+    found = {split: {p.resolve() for p in (tmp_path / 'held' / split).glob('*/*')} for split in ('train', 'validation')}
+    assert found['train'].isdisjoint(found['validation'])
+    assert found['train'] | found['validation'] == set((tmp_path / 'pictures' / 'train').glob('*/*'))
+    assert [len([*(tmp_path / 'held' / 'validation' / name).iterdir()]) for name in ('cat', 'dog')] == [2, 2]
+
+
+def runs(method, scores, seed=0):
+    """Runs of a method with top-1 by size; the I-Nets one per size."""
+    if method == 'inet':
+        return [run for s, v in scores.items() for run in runs('I', {s: v}, seed) if not run.update(method=method)]
+    return [dict(
+        method=method, sizes=list(scores), seed=seed, top1={str(s): v for s, v in scores.items()},
+        top5={str(s): 99. for s in scores})]
+
+
+def test_gains_are_over_the_same_seeds():
+    first = [*runs('inet', {32: 50., 24: 40.}), *runs('ens', {32: 51., 24: 43.}), *runs('ens', {32: 61., 24: 53.}, 1)]
+    second = runs('ens', {32: 52., 24: 42.})
+    lines = markdown(dict(a=scores_of(first, (32, 24)), b=scores_of(second, (32, 24))), (32, 24)).splitlines()
+    assert lines[2] == '| a | I-Nets | 0 | 50.0 | 40.0 | 45.0 |  |'
+    assert lines[3] == '| a | RS-Net, ensemble only | 0, 1 | 56.0 ± 7.1 (+1.0) | 48.0 ± 7.1 (+3.0) | 52.0 |  |'
+    assert lines[4] == '| b | RS-Net, ensemble only | 0 | 52.0 | 42.0 | 47.0 | +0.0 |'
+
+
+def test_recipes_side_by_side(tmp_path, capfd):
+    for name, top1, key in (('a', 50., 'sizes'), ('b', 52., 'resolutions')):  # of before and of today
+        content = dict(
+            dataset='x', recipe={'model': 'resnet', key: [32], 'epochs': 3}, runs=runs('ens_topdown', {32: top1}))
+        (tmp_path / f'{name}.json').write_text(json.dumps(content))
+    argv = [f'one={tmp_path / "a.json"}', f'two={tmp_path / "b.json"}', '--output', tmp_path / 'r.csv']
+    compare_recipes.main([str(a) for a in argv])
+    rows = list(csv.DictReader((tmp_path / 'r.csv').open()))
+    assert [(r['recipe'], r['top1_mean']) for r in rows] == [('one', '50.0'), ('two', '52.0')]
+    assert '| two | RS-Net | 0 | 52.0 | 52.0 | +2.0 |' in (tmp_path / 'r.md').read_text()
+    (tmp_path / 'b.json').write_text('{}')
+    assert 'expected NAME=FILE, a .json that paper_table.py wrote' in fails(compare_recipes.main, argv, capfd)
+
+
+@pytest.mark.slow
+def test_added_sizes_and_sharpness(argv, tmp_path):
+    """Programs of their own: they end well, and their tables agree with each other at the largest size."""
+    paper_table.main([*argv, '--methods', 'ens', '--epochs', '1'])
+    checkpoint = tmp_path / 'work' / 'ens-lr0.05-seed0' / 'last.pth.tar'
+    found = {}
+    for name, flags in (('added_sizes', ['--sizes', '28', '--images', '64']), ('sharpness', [])):
+        subprocess.run([
+            sys.executable, f'{paper_table.ROOT}/experiments/{name}.py', argv[0], '--checkpoint', str(checkpoint),
+            *flags, '--output', str(tmp_path / f'{name}.json')], check=True)
+        found[name] = json.loads((tmp_path / f'{name}.json').read_text())['rows']
+    assert [(r['resolution'], r['method']) for r in found['added_sizes']] == [
+        (32, 'trained'), (32, 'statistics'), (28, 'nearest'), (28, 'interpolated'), (28, 'statistics'),
+        (28, 'tune_bn'), (24, 'trained'), (24, 'statistics')]
+    once = [r for r in found['sharpness'] if r['resized'] == 'once']
+    assert [r['difference'] for r in once] == [0., 0.]
+    assert found['added_sizes'][0]['top1'] == once[0][checkpoint.parent.name]
