@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One network for three input sizes against its fixed-resolution twin, on handwritten digits
 
-Trains rs_resnet10t at 32, 24 and 16 px and, for the same epochs, the same network at 32 px alone; evaluates both at all
+Trains rs_resnet10t at 32, 24 and 16 px and, for as many epochs, the same network only at 32 px; evaluates both at all
 three sizes; prints one table and saves one figure, accuracy against multiply-adds. Takes about two minutes on two CPU
 cores. Every step is a command of train_rs.py or validate_rs.py and is printed, so that it can be repeated.
 

@@ -136,7 +136,7 @@ def test_frozen_networks_learn_a_size(method):
 
 def test_what_gives_no_logits_is_not_taught():
     model = rs_model(features_only=True)
-    with pytest.raises(ValueError, match='gives a list, expected logits'):
+    with pytest.raises(ValueError, match='returns a list, expected logits'):
         add_resolution(model, 40, loader(64))
     with pytest.raises(ValueError, match='has no classifier to teach'):
         add_resolution(model, 40, loader(64), method='tune_bn_head')

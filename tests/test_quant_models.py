@@ -131,7 +131,7 @@ def test_bad_networks():
     class Odd(nn.Conv2d):
         pass
 
-    with pytest.raises(ValueError, match='2 is a Odd, which cannot be quantized, leave it out by skip'):
+    with pytest.raises(ValueError, match='2 is a Odd, which cannot be quantized: name it in skip'):
         quantize(make_switchable(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Odd(4, 4, 3)), (32,)))
 
 

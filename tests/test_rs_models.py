@@ -108,8 +108,8 @@ def test_resolutions_are_remembered(given, kept):
 @pytest.mark.parametrize('name, what, near', [
     ('rs_resnet55', "Unknown model 'rs_resnet55', did you mean ", 'rs_resnet50'),
     ('rs_mobilnetv2', "Unknown model 'rs_mobilnetv2', did you mean ", 'rs_mobilenetv2_100'),
-    ('resnet50', "'resnet50' is no Resolution Switchable Network, did you mean ", 'rs_resnet50?'),
-    ('resnet50.a1_in1k', "'resnet50' is no Resolution Switchable Network, did you mean ", 'rs_resnet50?'),
+    ('resnet50', "'resnet50' is not a Resolution Switchable Network, did you mean ", 'rs_resnet50?'),
+    ('resnet50.a1_in1k', "'resnet50' is not a Resolution Switchable Network, did you mean ", 'rs_resnet50?'),
     ('xyz', "Unknown model 'xyz', see ", "timm.list_models('rs_*')."),
 ])
 def test_explain_unknown_model(name, what, near):
@@ -268,7 +268,7 @@ def test_missing_file(tmp_path):
 
 @pytest.mark.parametrize('name', ['rs_densenet264d', 'rs_resnet18_w2a32'])
 def test_without_pretrained_weights(name):
-    with pytest.raises(RuntimeError, match=f'no pretrained weights of {name}, create it with pretrained=False'):
+    with pytest.raises(RuntimeError, match=f'no pretrained weights for {name}, create it with pretrained=False'):
         timm.create_model(name, pretrained=True)
 
 

@@ -42,25 +42,25 @@ def add_resolution(
     """Give a switchable network a resolution that it was not trained at, in place.
 
     The new BN layers start from those of the two neighbouring resolutions, interpolated by area, or from the nearest
-    one outside of the trained range. Methods then go on as far as asked:
+    one outside of the trained range. What happens then depends on the method:
 
-    - 'copy': not at all, no images are needed;
-    - 'statistics': running mean and variance become those of the images, measured anew (as in fvcore's precise BN);
-    - 'tune_bn': the network at its largest resolution teaches the new one without labels, KL divergence of the logits;
-      the affine parameters of the new BN layers alone learn;
+    - 'copy': nothing; no images are needed;
+    - 'statistics': running mean and variance are re-estimated on the images (as in fvcore's precise BN);
+    - 'tune_bn': the network at its largest resolution teaches the new one without labels, by the KL divergence of the
+      logits; only the affine parameters of the new BN layers learn;
     - 'tune_bn_head': the classifier learns too. It is shared, so the other resolutions change: only for a network that
-      serves the new resolution alone.
+      serves nothing but the new resolution.
 
-    The ensemble weights become a longer parameter; an optimizer that was made before knows neither it nor the new BN.
+    The ensemble weights become a longer parameter. An optimizer made before has neither it nor the new BN layers.
 
     Args:
         model: A switchable network.
         resolution: Input size in pixels.
-        loader: Batches of normalized images [N, C, H, W], or tuples that begin with these, each time that it is gone
-            through, at the largest of all resolutions, the new one included; they are downscaled here, as if the
-            originals had been resized once, by the interpolation of the network's configuration.
+        loader: Gives batches of normalized images [N, C, H, W], or tuples that begin with these, as often as it is
+            iterated over, at the largest of all resolutions including the new one. They are downscaled here, as if
+            the originals had been resized once, by the interpolation of the network's configuration.
         method: One of these.
-        epochs: Passes over the loader that tuning takes.
+        epochs: Passes over the loader while tuning.
         lr: Learning rate of tuning, AdamW with a cosine schedule.
         min_images: Fewer images than this are refused.
 
@@ -69,7 +69,7 @@ def add_resolution(
 
     Raises:
         ValueError: The network is plain or has this resolution, the method is unknown, or images are too few, too
-            small or given but once. Whatever is raised, the network is as it was then.
+            small or given only once. Whatever is raised, the network is then as it was before.
 
     Example:
         >>> import timm, timm_rs
@@ -103,7 +103,7 @@ def add_resolution(
 
 @contextmanager
 def _restored(model: nn.Module, head: bool) -> Iterator[None]:
-    """Leave mode and size of a network as they were, and if anything is raised its layers and classifier too."""
+    """Restore mode and size of a network at the end, and its layers and classifier if anything is raised."""
     modes = {m: m.training for m in model.modules()}
     layers = {m: m._modules for m in modes if isinstance(m, PrivateBN)}
     resolution, resolutions, alpha = model.resolution, model.resolutions, model.alpha
@@ -130,8 +130,8 @@ def _restored(model: nn.Module, head: bool) -> Iterator[None]:
 def measure_statistics(model: nn.Module, resolution: int, loader: Iterable) -> None:
     """Set the running mean and variance of one resolution to those of all activations over the loader.
 
-    Each layer sees activations that were normalized by the statistics of their batch, as in training; mean and
-    unbiased variance are then taken over all batches at once and not averaged over these.
+    Each layer sees activations that were normalized by the statistics of their batch, as in training. Mean and
+    unbiased variance are then taken over all batches at once, not averaged over batches.
 
     Args:
         model: A switchable network in eval mode.
@@ -153,10 +153,10 @@ def tune(
         epochs: int = 2,
         lr: float = 1e-3,
 ) -> None:
-    """Teach the affine parameters of one resolution's BN by the network at its largest one, without labels.
+    """Teach the affine parameters of one resolution's BN from the network at its largest one, without labels.
 
     Args:
-        model: A switchable network in eval mode, and so are all BN layers while they learn.
+        model: A switchable network in eval mode; its BN layers stay in eval mode while they learn.
         resolution: Input size in pixels.
         loader: See add_resolution.
         head: Let the shared classifier learn too.
@@ -167,10 +167,10 @@ def tune(
     teacher = _teacher(model, resolution)
     teaching = model.at(teacher)
     if head:
-        teaching = copy.deepcopy(teaching)  # the lesson stays what it was
+        teaching = copy.deepcopy(teaching)  # the teacher must not change
         parameters += model.get_classifier().parameters()
     if not parameters:
-        raise UserError(f'{type(model).__name__} has no BN parameters to teach that are not frozen.')
+        raise UserError(f'{type(model).__name__} has only frozen BN parameters, none to teach.')
     frozen = [p for p in parameters if not p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.)
     steps = epochs * (len(loader) if hasattr(loader, '__len__') else sum(1 for _ in loader))
@@ -185,11 +185,11 @@ def tune(
                 logits = model(_resize(model, images, resolution))
                 if not isinstance(logits, torch.Tensor):
                     name = type(model).__name__
-                    raise UserError(f'{name} gives a {type(logits).__name__}, expected logits to teach.')
+                    raise UserError(f'{name} returns a {type(logits).__name__}, expected logits to teach.')
                 target, log_p = (F.log_softmax(z.float(), dim=-1) for z in (target, logits))
                 loss = F.kl_div(log_p, target, reduction='batchmean', log_target=True)
                 for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
-                    parameter.grad = gradient  # of these alone, whatever gradients the others hold
+                    parameter.grad = gradient  # only of these, whatever gradients the others hold
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
@@ -217,7 +217,7 @@ def _measure(
     sums: Dict[int, List[torch.Tensor]] = {}
 
     def add(module: nn.Module, inputs: Any, i: int) -> None:
-        x = inputs[0].cpu() if inputs[0].device.type == 'mps' else inputs[0]  # which knows no float64
+        x = inputs[0].cpu() if inputs[0].device.type == 'mps' else inputs[0]  # MPS has no float64
         x = x.double()
         dims = [d for d in range(x.ndim) if d != 1]
         count = torch.tensor(float(x.numel() // x.shape[1]), device=x.device)
@@ -251,7 +251,7 @@ def _set_statistics(layer: nn.Module, mean: torch.Tensor, var: torch.Tensor) -> 
 def _layers(model: nn.Module, resolution: int) -> List[nn.Module]:
     """Return the BN layers of a resolution that keep statistics."""
     layers = [m[resolution] for m in model.modules() if isinstance(m, PrivateBN)]
-    return [layer for layer in layers if getattr(layer, 'track_running_stats', False)]  # not frozen ones of timm
+    return [layer for layer in layers if getattr(layer, 'track_running_stats', False)]  # not those that timm froze
 
 
 def _teacher(model: nn.Module, resolution: int) -> int:
@@ -262,8 +262,8 @@ def _check_images(loader: Optional[Iterable], size: int, min_images: int) -> Non
     if loader is None:
         raise UserError('Calibration needs a loader of images, except for method copy.')
     if iter(loader) is loader:
-        raise UserError(f'The loader is an iterator ({type(loader).__name__}), which gives its images but once; '
-                         f'expected a list or a DataLoader.')
+        raise UserError(f'The loader is an iterator ({type(loader).__name__}), which gives its images only once; '
+                        'expected a list or a DataLoader.')
     count = 0
     for batch in loader:
         images = batch[0] if isinstance(batch, (list, tuple)) else batch
@@ -277,7 +277,7 @@ def _check_images(loader: Optional[Iterable], size: int, min_images: int) -> Non
 
 
 def _insert(model: nn.Module, resolution: int) -> None:
-    """Put in BN layers that lie between those of the neighbouring resolutions."""
+    """Insert BN layers interpolated between those of the neighbouring resolutions."""
     known = model.resolutions
     nearest = nearest_resolution(resolution, resolution, known)
     below, above, share = neighbours(resolution, resolution, known)
@@ -304,6 +304,6 @@ def _batches(model: nn.Module, loader: Iterable) -> Iterator[torch.Tensor]:
 
 
 def _resize(model: nn.Module, images: torch.Tensor, size: int) -> torch.Tensor:
-    """Make them as sharp as the images that the network is evaluated on, which its configuration tells."""
+    """Resize images to be as sharp as those of evaluation, by the interpolation of the network's configuration."""
     interpolation = (getattr(model, 'pretrained_cfg', None) or {}).get('interpolation')
     return downscale(images, size, interpolation if interpolation in INTERPOLATIONS else INTERPOLATIONS[0])

@@ -36,14 +36,14 @@ _HOOK_DICTS = (
 )
 
 
-@register_notrace_module  # a leaf for torch.fx, which would bake the active branch in
+@register_notrace_module  # a leaf for torch.fx, which would otherwise fix the active branch
 class PrivateBN(nn.Module):
     """One BN module per resolution, keyed by resolution; the active one normalizes.
 
     The modules are deep copies of the given one, so a layer with an activation (timm's BatchNormAct2d) keeps it. The
     container is not itself a BN: converters that look for BN layers (sync, freeze, split) recurse into it and treat
-    each private one. It answers for the attributes of the active BN (weight, eps, act, ...), so that code which looks
-    into a BN still works. State-dict keys are `<name>.<resolution>.<key>`, such as `layer1.0.bn1.224.weight`.
+    each private one. It has the attributes of the active BN (weight, eps, act, ...), so that code which looks into a
+    BN still works. State-dict keys are `<name>.<resolution>.<key>`, such as `layer1.0.bn1.224.weight`.
 
     Args:
         bn: The BN layer to replace, of any subclass, e.g. BatchNorm1d, BatchNorm2d or BatchNormAct2d.
@@ -51,7 +51,7 @@ class PrivateBN(nn.Module):
         switch: Shared holder of the active resolution, a new one (largest active) if None.
 
     Raises:
-        TypeError: The layer is no BN.
+        TypeError: The layer is not a BN.
         ValueError: The resolutions are not usable, see check_resolutions.
 
     Example:
@@ -98,8 +98,8 @@ class PrivateBN(nn.Module):
         """Copy the hooks of this place in the network to the BN that takes the place in a copy of the network.
 
         Args:
-            bn: The BN to stand there.
-            memo: Of copy.deepcopy, for hooks that refer to the network.
+            bn: The BN that takes the place.
+            memo: Memo of copy.deepcopy, for hooks that refer to the network.
         """
         for name in _HOOK_DICTS:
             if getattr(self, name, None):
@@ -167,9 +167,9 @@ def interpolate(low: nn.Module, high: nn.Module, share: float) -> Dict[str, torc
 def tie_affine(module: nn.Module, statistics: bool = False) -> None:
     """Let all resolutions train the affine parameters of the largest, in place; their statistics stay private.
 
-    A state dict has the same keys as ever, so a network that was trained in this way is saved, loaded and switched like
-    any other, which it is once it is loaded. A tied network that loads a state dict takes the parameters of the largest
-    resolution. A moving average has to count the tied parameters once: timm's does not.
+    The keys of a state dict stay the same, so a network that was trained in this way is saved, loaded and switched like
+    any other. Loading it into a network that is not tied unties it. A tied network that loads a state dict takes the
+    parameters of the largest resolution. A moving average has to count tied parameters once; timm's does not.
 
     Args:
         module: Network that holds PrivateBN.
@@ -191,7 +191,7 @@ def tie_affine(module: nn.Module, statistics: bool = False) -> None:
 
 
 def is_recomputing() -> bool:
-    """Say whether this is the backward pass, where a checkpointed layer runs its forward once more."""
+    """Return whether this is the backward pass, where a checkpointed layer runs its forward again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 

@@ -25,7 +25,7 @@ def check_resolutions(resolutions: Union[int, Sequence[int]]) -> Tuple[int, ...]
         resolutions: Square input sizes in pixels.
 
     Raises:
-        ValueError: There is none, or one is no integer, not positive, or named twice.
+        ValueError: There is none, or one is not an integer, not positive, or named twice.
 
     Example:
         >>> check_resolutions([96, 224, 160])
@@ -54,9 +54,9 @@ class Switch:
         self.resolutions = resolutions
         self.active = resolutions[0]
         self.key = str(self.active)
-        self.between = None  # keys of two resolutions and how far the input is from the one to the other
+        self.between = None  # keys of two resolutions and how far the input is from the first to the second
         self.checkpointing = False  # layers are recomputed in the backward pass
-        self.recompute = False  # so are whole resolutions
+        self.recompute = False  # whole resolutions are
         self.warned = set()  # untrained input sizes that were warned about
 
     def to(self, resolution: int) -> None:
@@ -67,7 +67,7 @@ class Switch:
 
 
 def nearest_resolution(height: int, width: int, resolutions: Sequence[int]) -> int:
-    """Return the resolution nearest to an input size by area, the larger one of two equally near.
+    """Return the resolution nearest to an input size by area, the larger one if two are equally near.
 
     Example:
         >>> nearest_resolution(200, 200, (224, 192, 160))
@@ -77,9 +77,9 @@ def nearest_resolution(height: int, width: int, resolutions: Sequence[int]) -> i
 
 
 def neighbours(height: int, width: int, resolutions: Sequence[int]) -> Tuple[int, int, float]:
-    """Return the resolutions below and above an input size by area, and how far it is from the one to the other.
+    """Return the resolutions below and above an input size by area, and how far it is from the first to the second.
 
-    Beside the range both are the nearest one.
+    Outside of the range both are the nearest one.
 
     Example:
         >>> neighbours(200, 200, (224, 192, 160))

@@ -38,7 +38,7 @@ def main():
     names = list_models(exclude_filters='rs_*')
     rows = [(name, why_not(name)) for name in tqdm(names, disable=None)]
     with atomic_write(args.output, overwrite=True, newline='') as f:
-        f.write(f'# timm {timm.__version__}: its architectures and why one is no rs_* model (tools/make_zoo.py)\n')
+        f.write(f'# timm {timm.__version__}: its architectures and why one is not an rs_* model (tools/make_zoo.py)\n')
         csv.writer(f, lineterminator='\n').writerows([('name', 'reason'), *rows])
     registered = sum(not reason for _, reason in rows)
     print(f'{registered} of the {len(rows)} architectures of timm {timm.__version__} become rs_* models')

@@ -120,7 +120,7 @@ def sweep(base: str) -> Dict[str, Any]:
         row['note'] = check_training(model, plain, row['device'])
         check_new_classifier(model)
         row['status'] = 'ok'
-    except Exception as e:  # the sweep goes on, the row tells
+    except Exception as e:  # the sweep goes on, the row records it
         row['status'] = ' '.join(f'{"" if isinstance(e, Failure) else type(e).__name__ + ": "}{e}'.split())[:200]
     return row
 
@@ -128,7 +128,7 @@ def sweep(base: str) -> Dict[str, Any]:
 def check_taken(taken: nn.Module, plain: nn.Module, resolution: int) -> int:
     """Check what `at` takes out against the network that timm builds, and return its multiply-adds for one image."""
     if type(taken) is not type(plain) or taken.state_dict().keys() != plain.state_dict().keys():
-        raise Failure(f'at({resolution}) is no {type(plain).__name__} as timm builds it')
+        raise Failure(f'at({resolution}) is not a {type(plain).__name__} as timm builds it')
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         taken.eval()(torch.empty(1, 3, resolution, resolution, device='meta'))
     return counter.get_total_flops() // 2

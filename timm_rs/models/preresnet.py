@@ -1,7 +1,7 @@
 """Pre-activation ResNet (He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016), made for quantization
 
 The BatchNorm and ReLU before the first block of a group belong to the end of the group before, so that one quantized
-tensor feeds both branches of that block, and a group's output is made of levels alone (LQ-Nets, section 5).
+tensor feeds both branches of that block, and a group's output consists only of levels (LQ-Nets, section 5).
 """
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
 
@@ -31,10 +31,10 @@ class PreActBlock(nn.Module):
     Args:
         in_chs: Channels of the input.
         out_chs: Channels of the output.
-        stride: Of the 3x3 convolution, of the first one if there are two.
+        stride: Stride of the 3x3 convolution, of the first one if there are two.
         bottleneck: 1x1, 3x3 and 1x1 convolutions with a quarter of the channels between them, instead of two 3x3.
-        preact: What stands before the first convolution: 'full'; 'site', the quantizer alone; or 'none'. The shortcut
-            takes the input as it comes.
+        preact: What stands before the first convolution: 'full'; 'site', only the quantizer; or 'none'. The shortcut
+            takes the input unchanged.
         drop_path: Rate of stochastic depth.
         act_layer: Type of the activations.
         norm_layer: Type of the BatchNorms.
@@ -82,7 +82,7 @@ class PreActBlock(nn.Module):
 
 
 class PreActGroup(nn.Sequential):
-    """Blocks of one width, then a BatchNorm, a ReLU and, but for the last group, a place to quantize."""
+    """Blocks of one width, then a BatchNorm, a ReLU and, except in the last group, a place to quantize."""
 
     def __init__(self, blocks: Sequence[nn.Module], bn: nn.Module, act: nn.Module, quant: Optional[nn.Module]):
         super().__init__(*blocks)
@@ -99,7 +99,7 @@ class PreActResNet(nn.Module):
     Args:
         layers: Blocks per group.
         bottleneck: Kind of the blocks, see PreActBlock.
-        channels: Channels per group, four times as many leave it if the blocks are bottlenecks.
+        channels: Channels per group; the output has four times as many if the blocks are bottlenecks.
         num_classes: Number of classes.
         in_chans: Image channels.
         global_pool: 'avg', 'max', 'avgmax' or 'catavgmax'.
@@ -167,7 +167,7 @@ class PreActResNet(nn.Module):
         """Initialize the convolutions.
 
         Args:
-            zero_init_last: Zero the last one of each block.
+            zero_init_last: Set the last convolution of each block to zero.
         """
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
@@ -210,15 +210,15 @@ class PreActResNet(nn.Module):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
-        """Return features, and those of the places of feature_info.
+        """Return the features, and those at the places of feature_info.
 
         Args:
             x: Images [N, C, H, W].
-            indices: Of these places, the last ones if a number, all if None.
+            indices: Indices of these places, the last ones if a number, all if None.
             norm: Without effect.
             stop_early: Stop at the last one that is asked for.
             output_fmt: 'NCHW'.
-            intermediates_only: Return the latter alone.
+            intermediates_only: Return only the latter.
         """
         assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
         taken, last = feature_take_indices(len(self.feature_info), indices)

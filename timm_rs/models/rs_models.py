@@ -3,8 +3,8 @@
 zoo.csv lists timm's architectures, with the reason where one cannot be made switchable. For the others, RS_MODELS,
 `rs_<name>` builds the network with timm's own entrypoint, keywords and pretrained tags, then makes its BN layers
 private to the resolutions. timm's weights are a start for training: every BN layer is copied to every resolution.
-OTHER_MODELS are beside these: pre-activation ResNets and the quantized networks of section 4.3, without weights.
-The folder weights holds trained networks that come with the package, each with what a tag of its architecture records.
+OTHER_MODELS are the pre-activation ResNets and the quantized networks of section 4.3, without weights. The folder
+weights holds trained networks that come with the package, each with the configuration of its pretrained tag.
 """
 import csv
 import difflib
@@ -51,11 +51,11 @@ OTHER_MODELS = {
     'preresnet50_w2a2': ('preresnet50', {}, dict(weight_bits=2, activation_bits=2)),
 }
 
-_SOURCES = ('state_dict', 'source', 'file', 'url', 'hf_hub_id', 'hf_hub_filename')  # of weights, in a pretrained_cfg
+_SOURCES = ('state_dict', 'source', 'file', 'url', 'hf_hub_id', 'hf_hub_filename')  # where a cfg has its weights
 
 
 def explain_unknown_model(name: str) -> str:
-    """Return one line on why there is no Resolution Switchable Network of this name, with the nearest that there are.
+    """Return one line on why there is no Resolution Switchable Network of this name, with the nearest names.
 
     Example:
         >>> explain_unknown_model('rs_resnet55')
@@ -71,12 +71,12 @@ def explain_unknown_model(name: str) -> str:
         near = [PREFIX + name]
     else:
         near = difflib.get_close_matches(name, [PREFIX + b for b in (*RS_MODELS, *OTHER_MODELS)], n=3, cutoff=0.5)
-    what = f'{name!r} is no Resolution Switchable Network' if is_model(name) else f'Unknown model {name!r}'
+    what = f'{name!r} is not a Resolution Switchable Network' if is_model(name) else f'Unknown model {name!r}'
     return f"{what}, did you mean {', '.join(near)}?" if near else f"{what}, see timm.list_models('{PREFIX}*')."
 
 
 def _nearest(base: str) -> str:
-    """Return the rs model whose name is nearest to that of a timm architecture, of the same family if there is one."""
+    """Return the rs_* model with the nearest name, of the same family of timm if that has one."""
     family = model_entrypoint(base).__module__
     candidates = [b for b in RS_MODELS if model_entrypoint(b).__module__ == family] or RS_MODELS
     return PREFIX + difflib.get_close_matches(base, candidates, n=1, cutoff=0.)[0]
@@ -98,16 +98,16 @@ def _create_rs(
         pretrained_cfg = pretrained_cfg.to_dict()
     cfg = resolve_pretrained_cfg(PREFIX + name, pretrained_cfg, pretrained_cfg_overlay)
     if pretrained and not (cfg.has_weights or cfg.state_dict):
-        raise UserError(f'There are no pretrained weights of {PREFIX}{name}, create it with pretrained=False.')
+        raise UserError(f'There are no pretrained weights for {PREFIX}{name}, create it with pretrained=False.')
     if resolutions is None:
         resolutions = _packaged.get(f'{PREFIX}{name}.{cfg.tag}', {}).get('resolutions', RESOLUTIONS)
     weights, bases = split_bases(_foreign_weights(cfg, cache_dir) if pretrained else None)
     cfg = replace(cfg, state_dict=None, architecture=base).to_dict()
     sources = {k: cfg.get(k) for k in _SOURCES}
-    if weights:  # hand on what is read already instead of its place
+    if weights:  # pass on what was read, not where it came from
         cfg.update(dict.fromkeys(_SOURCES, None), state_dict=weights)
     native = get_pretrained_cfg(base)
-    if native is not None and native.fixed_input_size:  # position embeddings are sized as in timm's network
+    if native is not None and native.fixed_input_size:  # position embeddings have the size of timm's network
         kwargs.setdefault('img_size', native.input_size[-2:])
     build = partial(model_entrypoint(base), cache_dir=cache_dir, **kwargs)
 
@@ -117,9 +117,9 @@ def _create_rs(
         model = make_switchable(build(pretrained=pretrained, pretrained_cfg=cfg), resolutions)
     if weights and not has_taken(weights, model.state_dict()):
         keys = ', '.join(list(weights)[:3])
-        raise UserError(f'Nothing of the checkpoint fits {PREFIX}{name}, its keys are {keys}, ...')
+        raise UserError(f'No weights of the checkpoint fit {PREFIX}{name}; its keys are {keys}, ...')
     model.pretrained_cfg.update(sources, architecture=PREFIX + name)
-    model._model_args = dict(resolutions=model.resolutions)  # timm stores no defaults, config.json has to
+    model._model_args = dict(resolutions=model.resolutions)  # timm does not store defaults, config.json needs them
     if quantization:
         quantize(model, **dict(quantization, trained=pretrained))
     load_bases(model, bases)
@@ -127,7 +127,7 @@ def _create_rs(
 
 
 def _foreign_weights(cfg: PretrainedCfg, cache_dir: Optional[str]) -> Optional[Mapping[str, Any]]:
-    """Return the weights that may be a switchable network's, None for timm's own, which its entrypoint reads itself."""
+    """Return weights that may be those of a switchable network; None for timm's own, which its entrypoint reads."""
     if cfg.source == 'local-dir':
         return load_state_dict_from_path(cfg.file)
     if cfg.state_dict or (cfg.file and not cfg.custom_load):
@@ -144,7 +144,7 @@ def _build_from_switchable(
         resolutions: Sequence[int],
         cfg: Dict[str, Any],
 ) -> nn.Module:
-    """Build a network from a switchable one's weights, which may be of other resolutions, classes or channels."""
+    """Build a network from the weights of a switchable one, which may have other resolutions, classes or channels."""
     model = make_switchable(build(pretrained=False, pretrained_cfg=cfg), resolutions)
     if not build.keywords.get('features_only', False):
         load_pretrained(
@@ -155,7 +155,7 @@ def _build_from_switchable(
             strict=build.keywords.get('pretrained_strict', True),
         )
         return model
-    # A feature wrapper has other keys: timm loads a plain network per resolution, which lends its BN layers.
+    # A feature wrapper has other keys: timm loads a plain network per resolution, whose BN layers we take.
     found = state_dict_resolutions(weights)
     plain = {
         r: build(pretrained=True, pretrained_cfg=dict(cfg, state_dict=extract_resolution(weights, r))) for r in found
@@ -171,7 +171,7 @@ def _build_from_switchable(
 
 
 def _pretrained_cfgs(base: str) -> Dict[str, PretrainedCfg]:
-    """Return timm's configurations for the rs model, with the sizes that it is trained and tested at."""
+    """Return timm's configurations for the rs_* model, with the size that it is trained and tested at."""
     cfgs = {}
     for name in _registry._model_with_tags.get(base, ()):  # the getters of timm make deep copies, half of our import
         cfg = _registry._model_pretrained_cfgs[name]
@@ -182,12 +182,12 @@ def _pretrained_cfgs(base: str) -> Dict[str, PretrainedCfg]:
 
 
 def _read_packaged() -> Dict[str, Dict[str, Any]]:
-    """Return what is told of the networks that come with the package, `<model>.<tag>`: sizes and configuration."""
+    """Return sizes and configuration of the networks that come with the package, by `<model>.<tag>`."""
     found = {}
     for path in sorted(Path(__file__).with_name('weights').glob('*.json')):
-        told = json.loads(path.read_text(encoding='utf-8'))
-        told['pretrained_cfg'].update(file=str(path.with_suffix('.safetensors')))
-        found[path.stem] = told
+        entry = json.loads(path.read_text(encoding='utf-8'))
+        entry['pretrained_cfg'].update(file=str(path.with_suffix('.safetensors')))
+        found[path.stem] = entry
     return found
 
 
@@ -198,7 +198,7 @@ def _entrypoint(base: str, name: str, **defaults: Any) -> Callable[..., nn.Modul
     entrypoint.__name__ = entrypoint.__qualname__ = PREFIX + name
     entrypoint.__doc__ = (
         f'Resolution Switchable {name}: takes `resolutions`, `quantization` (arguments of timm_rs.quant.quantize) and '
-        f'all that timm takes for {base}.')
+        f'every argument of timm for {base}.')
     return entrypoint
 
 
@@ -210,7 +210,7 @@ def _refuse(base: str) -> Callable[..., nn.Module]:
 
 
 def _read_zoo() -> Dict[str, str]:
-    """Return the architectures of zoo.csv that the installed timm has, with the reason against each, '' for none."""
+    """Return the architectures of zoo.csv that the installed timm has, with the reason against each or ''."""
     with open(Path(__file__).with_name('zoo.csv'), newline='', encoding='utf-8') as f:
         rows = csv.reader(line for line in f if not line.startswith('#'))
         next(rows)  # the names of the columns
@@ -225,13 +225,13 @@ _packaged = _read_packaged()
 
 default_cfgs = generate_default_cfgs({
     **{k: v for base in RS_MODELS for k, v in _pretrained_cfgs(base).items()},
-    **{name: told['pretrained_cfg'] for name, told in _packaged.items()},
+    **{name: entry['pretrained_cfg'] for name, entry in _packaged.items()},
     **{PREFIX + name: get_pretrained_cfg('preresnet18') for name in OTHER_MODELS},
 })
 for _base in RS_MODELS:
     globals()[PREFIX + _base] = register_model(_entrypoint(_base, _base))
 for _name, (_base, _kwargs, _quantization) in OTHER_MODELS.items():
     globals()[PREFIX + _name] = register_model(_entrypoint(_base, _name, quantization=_quantization, **_kwargs))
-for _base in _REFUSED:  # an entrypoint that says why, left out of timm's listings like a name that timm removed
+for _base in _REFUSED:  # an entrypoint that says why, hidden from timm's listings like a name that timm removed
     _registry._model_entrypoints[PREFIX + _base] = _refuse(_base)
     _registry._deprecated_models[PREFIX + _base] = None

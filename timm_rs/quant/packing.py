@@ -1,8 +1,8 @@
 """Packed state dicts: K bits for each quantized weight
 
-Beside a layer's `basis`, its `weight` becomes `weight_codes`, a row of bytes, and `weight_shape`. Codes of K bits stand
-one behind the other, the lowest bit first; bit i of a code says whether v_i is added or subtracted. Everything else
-stays as it is.
+A layer's `weight` becomes `weight_codes`, a row of bytes, and `weight_shape`; its `basis` stays. Codes of K bits follow
+one another, the lowest bit first; bit i of a code says whether v_i is added or subtracted. Everything else stays as it
+is.
 """
 import math
 from typing import Any, Dict, Iterator, Mapping
@@ -24,7 +24,7 @@ def is_packed(state_dict: Mapping[str, Any]) -> bool:
 
 
 def pack_state_dict(state_dict: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """Return a state dict whose quantized weights are packed; what the weights had beyond their levels is lost.
+    """Return a state dict whose quantized weights are packed; the exact weights behind the levels are lost.
 
     Args:
         state_dict: State dict of a quantized network.
@@ -79,7 +79,7 @@ def _unpack(state_dict: Mapping[str, torch.Tensor]) -> Iterator:
         name = key.removesuffix(_CODES)
         basis, shape = state_dict.get(name + _BASIS), state_dict.get(name + _SHAPE)
         if basis is None or shape is None:
-            raise UserError(f'{key} is there without {name}{_SHAPE if shape is None else _BASIS}.')
+            raise UserError(f'{key} is there, but {name}{_SHAPE if shape is None else _BASIS} is missing.')
         shape = shape.tolist() if shape.ndim == 1 else []
         if basis.ndim != 2 or basis.shape[1] not in BITS or len(shape) != 4 or shape[0] != len(basis) or min(shape) < 1:
             raise UserError(f'{name} has a basis {tuple(basis.shape)} for packed weights of shape {tuple(shape)}.')

@@ -1,7 +1,7 @@
 """Quantized Resolution Switchable Networks (Wang et al., ECCV 2020, section 4.3)
 
-`quantize` turns the convolutions of a switchable network into quantized ones. Bases are shared by all resolutions, as
-weights are; the BatchNorms alone stay private.
+`quantize` turns the convolutions of a switchable network into quantized ones. All resolutions share the bases as they
+share the weights; only the BatchNorms stay private.
 """
 import copy
 import fnmatch
@@ -29,7 +29,7 @@ __all__ = ['StepFunction', 'adapt_bases', 'fold', 'is_quantized', 'load_bases', 
 
 _QUANTIZED = {nn.Conv2d: QuantConv2d, Conv2dSame: QuantConv2dSame}
 _KEYS = ('.basis', '.basis_updates')
-_FEATURE_WRAPPERS = (FeatureDictNet, FeatureHookNet, FeatureGetterNet)  # which leave out what no feature needs
+_FEATURE_WRAPPERS = (FeatureDictNet, FeatureHookNet, FeatureGetterNet)  # they leave out what features do not need
 _PLAIN = {quantized: plain for plain, quantized in _QUANTIZED.items()}
 
 
@@ -41,19 +41,19 @@ def quantize(
         fixed_activation_basis: bool = False,
         trained: bool = False,
 ) -> nn.Module:
-    """Quantize the convolutions of a switchable network, in place; its first one and its classifier stay as they are.
+    """Quantize the convolutions of a switchable network, in place, except the first one and the classifier.
 
-    Activations are quantized at the input of every quantized convolution or, where the architecture says itself where
-    (`rs_preresnet18`), there. They should be positive, as behind a ReLU: negative values become 0.
+    Activations are quantized at the input of every quantized convolution, or where the architecture has places for it
+    (`rs_preresnet18`). They should be positive, as after a ReLU: negative values become 0.
 
     Args:
         model: A switchable network.
         weight_bits: Bits of each weight, 1 to 8.
         activation_bits: Bits of each activation, 1 to 8, or 32 to leave them alone.
         skip: Names of further layers to leave alone, with wildcards.
-        fixed_activation_basis: Learn the bases of activations from the largest resolution alone.
-        trained: Let each basis begin at the deviation of its channel's weights, not at that of He's initialization.
-            Trained weights can be so small beside the latter that they never leave its inner levels.
+        fixed_activation_basis: Learn the bases of activations only from the largest resolution.
+        trained: Start each basis at the deviation of its channel's weights, not at that of He's initialization.
+            Trained weights can be so much smaller that they never leave the inner levels of the latter.
 
     Returns:
         The same object. Parameters stay the same ones under the same keys; state dicts gain the bases.
@@ -103,11 +103,11 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 class StepFunction(nn.Module):
-    """What an ActivationQuantizer computes once it has learned, in operations that any runtime knows.
+    """What an ActivationQuantizer computes once it has learned, in operations that every runtime has.
 
     Args:
-        levels: In ascending order [L].
-        thresholds: Which a value exceeds to take the next level [L - 1].
+        levels: Levels in ascending order [L].
+        thresholds: Thresholds that a value exceeds to take the next level [L - 1].
 
     Example:
         >>> StepFunction(torch.tensor([0., 1., 3.]), torch.tensor([0.5, 2.]))(torch.tensor([0.5, 1., 9.])).tolist()
@@ -130,10 +130,10 @@ class StepFunction(nn.Module):
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """Return a copy of a network for inference: plain convolutions of quantized weights, step functions of activations.
+    """Return a copy of a network for inference, with plain convolutions and step functions for activations.
 
-    It computes what the network computes in eval mode. If weights alone are quantized, a folded `model.at(160)` is
-    a network of timm like any other.
+    It computes what the network computes in eval mode. If only weights are quantized, a folded `model.at(160)` is a
+    plain network of timm.
 
     Args:
         model: Any network, switchable or not.
@@ -181,10 +181,10 @@ def load_bases(model: nn.Module, bases: Mapping[str, torch.Tensor]) -> None:
 
     Args:
         model: A quantized network, or any if there are no bases.
-        bases: Of split_bases; if there are none the network keeps its own.
+        bases: What split_bases returned; if empty the network keeps its own.
 
     Raises:
-        ValueError: The network is not quantized or at other bits, or a layer has no basis.
+        ValueError: The network is not quantized, has other bits, or a layer has no basis.
     """
     if not bases:
         return
@@ -202,11 +202,11 @@ def adapt_bases(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> Dic
     """Return a state dict unpacked, and with initial bases for its weights if a quantized network needs them.
 
     Args:
-        model: The network to load it.
+        model: The network that is going to load it.
         state_dict: State dict of a network that is quantized or not.
 
     Raises:
-        ValueError: It is packed and damaged, or of other bits than the network.
+        ValueError: It is packed and damaged, or has other bits than the network.
     """
     weights, bases = split_bases(state_dict)
     if bases:
@@ -217,7 +217,7 @@ def adapt_bases(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> Dic
 
 
 def _bases_of(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """Return what quantizers begin with, given trained weights."""
+    """Return the initial state of quantizers for trained weights."""
     bases = {k: v.clone() for k, v in model.state_dict().items() if k.endswith(_KEYS)}
     for name, layer in model.named_modules():
         weight = weights.get(f'{name}.weight')
@@ -231,12 +231,13 @@ def _check_bases(model: nn.Module, bases: Mapping[str, torch.Tensor]) -> None:
     name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
     own = {_flat(k): v for k, v in model.state_dict().items() if k.endswith(_KEYS)}
     if not own:
-        raise UserError(f'The weights are quantized, {name} is not.')
+        raise UserError(f'The weights are quantized, but {name} is not.')
     for key, value in bases.items():
         expected = own.get(_flat(key), value)
         if value.ndim == expected.ndim == 2 and value.shape[1] != expected.shape[1]:
             layer = key.removesuffix('.basis')
-            raise UserError(f'{layer} is quantized at {value.shape[1]} bits, {name} has {expected.shape[1]} there.')
+            raise UserError(
+                f'{layer} is quantized at {value.shape[1]} bits, expected the {expected.shape[1]} bits of {name}.')
 
 
 def _fold_conv(layer: QuantConv2d) -> None:
@@ -269,9 +270,9 @@ def _select(model: nn.Module, skip: Sequence[str]) -> List[nn.Conv2d]:
     selected = {n: m for n, m in convs.items() if m not in kept}
     for name, layer in selected.items():
         if type(layer) not in _QUANTIZED:
-            raise UserError(f'{name} is a {type(layer).__name__}, which cannot be quantized, leave it out by skip.')
+            raise UserError(f'{name} is a {type(layer).__name__}, which cannot be quantized: name it in skip.')
     if not selected and not is_part:
-        raise UserError(f'{type(model).__name__} has no convolution to quantize behind its first one.')
+        raise UserError(f'{type(model).__name__} has no convolution to quantize except its first one.')
     return list(selected.values())
 
 

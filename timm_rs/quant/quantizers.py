@@ -5,7 +5,7 @@ weights, where each output channel has a basis, and {0, 1}^K for activations, wh
 in training quantizes with the basis that it finds and then moves this basis towards the one that fits the codes best
 in the least-squares sense (one iteration of QEM, algorithm 1 of LQ-Nets). Gradients know nothing of the basis.
 
-The tables of levels and the fit are float64 and have one row per basis, what is as large as the tensors is float32.
+The tables of levels and the fit are float64 and have one row per basis; what is as large as the tensors is float32.
 """
 import math
 from typing import Any, Dict, Iterator, List, Optional, Tuple
@@ -36,7 +36,7 @@ BITS = range(1, 9)
 RETENTION = 0.9  # of the moving average of bases, per update
 NORMAL_QUANTILE = 0.6745  # a quarter of a normal distribution lies above
 
-_MAX_COMPARED = 32  # levels; among more of them one is searched
+_MAX_COMPARED = 32  # levels; with more of them each value is searched
 _CHUNK = {'cpu': 2 ** 16, None: 2 ** 24}  # elements at a time: what fits into a cache, or bounds the memory elsewhere
 
 
@@ -44,7 +44,7 @@ def check_bits(bits: Any, what: str) -> int:
     """Return a number of bits.
 
     Raises:
-        ValueError: It is no integer from 1 to 8.
+        ValueError: It is not an integer from 1 to 8.
 
     Example:
         >>> check_bits(2, 'weight_bits')
@@ -103,16 +103,16 @@ def level_index(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
 
 
 class ActivationSite(nn.Identity):
-    """A place to quantize activations; a network with such places quantizes them there alone (timm_rs.quant)."""
+    """A place to quantize activations; a network with such places quantizes them only there (timm_rs.quant)."""
 
 
 class _LearnedBasis(nn.Module):
     """What both quantizers have in common: the buffers basis [R, K] and basis_updates, and what happens to them.
 
     The moving average of bases is zero-debiased: with m <- 0.9 m + 0.1 v* and t <- t + 1 the basis is m / (1 - 0.9^t).
-    As m follows from the basis and t, these two are all there is to keep: v <- v + (v* - v) 0.1 / (1 - 0.9^t). The
-    first update replaces the initial basis. In a moving average of the model (timm's ModelEmaV3) bases are averaged as
-    the weights are that they fit.
+    As m follows from the basis and t, only these two are kept: v <- v + (v* - v) 0.1 / (1 - 0.9^t). The first update
+    replaces the initial basis. A moving average of the model (timm's ModelEmaV3) averages the bases like the weights
+    that they fit.
     """
 
     bits: int
@@ -150,7 +150,7 @@ class _LearnedBasis(nn.Module):
             part, rows = work[index], index[0]
             code, chunk_sums = _encode(part, thresholds[rows], codes[rows], self.low, update)
             table = values[rows]
-            if update:  # or training would go on, unnoticed, with NaN taken for the lowest level
+            if update:  # otherwise training would go on, unnoticed, with NaN taken for the lowest level
                 table = table.masked_fill(chunk_sums.isnan().any(1, keepdim=True), math.nan)
             quantized[index] = table.gather(1, code)
             sums.append(chunk_sums)
@@ -179,7 +179,7 @@ class _LearnedBasis(nn.Module):
         residual = moment - (matrix * old[:, None]).sum(2)
         matrix.diagonal(dim1=1, dim2=2).add_(self._damping(count))
         fitted = old + torch.linalg.solve_ex(matrix, residual.unsqueeze(2))[0].squeeze(2)
-        fitted = torch.where(fitted.isfinite(), fitted, old)  # an overflow under autocast is not for ever
+        fitted = torch.where(fitted.isfinite(), fitted, old)  # an overflow under autocast must not last
         self.basis_updates.add_(1)
         share = (1 - RETENTION) / (1 - RETENTION ** _wide(self.basis_updates))
         self.basis.copy_(old + (fitted - old) * share)
@@ -194,10 +194,10 @@ class _LearnedBasis(nn.Module):
 class QuantConv2d(_LearnedBasis, nn.Conv2d):
     """A convolution whose weights take 2^K levels in every output channel.
 
-    It keeps the weights that it learns under their key; buffers are `basis` [out_channels, K] and `basis_updates`. The
-    basis is fitted to v* = (B'B + eI)^-1 (B'w + e v), e = 1e-4. The gradient of the levels goes to the weights as it
-    is. A list of S resolutions makes S updates, one after the other in its order, which in training is largest first.
-    Processes that train together have the same weights, so they come to the same bases.
+    The weights that it learns keep their key; buffers are `basis` [out_channels, K] and `basis_updates`. The basis is
+    fitted to v* = (B'B + eI)^-1 (B'w + e v), e = 1e-4. The gradient of the levels goes to the weights unchanged. A list
+    of S resolutions makes S updates in its order, which in training is largest first. Processes that train together
+    have the same weights, so they find the same bases.
 
     Args:
         in_channels: See nn.Conv2d, as the other arguments.
@@ -226,7 +226,7 @@ class QuantConv2d(_LearnedBasis, nn.Conv2d):
 
         Args:
             bits: K, 1 to 8.
-            switch: Of the network's resolutions.
+            switch: Switch of the network.
         """
         n = self.kernel_size[0] * self.kernel_size[1] * self.out_channels
         deviation = self.weight.new_full((self.out_channels,), math.sqrt(2 / n))
@@ -265,10 +265,10 @@ class ActivationQuantizer(_LearnedBasis):
 
     Args:
         bits: K, 1 to 8.
-        switch: Of the network's resolutions.
-        fixed: Learn from the largest resolution alone.
-        device: Of the basis.
-        dtype: Of the basis.
+        switch: Switch of the network.
+        fixed: Learn only from the largest resolution.
+        device: Device of the basis.
+        dtype: Dtype of the basis.
 
     Raises:
         ValueError: K is out of range.
@@ -315,14 +315,14 @@ class ActivationQuantizer(_LearnedBasis):
         return sums[:gram.shape[1]][None], sums[gram.shape[1]:-1][None], sums[-1]
 
     def _damping(self, count: Any) -> Any:
-        return 1e-10 * count  # no more than what a solution needs that is not unique
+        return 1e-10 * count  # just enough for a solution that is not unique
 
     def extra_repr(self) -> str:
         return f'bits={self.bits}{", fixed" if self.fixed else ""}'
 
 
 class _PassGradient(torch.autograd.Function):
-    """The levels with a gradient for the values: as it is, or zero for the values above the top level."""
+    """The levels with a gradient for the values: unchanged, or zero for the values above the top level."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, quantized: torch.Tensor, top: Optional[torch.Tensor]) -> torch.Tensor:
@@ -340,7 +340,7 @@ class _PassGradient(torch.autograd.Function):
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    if x.device.type == 'mps':  # knows no float64
+    if x.device.type == 'mps':  # has no float64
         x = x.cpu()
     return x.double()
 
@@ -359,7 +359,7 @@ def _thresholds(levels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _as_rows(x: torch.Tensor, rows: int) -> Tuple[torch.Tensor, torch.Size, List[int]]:
-    """Return values as rows [R, N] in the order in which they lie in memory, and how to view and permute them back."""
+    """Return values as rows [R, N] in their order in memory, and how to view and permute them back."""
     channels_last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     dims = [0, 2, 3, 1] if channels_last else list(range(x.ndim))
     x = x.permute(dims)
@@ -367,7 +367,7 @@ def _as_rows(x: torch.Tensor, rows: int) -> Tuple[torch.Tensor, torch.Size, List
 
 
 def _chunks(x: torch.Tensor) -> Iterator[Tuple[slice, slice]]:
-    """Yield where some of the rows [R, N] lie at a time, or parts of the only one."""
+    """Yield slices of a few rows [R, N] at a time, or of parts of the only row."""
     rows, length = x.shape
     size = _CHUNK.get(x.device.type, _CHUNK[None])
     if torch.compiler.is_compiling() or x.numel() <= size:  # a compiler fuses what is done to each value
@@ -388,7 +388,7 @@ def _encode(
         low: int,
         learn: bool,
 ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-    """Return how many thresholds of its row each value exceeds, and the sums that _normal_equations takes, if asked."""
+    """Return how many thresholds of its row each value exceeds and, to learn, the sums that _normal_equations takes."""
     if _is_searched(codes):
         index = torch.searchsorted(thresholds.contiguous(), x.contiguous())
         if not learn:
@@ -413,8 +413,8 @@ def _normal_equations(
     """Return B'B, the upper triangle row by row [R, K (K + 1) / 2], and B'x [R, K] for codes B and values x.
 
     Args:
-        sums: Of all values and, for each threshold, of ones and of values above it, in turns [R, 1 + 2 (2^K - 1)]; or
-            what is to be returned, side by side, if the thresholds are searched.
+        sums: Sum of all values and, for each threshold in turn, the number and sum of the values above it
+            [R, 1 + 2 (2^K - 1)]; if the thresholds are searched, what is to be returned, side by side.
         codes: See code_table.
         low: What a bit of 0 stands for.
         count: Values per row.

@@ -18,7 +18,7 @@ class EnsembleDistillationLoss(nn.Module):
     z_ens = sum_s alpha_s z_s (equation 3), the loss is the sum of
 
     - classification: sum_s L(z_s, y), the base criterion L summed over resolutions (equation 1),
-    - ensemble: L(z_ens, y), whose gradient reaches a alone (equation 4),
+    - ensemble: L(z_ens, y), whose gradient reaches only a (equation 4),
     - distillation: sum_s KL(ens -> s) in mode 'ens' (equation 5); in mode 'ens_topdown' the sum of KL(ens -> s) over
       all s and KL(t -> s) over all t < s, times 2 / (S + 1) (equations 6 and 7). KL(t -> s) is the mean over images of
       sum_c p_t log(p_t / p_s) at temperature 1; no gradient reaches the teacher t.
@@ -28,11 +28,11 @@ class EnsembleDistillationLoss(nn.Module):
     Args:
         mode: 'none' (the paper's Parallel: classification only), 'ens', or 'ens_topdown'.
         criterion: Base criterion on logits [N, C] and the target, cross entropy if None.
-        reduction: 'sum' of the terms, or 'mean', their sum over S: with SGD the learning rate and the weight decay that
-            suit a network of one size suit this then, those of the sum are an S-th and S times of these.
+        reduction: 'sum' of the terms, or 'mean', the sum divided by S. With SGD, 'mean' takes the learning rate and
+            weight decay of a network of one size; 'sum' takes 1 / S of that rate and S times that decay.
 
     Raises:
-        ValueError: The mode or the reduction is none of these.
+        ValueError: The mode or the reduction is unknown.
 
     Example:
         >>> criterion = EnsembleDistillationLoss(mode='ens')
@@ -60,20 +60,20 @@ class EnsembleDistillationLoss(nn.Module):
         """Compute the loss in float32, under autocast too.
 
         Args:
-            logits: Of each resolution [N, C], largest first.
-            target: Class indices [N], or what else the base criterion takes, e.g. soft targets [N, C].
+            logits: Logits of each resolution [N, C], largest first.
+            target: Class indices [N], or whatever else the base criterion takes, such as soft targets [N, C].
             alpha: Ensemble weights a before the softmax [S], largest resolution first.
 
         Returns:
             'loss' and its terms 'classification', 'ensemble', 'distillation', which are sums over resolutions.
 
         Raises:
-            ValueError: As many ensemble weights as logits are needed.
+            ValueError: The number of ensemble weights is not that of the logits.
         """
         if len(logits) != len(alpha):
-            raise UserError(f'Got logits of {len(logits)} resolutions and {len(alpha)} ensemble weights.')
+            raise UserError(f'Got logits of {len(logits)} resolutions but {len(alpha)} ensemble weights.')
         device_type = logits[0].device.type
-        autocasts = torch.amp.is_autocast_available(device_type)  # not so the meta device, where models are tried
+        autocasts = torch.amp.is_autocast_available(device_type)  # not on the meta device, where models are tried
         with torch.autocast(device_type, enabled=False) if autocasts else nullcontext():
             logits = [z.float() for z in logits]
             classification = sum(self.criterion(z, target) for z in logits)
@@ -92,7 +92,7 @@ class EnsembleDistillationLoss(nn.Module):
         )
 
     def ensemble(self, logits: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-        """Return the teacher's logits [N, C] of those of all resolutions [S, N, C] and of a [S] (equation 3)."""
+        """Return the teacher's logits [N, C], given those of all resolutions [S, N, C] and a [S] (equation 3)."""
         return torch.einsum('s,snc->nc', alpha.softmax(0), logits)
 
     def _distillation(self, logits: List[torch.Tensor], z_ens: torch.Tensor) -> torch.Tensor:

@@ -17,21 +17,21 @@ class ResolutionPyramid(nn.Module):
     """Bring a batch of the largest resolution to every resolution, on its device.
 
     The network sees the same image instances at all sizes (section 3.1). Because the batch comes augmented at the
-    largest size, every dataset, loader and augmentation of timm, mixup and cutmix included, serves unchanged.
+    largest size, every dataset, loader and augmentation of timm works unchanged, including mixup and cutmix.
 
-    Resized again as they are, the smaller images would be blurrier than those of evaluation, which are resized once; a
-    network that learned from them is less accurate there. 'matched' estimates what one resize of the crop had given.
+    The smaller images are resized twice, so they would be blurrier than those of evaluation, which are resized once; a
+    network that learned from them is less accurate there. 'matched' estimates what one resize of the crop would give.
 
     Args:
         resolutions: Square output sizes in pixels.
-        flip: 'shared' keeps the images as they come; 'independent' flips each image anew at every size, as the
-            authors' code does: the loader should not flip then.
+        flip: 'shared' keeps the images as they come; 'independent' decides for each image again at every size, as the
+            authors' code does; the loader should then not flip.
         hflip: Probability of an independent flip.
         resample: 'matched' (timm_rs.data.resample), or 'antialiased', plain bilinear interpolation of the largest size.
         interpolation: How the images were resized to the largest size, 'bilinear' or 'bicubic'; 'matched' needs it.
 
     Raises:
-        ValueError: The flip policy, the resampling or the interpolation is none of these.
+        ValueError: The flip policy, the resampling or the interpolation is unknown.
 
     Example:
         >>> pyramid = ResolutionPyramid((64, 32))
@@ -74,7 +74,7 @@ class ResolutionPyramid(nn.Module):
             Images [N, C, s, s] for every resolution s, largest first, in the memory layout of the input.
 
         Raises:
-            ValueError: The images are of another size.
+            ValueError: The images have another size.
         """
         largest = self.resolutions[0]
         if tuple(x.shape[-2:]) != (largest, largest):

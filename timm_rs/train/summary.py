@@ -22,7 +22,7 @@ def append_summary(path: str, row: Dict[str, Any]) -> None:
 
 
 def trim_summary(path: str, epoch: int) -> None:
-    """Drop the rows of an epoch and of all later ones, which are going to be trained again."""
+    """Drop the rows of an epoch and of all later ones, which will be trained again."""
     rows = read_summary(path)
     kept = [row for row in rows if int(row['epoch']) < epoch]
     if len(kept) < len(rows):

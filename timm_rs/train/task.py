@@ -29,8 +29,8 @@ class MultiResolutionTask(ClassificationTask):
 
     Args:
         model: A switchable network.
-        criterion: An EnsembleDistillationLoss, of the default mode around cross entropy if None.
-        pyramid: A ResolutionPyramid, of the model's resolutions and shared flips if None.
+        criterion: An EnsembleDistillationLoss; if None one of the default mode, around cross entropy.
+        pyramid: A ResolutionPyramid; if None one for the model's resolutions, with shared flips.
         device: Device for task tensors.
         dtype: Dtype for task tensors.
         verbose: Log what is trained.
@@ -39,7 +39,7 @@ class MultiResolutionTask(ClassificationTask):
         levels: Indices of the resolutions that the next steps train, largest first; None for all of them.
 
     Raises:
-        ValueError: The model is a plain one, the criterion not the one for resolutions, or the pyramid of others.
+        ValueError: The model is plain, the criterion is another one, or the pyramid has other resolutions.
 
     Example:
         >>> import timm, timm_rs
@@ -109,12 +109,12 @@ class MultiResolutionTask(ClassificationTask):
         return dict(losses, output=logits)
 
     def drop_idle_gradients(self) -> None:
-        """Leave the resolutions that the step did not train to themselves: an optimizer would move them by momentum."""
+        """Drop the gradients of resolutions that the step did not train, which momentum would otherwise move."""
         for parameter in self._idle_parameters():
             parameter.grad = None
 
     def _idle_parameters(self) -> List[nn.Parameter]:
-        """Return the parameters of BN that belong to no resolution of the step."""
+        """Return the BN parameters of resolutions that the step does not train."""
         if self.levels is None:
             return []
         model = unwrap_model(self.trainable_module)
