@@ -268,7 +268,7 @@ def test_missing_file(tmp_path):
 
 @pytest.mark.parametrize('name', ['rs_densenet264d', 'rs_resnet18_w2a32'])
 def test_without_pretrained_weights(name):
-    with pytest.raises(RuntimeError, match=f'no pretrained weights for {name}, create it with pretrained=False'):
+    with pytest.raises(ValueError, match=f'no pretrained weights for {name}, create it with pretrained=False'):
         timm.create_model(name, pretrained=True)
 
 
