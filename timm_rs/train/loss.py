@@ -71,7 +71,7 @@ class EnsembleDistillationLoss(nn.Module):
             ValueError: The number of ensemble weights is not that of the logits.
         """
         if len(logits) != len(alpha):
-            raise UserError(f'Got logits of {len(logits)} resolutions but {len(alpha)} ensemble weights.')
+            raise UserError(f'Got logits of {len(logits)} resolutions and {len(alpha)} ensemble weights.')
         device_type = logits[0].device.type
         autocasts = torch.amp.is_autocast_available(device_type)  # not on the meta device, where models are tried
         with torch.autocast(device_type, enabled=False) if autocasts else nullcontext():
