@@ -210,7 +210,7 @@ def test_img_mode(in_chans, mode, expected):
 
 @pytest.mark.parametrize('mode', ['I;16', 'F', '1', 'cmyk'])
 def test_images_have_8_bits(mode):
-    with pytest.raises(UserError, match=f'--input-img-mode {mode}: expected a mode of PIL of 8 bits'):
+    with pytest.raises(UserError, match=f'--input-img-mode {mode}: expected an 8-bit mode of PIL'):
         choose_img_mode(1, mode)
 
 

@@ -331,9 +331,9 @@ def test_missing_package_leaves_nothing_behind(images, tmp_path, capfd, monkeypa
     (['--train-split', 'validation'], 'gives the same images for training and validation'),
     (['--train-split', ''], "holds train, validation, expected one of them as the split instead of ''"),
     (['--val-split', ''], "holds train, validation, expected one of them as the split instead of ''"),
-    (['--in-chans', '2'], 'Images of 2 channels need their PIL mode, give it by --input-img-mode'),
-    (['--input-img-mode', 'L'], '--input-img-mode L gives images of 1 channels, the model takes 3 (--in-chans)'),
-    (['--input-img-mode', 'RBG'], '--input-img-mode RBG: expected a mode of PIL of 8 bits'),
+    (['--in-chans', '2'], 'Images of 2 channels need a PIL mode, give it by --input-img-mode'),
+    (['--input-img-mode', 'L'], '--input-img-mode L gives images of 1 channels, expected 3 as the model (--in-chans)'),
+    (['--input-img-mode', 'RBG'], '--input-img-mode RBG: expected an 8-bit mode of PIL'),
 ])
 def test_bad_training_input(images, tmp_path, capfd, flags, message):
     line = fails(train_rs.main, [images, *TINY, '--epochs', '1', '--output', tmp_path / 'out', *flags], capfd)

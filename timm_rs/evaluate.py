@@ -52,7 +52,7 @@ def count_madds(model: nn.Module, resolution: int, in_chans: int = 3) -> int:
         model = fold(model)
     modes = {m: m.training for m in model.modules()}
     model.eval()
-    logger = logging.getLogger('torch._subclasses.fake_tensor')  # shows a traceback of what is raised anyway
+    logger = logging.getLogger('torch._subclasses.fake_tensor')  # logs a traceback of what is raised anyway
     disabled, logger.disabled = logger.disabled, True
     try:
         reference = next(model.parameters())
@@ -84,11 +84,11 @@ def evaluate(
         distributed: bool = False,
         on_batch: Optional[Callable[[int, Dict], None]] = None,
 ) -> Dict[Union[int, str], Dict[str, float]]:
-    """Evaluate a network at several resolutions, and their ensemble where they are all those of a switchable network.
+    """Evaluate a network at several resolutions, and their ensemble if they are all those of a switchable network.
 
     Args:
-        model: A switchable or a plain network, compiled or wrapped if need be.
-        loader: Of (list of uint8 images per resolution, largest first, targets), see create_eval_loader of
+        model: A switchable or a plain network, possibly compiled or wrapped.
+        loader: Gives (list of uint8 images per resolution, largest first, targets), see create_eval_loader of
             timm_rs.data.datasets.
         resolutions: Input sizes in pixels, those of the loader.
         normalize: Brings a uint8 batch to the device and normalizes it.
@@ -107,7 +107,7 @@ def evaluate(
     weights = None
     network = unwrap_model(model)
     if isinstance(model, DistributedDataParallel):
-        model = model.module  # the wrapper would wait for the others at each batch, of which they may have fewer
+        model = model.module  # the wrapper would wait at each batch for the others, which may have fewer
     if isinstance(network, SwitchableMixin) and network.resolutions == resolutions:
         weights = network.alpha.float().softmax(0)
         keys.append(ENSEMBLE)
@@ -149,7 +149,7 @@ def evaluate(
 
 
 def check_images(metrics: Dict[Union[int, str], Dict[str, float]]) -> None:
-    """Raise UnreadableError if all images of an evaluation were unreadable, so that the means are of none."""
+    """Raise UnreadableError if all images of an evaluation were unreadable, so that there is nothing to average."""
     row = next(iter(metrics.values()))
     if row['unreadable'] and not row['images']:
         raise UnreadableError(f"None of the {row['unreadable']} images can be read.")

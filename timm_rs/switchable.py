@@ -2,7 +2,7 @@
 
 `make_switchable` gives every Batch Normalization of a network a private copy per input resolution (Wang et al., ECCV
 2020, section 3.2). As with PyTorch's `fully_shard`, the module stays the same object with the same structure and
-parameter names and remains an instance of its own class, so everything that timm does with it goes on working.
+parameter names and remains an instance of its own class, so everything that timm does with it keeps working.
 """
 import copy
 import warnings
@@ -28,7 +28,7 @@ _CLASSES = {}  # plain class -> its switchable subclass
 
 
 def make_switchable(module: nn.Module, resolutions: Sequence[int] = (224, 192, 160, 128, 96)) -> nn.Module:
-    """Make the BN layers of a network private to a resolution, in place, each starting as a copy of the present one.
+    """Make the BN layers of a network private to a resolution, in place; each starts as a copy of the present one.
 
     Args:
         module: Any network that holds BN layers, from timm or not.
@@ -73,7 +73,7 @@ def make_switchable(module: nn.Module, resolutions: Sequence[int] = (224, 192, 1
 
 
 class SwitchableMixin:
-    """What a network gains by make_switchable.
+    """What make_switchable adds to a network.
 
     Attributes:
         alpha: Ensemble weights before the softmax [S], largest resolution first (section 3.3).
@@ -81,7 +81,7 @@ class SwitchableMixin:
 
     @property
     def resolutions(self) -> Tuple[int, ...]:
-        """Input sizes in pixels that have a BN of their own, largest first."""
+        """Input sizes in pixels that have their own BN, largest first."""
         return self._switch.resolutions
 
     @property
@@ -93,17 +93,17 @@ class SwitchableMixin:
         """Make the BN layers of a resolution the active ones.
 
         Raises:
-            UnknownResolutionError: A KeyError; this network has no such resolution.
+            UnknownResolutionError: A KeyError; this network lacks the resolution.
         """
-        self._switch.to(resolution)  # without a look at the active one, which torch.compile would guard
-        if not torch.compiler.is_compiling():  # nor at the configuration
+        self._switch.to(resolution)  # does not read the active one, which torch.compile would guard
+        if not torch.compiler.is_compiling():  # for the same reason
             _note_input_size(self, self.resolution)
 
     def at(self, resolution: int) -> nn.Module:
         """Take out the plain network of one resolution.
 
-        It has the backbone's own class and holds the very parameters and buffers of this network, not copies: train
-        one and the other follows. To move or cast it alone, copy it first: `copy.deepcopy(model.at(160)).half()`.
+        It has the backbone's own class and holds the parameters and buffers of this network themselves, not copies:
+        train one and the other follows. To move or cast only one, copy it: `copy.deepcopy(model.at(160)).half()`.
 
         Args:
             resolution: Input size in pixels.
@@ -112,7 +112,7 @@ class SwitchableMixin:
             A module without PrivateBN, as cheap as the network that timm builds.
 
         Raises:
-            UnknownResolutionError: This network has no such resolution.
+            UnknownResolutionError: This network lacks the resolution.
         """
         switch = Switch(self.resolutions)  # for layers that ask which resolution is active
         switch.to(resolution)
@@ -144,16 +144,16 @@ class SwitchableMixin:
         which costs no memory for weights.
 
         Args:
-            x: Images [N, C, H, W], or a list of a batch each at some or all resolutions, in any order. For a size
-                without BN of its own, with one warning, BN is interpolated by area between the two neighbouring sizes
-                in eval mode; beyond them, in training and with gradient checkpointing the nearest size serves.
+            x: Images [N, C, H, W], or a list of batches, each of one of the resolutions, in any order. A size without
+                its own BN gets one warning and, in eval mode, BN interpolated by area between the two neighbouring
+                sizes; beyond these, in training and with gradient checkpointing it gets the BN of the nearest size.
 
         Returns:
             What the plain network returns, e.g. logits [N, num_classes]; for a list the list of these in the order
-            given, and the active resolution stays.
+            given, and the active resolution stays as it was.
 
         Raises:
-            ValueError: A list that holds another size, or one twice, or nothing; images too small for the network.
+            ValueError: A list is empty or holds another size or one size twice; images are too small for the network.
         """
         if isinstance(x, (list, tuple)):
             return self._forward_pyramid(x, *args, **kwargs)
@@ -165,9 +165,9 @@ class SwitchableMixin:
         return self._forward_untrained_size(x, *args, **kwargs)
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """Load the weights of a plain network (to every resolution) or of a switchable one, also of other resolutions.
+        """Load the weights of a plain network (to every resolution) or of a switchable one, even of other resolutions.
 
-        A resolution that the state dict lacks starts from the nearest one, named in one warning.
+        A resolution that the state dict lacks starts from the nearest one; one warning says so.
         """
         private = (name for name, m in self.named_modules() if isinstance(m, PrivateBN))
         state_dict = adapt_state_dict(state_dict, private, self.resolutions, self.alpha)
@@ -192,10 +192,10 @@ class SwitchableMixin:
         self._switch.checkpointing = enable
 
     def set_resolution_checkpointing(self, enable: bool = True) -> None:
-        """Keep no activations of a list of resolutions, and recompute each in turn in the backward pass.
+        """For a list of resolutions, drop activations and recompute each in turn in the backward pass.
 
-        The peak is then that of one resolution instead of all, for one more forward. Gradients stay the same, and the
-        running statistics of BN are updated once.
+        The peak of memory is then that of one resolution instead of all, for one more forward pass. Gradients stay the
+        same, and the running statistics of BN are updated once.
         """
         self._switch.recompute = enable
 
@@ -238,7 +238,7 @@ class SwitchableMixin:
             self._switch.between = None
 
     def _prepare_recompute(self, output: Any) -> Any:
-        """Have checkpointed layers recompute with the BN of this forward, whatever is active by then."""
+        """Let checkpointed layers recompute with the BN of this forward, whatever is active by then."""
         if self._switch.checkpointing and not torch.compiler.is_compiling():
             resolution = self.resolution
             for tensor in tree_leaves(output):
@@ -255,7 +255,7 @@ class SwitchableMixin:
 
 
 def _graph_caches(module: nn.Module) -> List[dict]:
-    """Return where a module keeps results of a forward pass with their graph, such as LeViT its attention biases."""
+    """Return where a module keeps results of a forward pass with their graph, such as the attention biases of LeViT."""
     attributes = [v for k, v in vars(module).items() if isinstance(v, dict) and k not in ('_parameters', '_buffers')]
     return [a for a in attributes if any(isinstance(v, torch.Tensor) and not v.is_leaf for v in a.values())]
 
@@ -266,7 +266,7 @@ def _note_input_size(module: nn.Module, resolution: int) -> None:
     if cfg and cfg.get('input_size'):
         cfg['input_size'] = (cfg['input_size'][0], resolution, resolution)
     traits = module.__dict__.get('_traits')
-    if traits and traits.get('img_size'):  # position embeddings are of one size, but serve others too
+    if traits and traits.get('img_size'):  # position embeddings have one size, but work for others too
         traits.update(img_size=(resolution, resolution), fixed_input_size=False)
 
 
@@ -283,7 +283,7 @@ def _new_switchable(plain: type) -> nn.Module:
 
 
 def _make_private(module: nn.Module, switch: Switch) -> None:
-    """Replace the BN layers below a module; one that stands in several places stays one layer."""
+    """Replace the BN layers below a module; a layer in several places stays one layer."""
     private = {}
     for parent in list(module.modules()):
         if isinstance(parent, PrivateBN):

@@ -31,7 +31,7 @@ class Decoded(NamedTuple):
     """What a transform made of each image of a data set.
 
     Attributes:
-        arrays: Of N images [N, ...] each, mapped into memory.
+        arrays: One or more arrays for N images [N, ...], mapped into memory.
         targets: Their classes [N].
         unreadable: Why images could not be read, by name.
     """
@@ -50,18 +50,18 @@ def open_decoded(
         errors: Any,
         most_gb: float,
 ) -> Decoded:
-    """Open the decoded images of a folder, and decode them before if that was not done yet.
+    """Open the decoded images of a folder, and decode them first if that was not done yet.
 
-    They lie in a folder of their own, named by what they depend on: names, sizes and times of the files, and settings.
-    It is there complete or not at all, and one that is damaged is made again. Processes that want the same one wait
-    for the one that makes it.
+    They have their own folder, named by what they depend on: names, sizes and times of the files, and settings. It is
+    there complete or not at all, and a damaged one is made again. Processes that want the same one wait for the process
+    that makes it.
 
     Args:
         root: Folder of all decoded images.
         title: Beginning of the name, e.g. of the split.
         samples: File names of the images, and their classes.
         shapes: Shape and dtype of each array for one image.
-        settings: What else the arrays depend on, as JSON can hold it.
+        settings: What else the arrays depend on; must fit into JSON.
         batches: Gives (a part of each array, targets), all images in order.
         errors: Images that could not be read, see timm_rs_runtime.unreadable.
         most_gb: Size in GB that all decoded images in root may have.
@@ -112,7 +112,8 @@ def _check_room(root: str, size: int, most_gb: float) -> None:
     free = shutil.disk_usage(root).free
     if size > free:
         raise UserError(
-            f'--decoded-cache {root}: the decoded images take {size / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB.')
+            f'--decoded-cache {root}: the decoded images take {size / 1e9:.2f} GB, but the disk has only '
+            f'{free / 1e9:.2f} GB free.')
 
 
 def _decode(folder: str, title: str, count: int, shapes: Sequence, batches: Iterable, errors: Any) -> None:
@@ -177,13 +178,13 @@ class Squash:
 class CropLoader:
     """Batches of random crops of decoded images, made on the device; like those of timm's loader for training.
 
-    The crop of an image follows from (seed, epoch, index). On a GPU the images lie in its memory if they take at most
-    half of what is free there.
+    The crop of an image follows from (seed, epoch, index). The images are kept in the memory of a GPU if they take at
+    most half of what is free there.
 
     Args:
-        decoded: Of the transform Squash.
+        decoded: Images decoded with the transform Squash.
         order: Gives (epoch, index, repeat) for the images of this process, see EpochSampler of timm_rs.train.
-        batch_size: Images per batch; the last ones that do not make a batch are left out.
+        batch_size: Images per batch; an incomplete last batch is left out.
         size: Height and width of the crops in pixels.
         normalize: Brings uint8 or float images to their device and normalizes them.
         draw: Draws boxes, see random_boxes; takes the uniform numbers [N, 5] and the shapes [N].
@@ -239,7 +240,7 @@ class DecodedLoader:
     """Batches of decoded images at every size, like those of create_eval_loader.
 
     Args:
-        decoded: Of one array per size.
+        decoded: Decoded images with one array per size.
         batch_size: Images per batch.
         rank: Number of the process, which reads each world_size-th image.
         world_size: Number of processes.

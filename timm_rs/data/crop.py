@@ -13,10 +13,10 @@ def random_boxes(
         ratio: Sequence[float] = (3 / 4, 4 / 3),
         hflip: float = 0.5,
 ) -> torch.Tensor:
-    """Return random resized crops and flips as random numbers choose them.
+    """Return random resized crops and flips, chosen by random numbers.
 
-    As in torchvision's RandomResizedCrop area and aspect ratio of a box are uniform and log-uniform; one that would be
-    higher or wider than the image is cut to it instead of drawn again.
+    As in torchvision's RandomResizedCrop, the area of a box is uniform and its aspect ratio log-uniform. A box that
+    would be higher or wider than the image is cut to it instead of drawn again.
 
     Args:
         numbers: Uniform in [0, 1) [N, 5].
@@ -48,11 +48,11 @@ def crop(images: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:
 
     Args:
         images: Squares [N, C, side, side], uint8.
-        boxes: Of random_boxes, on the same device [5, N].
+        boxes: Boxes of random_boxes, on the same device [5, N].
         size: Height and width of the crops in pixels.
 
     Returns:
-        Crops [N, C, size, size], float32, of the same range of values.
+        Crops [N, C, size, size], float32, with the same range of values.
     """
     side = images.shape[-1]
     top, height, left, width, flip = boxes

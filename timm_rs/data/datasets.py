@@ -78,7 +78,7 @@ class DigitsDataset(torch.utils.data.Dataset):
 
 
 def describe(dataset: torch.utils.data.Dataset) -> str:
-    """Return in words how many images of what a data set of create_dataset holds."""
+    """Return in words how many images a data set of create_dataset holds, and where they are."""
     if isinstance(dataset, torch.utils.data.IterableDataset):
         return f'the images of {dataset.source}'
     return f'{len(dataset):,} images of {dataset.source}'
@@ -88,7 +88,7 @@ def create_dataset(name: str, root: Optional[str], split: str, **kwargs: Any) ->
     """Return a data set of timm, or the digits.
 
     Args:
-        name: 'digits', or a name that timm takes: '' for a folder or tar of class folders, 'hfds/...' and so on.
+        name: 'digits', or a name of timm: '' for a folder or tar of class folders, 'hfds/...' and so on.
         root: Folder of the data set.
         split: Name of the split.
         **kwargs: Further arguments of timm.data.create_dataset.
@@ -97,7 +97,7 @@ def create_dataset(name: str, root: Optional[str], split: str, **kwargs: Any) ->
         A data set that reads its images by timm_rs_runtime.images; its attribute `source` says where they are.
 
     Raises:
-        ValueError: The folder is missing or holds no images, or not of this split.
+        ValueError: The folder is missing, or holds no images of this split.
         ImportError: The package that reads the data set is not installed.
     """
     source, mode = f'split {split!r} of {name}', kwargs.get('input_img_mode') or 'RGB'
@@ -150,15 +150,15 @@ def share_shards(
         world_size: int,
         num_workers: int,
 ) -> None:
-    """Let a process read its part of WebDataset shards: to train as many images as any other, to evaluate each once.
+    """Let a process read its part of WebDataset shards: equal parts for training, each image once for evaluation.
 
-    timm's reader deals shards out to train, which needs one for every worker. To evaluate with several processes it
-    would cut each to the same number of images, so that some are not seen and others twice; here each process reads
-    all of its own shards, and the numbers differ.
+    timm's reader deals the shards of training out, which needs one for every worker. In an evaluation with several
+    processes it would give each the same number of images, so that some are missed and others seen twice. Here each
+    process reads all of its own shards, and the numbers differ.
 
     Args:
         dataset: Data set whose reader is timm's for shards.
-        is_training: It is read to train.
+        is_training: The shards are read for training.
         rank: Number of the process.
         world_size: Number of processes.
         num_workers: Loader processes of each.
@@ -174,14 +174,14 @@ def share_shards(
                 f'{len(shards)} training shards for {world_size} processes with {num_workers} --workers each, '
                 f'expected at least {world_size * max(num_workers, 1)} shards.')
     elif rank >= len(shards):
-        dataset.reader = []  # which the reader cannot be
+        dataset.reader = []  # a reader cannot be empty
     elif world_size > 1:
         reader.split_info = replace(reader.split_info, filenames=tuple(shards[rank::world_size]))
         reader.dist_rank, reader.dist_num_replicas = 0, 1
 
 
 def count_classes(dataset: torch.utils.data.Dataset) -> Optional[int]:
-    """Return the number of classes where a data set tells it, else None."""
+    """Return the number of classes if a data set records it, else None."""
     if hasattr(dataset, 'num_classes'):
         return dataset.num_classes
     class_to_idx = number_classes(dataset)
@@ -189,7 +189,7 @@ def count_classes(dataset: torch.utils.data.Dataset) -> Optional[int]:
 
 
 def number_classes(dataset: torch.utils.data.Dataset) -> Optional[Mapping[Any, int]]:
-    """Return the index of each class by its name where a data set tells them, else None."""
+    """Return the index of each class by its name if a data set records them, else None."""
     return getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None) or None
 
 
@@ -201,12 +201,12 @@ def explain_classes(found: Mapping[Any, int], expected: Mapping[Any, int]) -> Op
         "class 1 is 'cow', expected 'dog'; class 2 is missing, expected 'emu'"
     """
     found, expected = ({i: name for name, i in numbers.items()} for numbers in (found, expected))
-    told = [
+    differ = [
         f"class {i} is {repr(found[i]) if i in found else 'missing'}, "
         f"expected {repr(expected[i]) if i in expected else 'none'}"
         for i in sorted(found.keys() | expected.keys()) if found.get(i) != expected.get(i)
     ]
-    return '; '.join(told[:3]) or None
+    return '; '.join(differ[:3]) or None
 
 
 def choose_img_mode(in_chans: int, mode: Optional[str] = None) -> str:
@@ -214,28 +214,28 @@ def choose_img_mode(in_chans: int, mode: Optional[str] = None) -> str:
 
     Args:
         in_chans: Image channels of the network.
-        mode: That of --input-img-mode, if any.
+        mode: Mode of --input-img-mode, if given.
 
     Raises:
-        ValueError: No mode is usual for so many channels, or that of the flag has another number of them.
+        ValueError: There is no usual mode for this number of channels, or the given one has another number.
 
     Example:
         >>> choose_img_mode(4)
         'RGBA'
     """
     if not mode and in_chans not in _IMG_MODES:
-        raise UserError(f'Images of {in_chans} channels need their PIL mode, give it by --input-img-mode.')
+        raise UserError(f'Images of {in_chans} channels need a PIL mode, give it by --input-img-mode.')
     mode = mode or _IMG_MODES[in_chans]
     try:
         known = ImageMode.getmode(mode)
     except KeyError:
         known = None
     if known is None or not known.typestr.endswith('u1'):
-        raise UserError(f'--input-img-mode {mode}: expected a mode of PIL of 8 bits, such as RGB or L.')
+        raise UserError(f'--input-img-mode {mode}: expected an 8-bit mode of PIL, such as RGB or L.')
     bands = len(known.bands)
     if bands != in_chans:
         raise UserError(
-            f'--input-img-mode {mode} gives images of {bands} channels, the model takes {in_chans} (--in-chans).')
+            f'--input-img-mode {mode} gives images of {bands} channels, expected {in_chans} as the model (--in-chans).')
     return mode
 
 
@@ -299,8 +299,8 @@ def create_eval_loader(
 ) -> torch.utils.data.DataLoader:
     """Return a loader that reads and decodes every image once and gives it at every resolution.
 
-    At each size the preprocessing is timm's own for that size (resize to size / crop_pct, centre crop), so the batches
-    equal those of timm's loader for one size, pixel for pixel.
+    At each size the preprocessing is timm's for that size (resize to size / crop_pct, centre crop), so the batches are
+    those of timm's loader for that size, pixel for pixel.
 
     Args:
         dataset: Data set of PIL images whose transform can be set.

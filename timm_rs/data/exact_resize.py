@@ -33,7 +33,7 @@ class ResizeAndCrop:
     """The transforms Resize(size) and CenterCrop(crop) of torchvision, from planes to a uint8 tensor.
 
     Args:
-        size: Of the shorter side in pixels.
+        size: Size of the shorter side in pixels.
         crop: Height and width in pixels.
         interpolation: Bilinear or bicubic.
     """
@@ -98,7 +98,7 @@ class ResizeAndCrop:
 def _multiplies_float32() -> bool:
     """Return whether matrix products on the CPU are those of float32 throughout."""
     matmul = getattr(torch.backends.mkldnn, 'matmul', None)
-    if hasattr(matmul, 'fp32_precision'):  # the getter below tells that of GPUs too, and may raise
+    if hasattr(matmul, 'fp32_precision'):  # the getter below includes GPUs, and may raise
         return matmul.fp32_precision in ('none', 'ieee')
     return torch.get_float32_matmul_precision() == 'highest'
 
@@ -108,7 +108,7 @@ class _Plan(NamedTuple):
 
     Attributes:
         starts: First pixel that matters to each block of _BLOCK pixels.
-        weights: Of each block [2 * _BLOCK, taps], the high parts before the low ones.
+        weights: Weights of each block [2 * _BLOCK, taps], the high parts before the low ones.
         taps: Pixels that matter to a block.
     """
     starts: List[int]
@@ -169,7 +169,7 @@ def _round(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _agrees_with_pillow(interpolation: InterpolationMode) -> bool:
-    """Return whether it gives Pillow's bytes here: a compiler may have ordered its operations in another way."""
+    """Return whether it gives Pillow's bytes here: a compiler may have reordered its operations."""
     generator = np.random.default_rng(0)
     for width, height in ((97, 61), (50, 201)):
         image = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))

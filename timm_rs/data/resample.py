@@ -13,19 +13,19 @@ INTERPOLATIONS = ('bilinear', 'bicubic')
 
 Bands = List[Tuple[slice, torch.Tensor]]
 
-_CHUNK = 4  # images at a time, what the cache of a CPU holds
+_CHUNK = 4  # images at a time, as many as fit into the cache of a CPU
 
 
 def downscale(images: torch.Tensor, size: int, interpolation: str = 'bilinear') -> torch.Tensor:
-    """Estimate what resizing the original to a smaller size had given, from what resizing it to a larger one gave.
+    """Estimate what resizing the original to a smaller size would give, from what resizing it to a larger one gave.
 
-    An image that is resized twice is blurred twice: a network sees sharper ones where they are resized once, and
-    loses accuracy. This is the linear map between both resizes of least squared error; like them it is antialiased and
-    separable.
+    An image that is resized twice is blurred twice. A network trained on such images loses accuracy on sharper ones
+    that are resized once. This is the linear map between both resizes of least squared error; like them it is
+    antialiased and separable.
 
     Args:
         images: Square images [N, C, H, W], floating point.
-        size: Height and width in pixels, H at most.
+        size: Height and width in pixels, at most H.
         interpolation: How the images were resized, 'bilinear' or 'bicubic', with antialiasing.
 
     Returns:
@@ -41,7 +41,7 @@ def downscale(images: torch.Tensor, size: int, interpolation: str = 'bilinear') 
     height, width = images.shape[-2:]
     if not 0 < size <= height == width:
         raise UserError(
-            f'Cannot downscale images of {height}x{width} to {size}, expected square ones of that size at least.')
+            f'Cannot downscale images of {height}x{width} to {size}, expected square ones of at least that size.')
     if size == width:
         return images
     channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
@@ -73,7 +73,7 @@ def _apply(x: torch.Tensor, bands: Bands) -> torch.Tensor:
 def _bands(device: torch.device, dtype: torch.dtype, *args: Any) -> Bands:
     """Return the rows of matched_weights in groups, with the columns that matter to each.
 
-    A pixel depends on about ten of the larger image. A CPU leaves the others out; elsewhere one product is faster.
+    A pixel depends on about ten of the larger image. A CPU skips the others; elsewhere one product is faster.
     """
     weights = matched_weights(*args)
     found = []
@@ -85,7 +85,7 @@ def _bands(device: torch.device, dtype: torch.dtype, *args: Any) -> Bands:
 
 
 def matched_weights(largest: int, size: int, interpolation: str = 'bilinear', oversampling: int = 8) -> torch.Tensor:
-    """Return the matrix W [size, largest] that best makes the smaller resize of a signal out of the larger one.
+    """Return the matrix W [size, largest] that best makes the smaller resize of a signal from the larger one.
 
     With the antialiased resizes L [largest, n] and S [size, n] of n fine samples, W minimizes the Frobenius norm of
     W L - S; its rows are then scaled to sum to one, so that a constant stays constant.

@@ -59,7 +59,7 @@ class _Faults:
         step = self.step.item()
         if step >= 0:
             where = [str(r) for r, fine in zip(self.resolutions, self.finite.tolist()) if not fine]
-            place = f"logits at resolution {', '.join(where)}" if where else 'loss of finite logits'
+            place = f"logits at resolution {', '.join(where)}" if where else 'the logits are finite'
             raise TrainingFault(
                 f'The loss is not finite at batch {step}: {place}. The last checkpoint is kept; a lower --lr, '
                 '--clip-grad or --amp-dtype bfloat16 may help.')
@@ -81,12 +81,12 @@ def train_one_epoch(
     """Train for the rest of an epoch, keeping progress up to date.
 
     Returns:
-        Means over the epoch's images, of all processes, of the loss and its terms.
+        The loss and its terms, as means over the epoch's images of all processes.
 
     Raises:
         TrainingFault: The loss is not finite, or memory ran out.
         UnreadableError: Too many images cannot be read.
-        Preempted: The process was asked to end; progress tells where it is.
+        Preempted: The process was asked to end; progress records where it is.
     """
     epoch = progress.epoch
     if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
@@ -100,7 +100,7 @@ def train_one_epoch(
     last_accum_steps = num_batches % accum_steps or accum_steps
     updates_per_epoch = (num_batches + accum_steps - 1) // accum_steps
     last_idx = num_batches - 1
-    num_updates = epoch * updates_per_epoch - (-progress.batch // accum_steps)  # the last one may be of fewer batches
+    num_updates = epoch * updates_per_epoch - (-progress.batch // accum_steps)  # the last one may have fewer batches
     sums = _own_sums(progress.sums, args, device)
     faults = _Faults(args.resolutions, device)
     clip_parameters = partial(task.get_clip_parameters, exclude_head='agc' in args.clip_mode)
@@ -122,7 +122,7 @@ def train_one_epoch(
     second_order = getattr(optimizer, 'is_second_order', False)  # Adahessian
     optimizer.zero_grad()
     for batch_idx, (images, target) in batches:
-        if batch_idx < progress.batch:  # a stream begins anew, its first batches are done
+        if batch_idx < progress.batch:  # a stream starts over, its first batches are done
             continue
         task.levels = choose_levels(args, epoch, batch_idx // accum_steps)
         seed_all(args.seed, args.rank, epoch, batch_idx)
@@ -208,7 +208,7 @@ def train_one_epoch(
         fetch_start = time.perf_counter()
 
     faults.check()
-    if progress.batch < num_batches:  # the other processes would wait for ever
+    if progress.batch < num_batches:  # the other processes would wait forever
         raise TrainingFault(f'The training data ended after batch {progress.batch} of {num_batches}.')
     progress.sums = _all_sums(sums, args)
     count = torch.tensor(progress.num_images, device=device, dtype=sums.dtype)
@@ -224,8 +224,8 @@ def train_one_epoch(
 def choose_levels(args: argparse.Namespace, epoch: int, update: int) -> Optional[Tuple[int, ...]]:
     """Return the indices of the resolutions that an update trains, None for all.
 
-    With --sizes-per-update these are so many at random; with --small-steps some updates train only the smaller half.
-    They are the same on all processes and after a resume.
+    With --sizes-per-update they are drawn at random; with --small-steps some updates train only the smaller half. They
+    are the same on all processes and after a resume.
     """
     count, generator = len(args.resolutions), random.Random(mix_seed(args.seed, epoch, update))
     if args.sizes_per_update:
@@ -242,11 +242,11 @@ def _own_sums(sums: List[float], args: argparse.Namespace, device: torch.device)
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == 'mps' else torch.float64  # mps knows no float64
+    return torch.float32 if device.type == 'mps' else torch.float64  # mps has no float64
 
 
 def _all_sums(sums: torch.Tensor, args: argparse.Namespace) -> List[float]:
-    """Return the sums of all processes one after the other, so that each can go on with its own."""
+    """Return the sums of all processes, concatenated, so that each can continue with its own."""
     if not args.distributed:
         return sums.tolist()
     gathered = [torch.empty_like(sums) for _ in range(args.world_size)]
@@ -257,8 +257,8 @@ def _all_sums(sums: torch.Tensor, args: argparse.Namespace) -> List[float]:
 def _share_statistics(task: MultiResolutionTask, args: argparse.Namespace) -> None:
     """Make the running statistics of BN equal on all processes.
 
-    Here and not after the epoch, because they must be in a checkpoint that is saved at its last batch. Those of the
-    moving average are the first process's: a checkpoint holds no others, and resuming has to come to the same.
+    Here and not after the epoch, because a checkpoint that is saved at its last batch must hold them. The moving
+    average takes the statistics of the first process: a checkpoint holds only these, and resuming must give the same.
     """
     if args.dist_bn or not args.no_ddp_bb:
         utils.distribute_bn(task.get_trainable_module(), args.world_size, args.dist_bn == 'reduce')
@@ -282,7 +282,7 @@ def validate(
         amp_autocast: Callable = nullcontext,
         name: str = 'Test',
 ) -> Dict[str, float]:
-    """Evaluate at every resolution and as an ensemble, and log a line of it.
+    """Evaluate at every resolution and as an ensemble, and log one line.
 
     Returns:
         As flatten_metrics does.
@@ -313,7 +313,7 @@ def validate(
 
 
 def _until_preempted(batches: Iterable, preemption: Preemption, errors: ReadErrors) -> Iterator:
-    """Give batches until a SIGTERM comes; the process still takes part in summing up, which the others wait for."""
+    """Give batches until a SIGTERM comes; the process still takes part in the sums, which the others wait for."""
     for batch in batches:
         errors.check()
         yield batch

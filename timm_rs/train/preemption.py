@@ -13,15 +13,15 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """Notes a SIGTERM, for all processes to end at the same safe point, whichever of them it reached and when.
+    """Notes a SIGTERM, so that all processes end at the same safe point, whichever of them it reached and when.
 
     Args:
-        distributed: There are several processes; all of them make this object, and later the same calls.
+        distributed: There are several processes; all of them make this object and later the same calls.
     """
 
     def __init__(self, distributed: bool = False):
         self.requested = False
-        self._group = dist.new_group(backend='gloo') if distributed else None  # on the CPU: no GPU is waited for
+        self._group = dist.new_group(backend='gloo') if distributed else None  # on the CPU, to wait for no GPU
         self._flag = self._work = None
         self._before = signal.signal(signal.SIGTERM, self._note)
 

@@ -2,7 +2,7 @@
 
 Nothing random depends on what was drawn before: the order of an epoch follows from (seed, epoch), the augmentation of
 an image from (seed, epoch, index, repeat), and what happens on the device from (seed, epoch, batch). So a run that is
-resumed anywhere goes on exactly as if it had not been interrupted, without any generator state in its checkpoints.
+resumed anywhere continues as if it had not been interrupted, without any generator state in its checkpoints.
 """
 import random
 from itertools import groupby, islice
@@ -16,7 +16,7 @@ __all__ = ['EpochSampler', 'SeededDataset', 'mix_seed', 'seed_all']
 
 
 def mix_seed(*numbers: int) -> int:
-    """Return a 32-bit seed that differs for different numbers, order included; a fourth number of 0 is as none.
+    """Return a 32-bit seed that differs for different numbers, order included; a fourth number of 0 changes nothing.
 
     Example:
         >>> mix_seed(42, 1) != mix_seed(42, 2) and mix_seed(1, 2) != mix_seed(2, 1)
@@ -38,12 +38,12 @@ def seed_all(*numbers: int) -> None:
 class EpochSampler(Sampler):
     """Order of the images of an epoch, from any batch on.
 
-    Gives (epoch, index, repeat) instead of the index, so that workers that live through many epochs know which one it
-    is, and how often a sampler that repeats images one after the other (--aug-repeats) gave this one before.
+    Gives (epoch, index, repeat) instead of the index, so that workers that live through many epochs know which epoch
+    it is, and how often a sampler that repeats images one after the other (--aug-repeats) gave this image before.
 
     Args:
         sampler: timm's or torch's sampler of indices.
-        seed: Of the run.
+        seed: Seed of the run.
         batch_size: Images per batch.
     """
 
@@ -78,7 +78,7 @@ class SeededDataset(Dataset):
 
     Args:
         dataset: Images with labels.
-        seed: Of the run and the process.
+        seed: Seed of the run and the process.
     """
 
     def __init__(self, dataset: Dataset, seed: int):
