@@ -15,16 +15,14 @@ import logging
 import os
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from typing import Any, Callable, Optional
 
 import torch
 import yaml
 from timm import utils
-from timm.models import resume_checkpoint, safe_model_name
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from timm_rs.hub.push import TrainingPush, write_label_names
@@ -41,16 +39,13 @@ from timm_rs.train.builders import (
 from timm_rs.train.loop import ensemble_weights, train_one_epoch, validate
 from timm_rs.train.options import parse_args
 from timm_rs.train.preemption import Preempted, Preemption
-from timm_rs.train.saver import AtomicCheckpointSaver, Progress, find_latest
+from timm_rs.train.resume import claim_output, resume_run
+from timm_rs.train.saver import AtomicCheckpointSaver, Progress
 from timm_rs.train.summary import append_summary, trim_summary
 from timm_rs_runtime.errors import UserError, one_line_errors
+from timm_rs_runtime.files import atomic_write
 
 _logger = logging.getLogger('train')
-
-# Flags that decide which groups of parameters an optimizer has, or what it keeps of each parameter.
-_OPTIMIZER_FLAGS = (
-    'opt', 'distill', 'private', 'weight_decay', 'layer_decay', 'layer_decay_min_scale', 'layer_decay_no_opt_scale',
-    'opt_kwargs')
 
 
 @dataclass
@@ -76,10 +71,11 @@ def main(argv=None):
     local_rank, rank, _ = utils.distributed.world_info_from_env()
     if rank > 0:
         logging.getLogger().setLevel(logging.WARNING)  # the first process says what they have in common
-    with one_line_errors('train_rs.py', args.traceback, quiet=local_rank > 0):
-        run = set_up(args, flags)
-    with one_line_errors('train_rs.py', args.traceback):
-        train(run, args)
+    with ExitStack() as held:
+        with one_line_errors('train_rs.py', args.traceback, quiet=local_rank > 0):
+            run = set_up(args, flags, held)
+        with one_line_errors('train_rs.py', args.traceback):
+            train(run, args)
 
 
 def train(run, args):
@@ -110,18 +106,16 @@ def train(run, args):
         raise SystemExit(1)
 
 
-def set_up(args, flags):
-    """Build all parts of the run, restored from the checkpoint to resume, if any."""
+def set_up(args, flags, held):
+    """Build all parts of the run, restored from the checkpoint to resume, if any; held keeps the output folder."""
     for module in args.device_modules or ():
         importlib.import_module(module)
     device = select_device(args)
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-    found = [find_output(args) if utils.is_primary(args) else None]
-    if args.distributed:
-        torch.distributed.broadcast_object_list(found)  # its clock gives the name, its disk the checkpoint
-    output_dir, resume = found[0]
+    output = claim_output(args, held)
+    output_dir, resume = output.folder, output.resume
 
     utils.random_seed(args.seed)  # the same weights everywhere, also in the moving average
     datasets = build_datasets(args)
@@ -168,14 +162,13 @@ def set_up(args, flags):
     if utils.is_primary(args):
         writer = open_writer(args, output_dir)
         push = TrainingPush(args, output_dir) if args.push_to_hub else None
-        os.makedirs(output_dir, exist_ok=True)
         saver = AtomicCheckpointSaver(
             model=model, optimizer=optimizer, args=args, amp_scaler=loss_scaler, checkpoint_dir=output_dir,
             recovery_dir=output_dir, decreasing=decreasing, max_history=args.checkpoint_hist, task=task)
+        trim_summary(os.path.join(output_dir, 'summary.csv'), progress.epoch)
         if resume and os.path.dirname(resume) == output_dir:
-            trim_summary(os.path.join(output_dir, 'summary.csv'), progress.epoch)
-            saver.resume(checkpoint)
-        with open(os.path.join(output_dir, 'args.yaml'), 'w') as f:
+            saver.resume(checkpoint, output.whole)
+        with atomic_write(os.path.join(output_dir, 'args.yaml'), overwrite=True) as f:
             yaml.safe_dump(dict(flags, num_classes=args.num_classes, in_chans=args.in_chans), f)
         write_label_names(output_dir, datasets[1], args.num_classes)
         _logger.info(
@@ -227,97 +220,6 @@ def fit(run, args, preemption):
                 run.push.start()
     if run.saver is not None and run.saver.best_metric is not None:
         _logger.info(f'*** Best {args.eval_metric}: {run.saver.best_metric:.2f} (epoch {run.saver.best_epoch})')
-
-
-def find_output(args):
-    """Return the output folder, which nothing is overwritten in, and the checkpoint to resume, if any."""
-    root = args.output or os.path.join('output', 'train')
-    name = args.experiment or '-'.join([
-        datetime.now().strftime('%Y%m%d-%H%M%S'),
-        safe_model_name(args.model),
-        str(max(args.resolutions)) if args.resolutions else 'default',
-    ])
-    output_dir = os.path.join(root, name)
-    resume = find_latest(output_dir) if args.resume == 'auto' else args.resume
-    if resume and not os.path.isfile(resume):
-        raise UserError(f'--resume {resume}: there is no such checkpoint.')
-    in_place = resume and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(output_dir)
-    unfinished = args.resume == 'auto' and not resume  # killed before its first checkpoint
-    if os.path.isdir(output_dir) and os.listdir(output_dir) and not in_place and not unfinished:
-        raise UserError(
-            f'Output folder {output_dir} exists and is not overwritten, give another --experiment or --resume auto.')
-    return output_dir, os.path.join(output_dir, os.path.basename(resume)) if in_place else resume
-
-
-def resume_run(path, args, model, task, optimizer, loss_scaler):
-    """Restore a checkpoint of a run of the same network and return what else it holds."""
-    checkpoint = utils.load_checkpoint_metadata(path)
-    saved = checkpoint.get('args') if isinstance(checkpoint, dict) else None
-    if saved is None or 'task_state' not in checkpoint:
-        raise UserError(f'--resume {path} is no checkpoint of train_rs.py, load it with --initial-checkpoint.')
-    for name in ('model', 'resolutions', 'num_classes'):
-        if getattr(saved, name, None) != getattr(args, name):
-            raise UserError(
-                f"--resume {path} was trained with --{name.replace('_', '-')} {getattr(saved, name, None)}, "
-                f'now it is {getattr(args, name)}.')
-    private = getattr(saved, 'private', 'both')
-    if args.private not in ('both', private):
-        raise UserError(
-            f'--resume {path} was trained with --private {private}, now it is {args.private}: load it with '
-            '--initial-checkpoint, and all resolutions begin with what they share of the largest.')
-    if args.no_resume_opt:
-        resume_checkpoint(model, path, log_info=utils.is_primary(args))
-    else:
-        resume_with_optimizer(path, saved, args, model, optimizer, loss_scaler)
-    if task.has_ema():
-        task.load_checkpoint_state(checkpoint.get('state_dict_ema', checkpoint['state_dict']), ema=True)
-    task.load_task_state(checkpoint['task_state'])
-    if (saved.world_size, saved.batch_size) != (args.world_size, args.batch_size):
-        task.progress = share_progress(task.progress, saved, args)
-    return checkpoint
-
-
-def resume_with_optimizer(path, saved, args, model, optimizer, loss_scaler):
-    """Restore weights and what the optimizer has gathered; its rates, decay and momentum are those of the flags."""
-    names = ('lr_scale', 'weight_decay', 'momentum', 'betas', 'eps', *args.opt_kwargs)
-    if args.sched == 'plateau':  # its rate follows from what has happened
-        _logger.warning('--sched plateau goes on at the learning rate that it had come to, its patience begins anew.')
-    else:
-        names += ('lr',)
-    given = [{k: group[k] for k in names if k in group} for group in optimizer.param_groups]
-    rates = [group['lr'] for group in optimizer.param_groups]
-    changed = [n for n in _OPTIMIZER_FLAGS if getattr(saved, n, None) != getattr(args, n)]
-    try:
-        if 'opt' in changed:  # the state of another optimizer can load, and fail in the first step
-            raise ValueError
-        resume_checkpoint(model, path, optimizer, loss_scaler, log_info=utils.is_primary(args))
-    except ValueError:
-        if not changed:
-            raise
-        before, now = (
-            ' '.join(f"--{n.replace('_', '-')} {getattr(a, n, None)}" for n in changed) for a in (saved, args))
-        raise UserError(
-            f'--resume {path} holds the state of an optimizer with {before}, which does not fit {now}: '
-            'give --no-resume-opt to start with a new one.') from None
-    for group, hyperparameters, rate in zip(optimizer.param_groups, given, rates):
-        group.update(hyperparameters)
-        if 'initial_lr' in group:  # from which the schedule starts
-            group['initial_lr'] = rate
-
-
-def share_progress(progress, saved, args):
-    """Return how far an epoch is with another number of images per step: about as many of them are done."""
-    batch = progress.batch * saved.world_size * saved.batch_size // (args.world_size * args.batch_size)
-    if not batch:
-        return Progress(progress.epoch)
-    _logger.warning(
-        f'--resume with {args.world_size} x {args.batch_size} images per step instead of {saved.world_size} x '
-        f'{saved.batch_size}: epoch {progress.epoch} goes on at batch {batch} instead of {progress.batch}, some of its '
-        'images come twice or not at all.')
-    num_images = batch * args.batch_size
-    sums = torch.tensor(progress.sums, dtype=torch.float64).view(saved.world_size, -1).mean(0)
-    sums *= num_images / progress.num_images
-    return Progress(progress.epoch, batch, sums.repeat(args.world_size).tolist(), num_images)
 
 
 def open_writer(args, output_dir):

@@ -4,18 +4,23 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from processes import Job
 from timm.utils import setup_default_logging
 
 import train_rs
-from timm_rs.train.saver import find_latest
+from timm_rs.train.resume import find_whole, hold_folder
+from timm_rs.train.summary import read_summary
+from timm_rs_runtime.errors import UserError
 
-CONTEXT = multiprocessing.get_context('fork')  # the children need not import torch anew
+CONTEXT = multiprocessing.get_context('fork')  # the children need not import torch again
 EPOCHS = 3
 FLAGS = (
     '--model rs_test_resnet --resolutions 32 16 --num-classes 2 --batch-size 4 --workers 2 --device cpu --lr 0.05 '
@@ -126,11 +131,171 @@ def test_kill_at_random_moments(images, tmp_path, uninterrupted, seed):
     check(tmp_path, uninterrupted)
 
 
-@pytest.mark.parametrize('n', [1, 1.5, 2, 5, 5.5, 7, 7.5, 8, 8.5, 9, 9.5])
+# Of args.yaml, of recovery checkpoints, of summary.csv, of the last, the numbered and the best checkpoint.
+@pytest.mark.parametrize('n', [1, 4, 4.5, 13, 13.5, 14.5, 15.5, 16, 16.5, 17, 17.5])
 def test_kill_within_a_save(images, tmp_path, uninterrupted, n):
     assert run(images, tmp_path, kill_at_replace=n) == -signal.SIGKILL
     assert run(images, tmp_path) == 0
     check(tmp_path, uninterrupted)
+
+
+def test_kill_between_the_first_row_and_the_first_checkpoint(images, tmp_path, uninterrupted):
+    flags = ('--recovery-interval', '0')
+    assert run(images, tmp_path, kill_at_replace=3.5, flags=flags) == -signal.SIGKILL
+    assert len(read_summary(tmp_path / 'run' / 'summary.csv')) == 1 and find_whole(str(tmp_path / 'run')) == ([], [])
+    assert run(images, tmp_path) == 0
+    check(tmp_path, uninterrupted)
+
+
+@pytest.fixture(scope='module')
+def finished(images, uninterrupted, tmp_path_factory):
+    """A finished run to copy from, whose files are as links and modes may differ."""
+    output = tmp_path_factory.mktemp('finished')
+    assert run(images, output) == 0
+    return output / 'run'
+
+
+def truncate(path):
+    """Cut a file in place: those that are links to it are cut too."""
+    os.truncate(path, path.stat().st_size * 2 // 3)
+
+
+def copy_run(finished, tmp_path):
+    """Copy a run, its links as links."""
+    subprocess.run(['cp', '-a', str(finished), str(tmp_path / 'run')], check=True)
+    return tmp_path / 'run'
+
+
+@pytest.mark.parametrize('damaged, resumed', [
+    (['last'], 'recovery-2-4'),
+    (['last', 'recovery-2-4'], 'recovery-2-3'),
+    (['last', 'recovery-2-4', 'recovery-2-3'], 'checkpoint-'),
+])
+def test_a_damaged_checkpoint_is_passed_over(images, tmp_path, finished, uninterrupted, capfd, damaged, resumed):
+    folder = copy_run(finished, tmp_path)
+    for name in damaged:
+        truncate(folder / f'{name}.pth.tar')
+    whole, passed = find_whole(str(folder))
+    assert os.path.basename(whole[0]).startswith(resumed)
+    assert {f'{folder}/{name}.pth.tar' for name in damaged} <= set(passed)
+    capfd.readouterr()
+    assert run(images, tmp_path) == 0
+    told = capfd.readouterr().err
+    assert all(f'{folder}/{name}.pth.tar is damaged' in told for name in damaged)
+    check(tmp_path, uninterrupted)
+
+
+def test_a_damaged_best_checkpoint_is_replaced(images, tmp_path, finished, uninterrupted):
+    folder = copy_run(finished, tmp_path)
+    assert os.path.samefile(folder / 'model_best.pth.tar', folder / 'checkpoint-0.pth.tar')
+    for name in ('model_best', 'last'):
+        truncate(folder / f'{name}.pth.tar')
+    assert run(images, tmp_path) == 0
+    assert find_whole(str(folder))[1] == [f'{folder}/checkpoint-0.pth.tar']
+    assert os.path.samefile(folder / 'model_best.pth.tar', folder / 'checkpoint-1.pth.tar')
+    assert_equal(outcome(tmp_path)['weights'], uninterrupted[0]['weights'])
+
+
+@pytest.mark.parametrize('how', ['truncated', 'deleted'])
+def test_a_run_without_a_whole_checkpoint_is_not_trained_over(images, tmp_path, finished, capfd, how):
+    folder = copy_run(finished, tmp_path)
+    for path in folder.glob('*.pth.tar'):
+        truncate(path) if how == 'truncated' else path.unlink()
+    before = contents(folder)
+    capfd.readouterr()
+    assert run(images, tmp_path) == 1
+    line = capfd.readouterr().err.splitlines()[-1]
+    told = 'none of its checkpoints is whole (' if how == 'truncated' else 'summary.csv has 3 epochs, but there is no'
+    assert f'train_rs.py: error: {folder}: {told}' in line
+    assert contents(folder) == before
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != '.lock'}
+
+
+def test_a_damaged_file_to_resume_is_named(images, tmp_path, finished, capfd):
+    path = copy_run(finished, tmp_path) / 'last.pth.tar'
+    truncate(path)
+    with pytest.raises(SystemExit):
+        train_rs.main([str(images), *FLAGS, '--output', str(tmp_path), '--experiment', 'b', '--resume', str(path)])
+    assert f'train_rs.py: error: {path} is damaged' in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_no_flipped_byte_goes_unnoticed(tmp_path):
+    """Where the content of the file has changed, it is known; elsewhere, such as in dates, it does not matter."""
+    path, generator = tmp_path / 'last.pth.tar', random.Random(0)
+    weights = {f'layer{i}.weight': torch.full((70,), float(i)) for i in range(4)}
+    state = dict(state_dict=weights, task_state=dict(epoch=3))
+    torch.save(state, path)
+    whole, size = path.read_bytes(), path.stat().st_size
+    noticed = 0
+    for position in generator.sample(range(size), 300):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1 << generator.randrange(8)
+        path.write_bytes(flipped)
+        found, damaged = find_whole(str(tmp_path))
+        assert found + damaged == [str(path)]
+        if found:
+            assert_equal(torch.load(path), state)
+        noticed += len(damaged)
+    assert noticed > 100
+
+
+def test_the_second_run_on_a_folder_says_who_holds_it(images, tmp_path, finished, capfd):
+    folder = copy_run(finished, tmp_path)
+    ready, go = CONTEXT.Event(), CONTEXT.Event()
+
+    def hold():
+        with hold_folder(str(folder)):
+            ready.set()
+            go.wait(100)
+
+    holder = CONTEXT.Process(target=hold, daemon=True)
+    holder.start()
+    assert ready.wait(30)
+    before = contents(folder)
+    capfd.readouterr()
+    assert run(images, tmp_path) == 1
+    argv = [str(images), *FLAGS, '--epochs', '9', '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']
+    assert Job(train_rs.main, argv).finish() == [1, 1]
+    lines = [line for line in capfd.readouterr().err.splitlines() if 'error' in line]
+    assert len(lines) == 2 and len(set(lines)) == 1
+    assert f'{folder} is in use by process {holder.pid} on {socket.gethostname()} since 20' in lines[0]
+    assert contents(folder) == before
+    holder.kill()
+    holder.join()
+    with hold_folder(str(folder)):  # a lock dies with its process
+        pass
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(images, tmp_path, capfd):
+    argv = [str(images), *FLAGS, '--output', str(tmp_path), '--experiment', 'run', '--initial-checkpoint', 'no.pth']
+    with pytest.raises(SystemExit):
+        train_rs.main(argv)
+    assert 'no.pth' in capfd.readouterr().err and os.listdir(tmp_path) == []
+
+
+def test_children_of_a_killed_run_do_not_keep_its_folder(tmp_path):
+    pids = CONTEXT.Queue()
+
+    def hold():
+        with hold_folder(str(tmp_path)):
+            child = CONTEXT.Process(target=time.sleep, args=(100,))
+            child.start()
+            pids.put(child.pid)
+            child.join()
+
+    holder = CONTEXT.Process(target=hold)
+    holder.start()
+    child = pids.get(timeout=30)
+    with pytest.raises(UserError, match=f'in use by process {holder.pid}'), hold_folder(str(tmp_path)):
+        pass
+    holder.kill()
+    holder.join()
+    with hold_folder(str(tmp_path)):
+        pass
+    os.kill(child, signal.SIGKILL)
 
 
 def test_sigterm_saves_and_tells(images, tmp_path, uninterrupted, capfd):
@@ -138,6 +303,6 @@ def test_sigterm_saves_and_tells(images, tmp_path, uninterrupted, capfd):
     code = run(images, tmp_path, sigterm_at=tmp_path / 'run' / 'checkpoint-0.pth.tar', flags=flags)
     assert code == 128 + signal.SIGTERM
     assert '--resume auto' in capfd.readouterr().err
-    assert find_latest(str(tmp_path / 'run'))
+    assert find_whole(str(tmp_path / 'run'))[0]
     assert run(images, tmp_path) == 0
     check(tmp_path, uninterrupted)

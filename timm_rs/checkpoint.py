@@ -25,6 +25,7 @@ from .resolutions import nearest_resolution
 __all__ = [
     'adapt_reference',
     'adapt_state_dict',
+    'check_archive',
     'explain_mismatch',
     'extract_resolution',
     'has_taken',
@@ -61,7 +62,10 @@ def read_checkpoint(path: str) -> Any:
             warnings.simplefilter('ignore')  # of the pickle protocol of foreign files
             if path.endswith('.safetensors'):
                 return safetensors.torch.load_file(path)
-            return _torch_load(path, mmap=zipfile.is_zipfile(path))
+            is_zip = zipfile.is_zipfile(path)
+            if is_zip:
+                check_archive(path)
+            return _torch_load(path, mmap=is_zip)
     except OSError:
         raise
     except Exception as e:  # what a foreign file makes the readers raise is not documented
@@ -72,6 +76,18 @@ def read_checkpoint(path: str) -> Any:
                 f'{path} is refused: reading it would run code ({code.group(1)}). Only tensors and plain values are '
                 'read; save its state dict alone.') from e
         raise UserError(f'{path} is damaged or no checkpoint, expected safetensors or a file of torch.save.') from e
+
+
+def check_archive(path: str) -> None:
+    """Raise an exception if a file of torch.save is not as it was written: torch does not compare its checksums."""
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile(f'{info.filename} is compressed')
+            if info.CRC:  # torch can be told to leave the checksums out
+                with archive.open(info) as f:
+                    while f.read(2 ** 22):
+                        pass
 
 
 def pick_state_dict(checkpoint: Any, use_ema: Optional[bool] = None) -> Dict[str, torch.Tensor]:

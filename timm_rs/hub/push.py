@@ -18,6 +18,7 @@ from timm.models._input import get_model_input_config
 from timm.utils import unwrap_model
 
 from timm_rs_runtime.errors import UserError
+from timm_rs_runtime.files import atomic_write
 
 from ..data.datasets import number_classes
 from ..evaluate import ENSEMBLE, count_madds, count_parameters
@@ -261,7 +262,7 @@ def write_label_names(output_dir: str, dataset: Any, num_classes: int) -> None:
     """Write the names of the classes beside the checkpoints of a run, if its data set tells one for each class."""
     numbers = number_classes(dataset) or {}
     if sorted(numbers.values()) == list(range(num_classes)):
-        with open(os.path.join(output_dir, LABEL_FILE), 'w', encoding='utf-8') as f:
+        with atomic_write(os.path.join(output_dir, LABEL_FILE), overwrite=True) as f:
             f.writelines(f'{name}\n' for name in sorted(numbers, key=numbers.get))
 
 

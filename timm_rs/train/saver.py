@@ -1,19 +1,19 @@
 """Checkpoints that a kill at any moment leaves whole"""
 import glob
-import logging
 import os
 import re
 import shutil
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Container, Dict, List, Optional, Tuple
 
-from timm.utils import CheckpointSaver, load_checkpoint_metadata
+from timm.utils import CheckpointSaver
 
-from .faults import CheckpointError
+from timm_rs_runtime.errors import one_line
+from timm_rs_runtime.files import atomic_path
 
-__all__ = ['AtomicCheckpointSaver', 'CheckpointError', 'Progress', 'find_latest']
+from .faults import TrainingFault
 
-_logger = logging.getLogger('train')
+__all__ = ['AtomicCheckpointSaver', 'Progress']
 
 
 @dataclass
@@ -37,38 +37,41 @@ class AtomicCheckpointSaver(CheckpointSaver):
 
     def _save(self, save_path: str, epoch: int, metric: Optional[float] = None) -> None:
         try:
-            super()._save(save_path, epoch, metric)
-            with open(save_path, 'rb') as f:
-                os.fsync(f.fileno())
+            with atomic_path(save_path, overwrite=True) as partial:
+                super()._save(partial, epoch, metric)
         except (OSError, RuntimeError) as e:
-            if os.path.exists(save_path):
-                os.remove(save_path)
-            reason = ' '.join(str(e).split())
-            raise CheckpointError(f'Cannot write {save_path}: {reason}. The last checkpoint before is whole.') from e
+            raise TrainingFault(f'Cannot write {save_path}: {one_line(e)}. The last checkpoint before is whole.') from e
 
     def _replace(self, src: str, dst: str) -> None:
         os.replace(src, dst)
 
     def _duplicate(self, src: str, dst: str) -> None:
-        temporary = f'{dst}.tmp'
-        if os.path.lexists(temporary):
-            os.remove(temporary)
-        try:
-            os.link(src, temporary)
-        except (OSError, NotImplementedError):
-            shutil.copy2(src, temporary)
-        os.replace(temporary, dst)
+        with atomic_path(dst, overwrite=True) as partial:
+            try:
+                os.link(src, partial)
+            except (OSError, NotImplementedError):
+                shutil.copy2(src, partial)
 
-    def resume(self, checkpoint: Dict[str, Any]) -> None:
+    def resume(self, checkpoint: Dict[str, Any], whole: Container[str]) -> None:
         """Go on with the history of a checkpoint in this folder, finishing a save that was cut off behind it.
 
         Args:
-            checkpoint: Metadata of the last or a recovery checkpoint, whose weights are restored already.
+            checkpoint: Its metadata; the weights are restored already.
+            whole: Checkpoints in the folder that are not damaged, which is the only history that counts.
         """
         state = checkpoint.get('saver') or {}
         epoch, metric = state.get('pending', (None, None))
         self.load_state_dict(dict(state, pending=(None, None)))
-        recovery = os.path.join(self.recovery_dir, f'{self.recovery_prefix}-*{self.extension}')
+        self.checkpoint_files = [(path, value) for path, value in self.checkpoint_files if path in whole]
+        best = os.path.join(self.checkpoint_dir, f'model_best{self.extension}')
+        if self.best_epoch is not None and best not in whole:
+            self.best_epoch = self.best_metric = None
+            ranked = [(path, value) for path, value in self.checkpoint_files if value is not None]
+            if ranked:
+                path, self.best_metric = ranked[0]
+                self.best_epoch = int(path.removesuffix(self.extension).rpartition('-')[2])
+                self._duplicate(path, best)
+        recovery = os.path.join(glob.escape(self.recovery_dir), f'{self.recovery_prefix}-*{self.extension}')
         files = sorted(glob.glob(recovery), key=_recovery_position)
         self.prev_recovery_file, self.curr_recovery_file = ([''] * 2 + files)[-2:]
         if metric is not None:
@@ -78,22 +81,3 @@ class AtomicCheckpointSaver(CheckpointSaver):
 def _recovery_position(path: str) -> Tuple[int, int]:
     match = re.search(r'-(\d+)-(\d+)\.pth\.tar$', path)
     return (int(match.group(1)), int(match.group(2))) if match else (-1, -1)
-
-
-def find_latest(output_dir: str) -> str:
-    """Return the checkpoint of a folder that is furthest, empty if there is none.
-
-    A recovery checkpoint within an epoch is behind the last checkpoint of that epoch's end.
-    """
-    found = []
-    last = os.path.join(output_dir, 'last.pth.tar')
-    for path in [last, *glob.glob(os.path.join(output_dir, 'recovery-*-*.pth.tar'))]:
-        if not os.path.isfile(path):
-            continue
-        try:
-            progress = load_checkpoint_metadata(path)['task_state']
-        except (EOFError, KeyError, OSError, RuntimeError, TypeError) as e:
-            _logger.warning(f"Passing over {path}, it cannot be read: {' '.join(str(e).split())}")
-            continue
-        found.append(((progress['epoch'], progress['batch'], path == last), path))
-    return max(found)[1] if found else ''
