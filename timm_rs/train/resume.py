@@ -5,9 +5,10 @@ import logging
 import os
 import re
 import socket
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
@@ -118,13 +119,14 @@ def _find_checkpoint(args: argparse.Namespace, output: Output) -> None:
 
 @contextmanager
 def hold_folder(folder: str) -> Iterator[None]:
-    """Lock a folder, made if need be, and deleted at the end if it is still empty.
+    """Lock a folder, made if need be; what was made is deleted at the end if nothing has come into it.
 
     Loader workers do not inherit the lock, so they cannot keep it when their parent is killed.
 
     Raises:
         UserError: Another process holds it, which the message names.
     """
+    made = [p for p in (Path(folder), *Path(folder).parents) if not p.exists()]
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, _LOCK), 'a+') as file:
         try:
@@ -145,7 +147,9 @@ def hold_folder(folder: str) -> Iterator[None]:
         finally:
             if os.listdir(folder) == [_LOCK]:
                 os.unlink(file.name)
-                os.rmdir(folder)
+                with suppress(OSError):
+                    for path in made:
+                        path.rmdir()
 
 
 def find_whole(folder: str) -> Tuple[List[str], List[str]]:
