@@ -93,11 +93,6 @@ def train(run, args):
                 f'--experiment {os.path.basename(run.output_dir)}.')
         preemption.barrier()  # a launcher ends the others when one has gone
         raise SystemExit(128 + 15) from None
-    except RuntimeError as e:
-        fault = None if isinstance(e, UserError) else run.loaders.errors.fault()
-        if fault is None:
-            raise
-        raise fault from e
     finally:
         preemption.close()
     if args.distributed:

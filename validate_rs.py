@@ -165,8 +165,6 @@ def main(argv=None):
     args.data_dir = args.data_dir or args.data
     if not args.model and not args.checkpoint:
         parser.error('give --checkpoint, --model, or both.')
-    if args.max_unreadable < 0:
-        parser.error(f'--max-unreadable is {args.max_unreadable}, expected at least 0.')
     args.pretrained = args.pretrained or not args.checkpoint
     if args.input_size:
         channels, height, width = args.input_size

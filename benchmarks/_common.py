@@ -52,7 +52,8 @@ def add_deployed_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a benchmark that runs an exported file on real images."""
     add = parser.add_argument
     add('--model', required=True, metavar='FILE.onnx', help='file of timm-rs export')
-    add('--images', required=True, metavar='DIR', help='labelled images, in class folders')
+    add('--data-dir', '--images', required=True, metavar='DIR', help='labelled images, in class folders')
+    add('--split', default='validation', metavar='NAME', help='split of DIR (default: %(default)s)')
     add('--most', type=int, default=500, metavar='N', help='images to use (default: %(default)s)')
     add('--threads', type=int, default=1, metavar='N', help='threads of an inference (default: %(default)s)')
 

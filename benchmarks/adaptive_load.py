@@ -14,7 +14,7 @@ budget, or a refusal. Accuracy is that of the answers, late ones included, where
 Wanted: in bursts, adaptive misses less than 1 % where the largest size misses more than 30 %, and is right more often
 than the smallest size.
 
-    python benchmarks/adaptive_load.py --model FILE.onnx --images DIR --threads 1
+    python benchmarks/adaptive_load.py --model FILE.onnx --data-dir DIR --threads 1
 """
 import collections
 import threading
@@ -26,6 +26,7 @@ from _common import add_deployed_arguments, create_parser, print_table, write_re
 
 from timm_rs_runtime import AdaptiveSession, Session
 from timm_rs_runtime.fitting import label_folders
+from timm_rs_runtime.images import split_folder
 
 COLUMNS = ('contender', 'phase', 'requests', 'p50_ms', 'p99_ms', 'misses', 'accuracy', 'mean_size')
 
@@ -43,7 +44,7 @@ def main():
     args = parser.parse_args()
 
     session = Session(args.model, args.threads)
-    paths, labels = label_folders(args.images, session, args.most)
+    paths, labels = label_folders(split_folder(args.data_dir, args.split), session, args.most)
     capacity = {r: 1 / seconds for r, seconds in measure_service(session, paths[:40]).items()}
     rate = capacity[session.resolutions[0]]
     print('images a second: ' + ', '.join(f'{r} px {n:.0f}' for r, n in capacity.items()), flush=True)

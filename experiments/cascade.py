@@ -10,7 +10,7 @@ as it would be paid.
 Wanted: the accuracy of the largest size at no more than 60 % of its multiply-adds. Beside the difference to the largest
 size, in points, stands its standard error from image to image, answers being compared in pairs.
 
-    python experiments/cascade.py --model FILE.onnx --images DIR --threads 1
+    python experiments/cascade.py --model FILE.onnx --data-dir DIR --threads 1
 """
 import time
 
@@ -19,6 +19,7 @@ from _shared import add_deployed_arguments, create_parser, print_table, write_re
 
 from timm_rs_runtime import CascadeSession, Session
 from timm_rs_runtime.fitting import collect_logits, fit, label_folders
+from timm_rs_runtime.images import split_folder
 
 COLUMNS = ('network', 'accuracy', 'difference', 'standard_error', 'madds_M', 'madds_percent', 'mean_ms')
 
@@ -33,9 +34,9 @@ def main():
     args = parser.parse_args()
 
     session = Session(args.model, args.threads)
-    paths, labels = label_folders(args.images, session, args.most)
+    paths, labels = label_folders(split_folder(args.data_dir, args.split), session, args.most)
     folds = np.random.default_rng(0).permutation(len(paths)) % args.folds
-    logits = collect_logits(session, paths)
+    logits, _ = collect_logits(session, paths)
     right, madds, contenders = {}, {}, {}
     for r in session.resolutions:
         name = f'{r} px'

@@ -24,7 +24,7 @@ from timm.utils import ParseKwargs
 from timm_rs.export.export import export_int8, export_switchable
 from timm_rs.hub.convert import load_model
 from timm_rs_runtime import Session
-from timm_rs_runtime.images import find_images
+from timm_rs_runtime.images import find_images, split_folder
 
 COLUMNS = ('resolution', 'float32_top1', 'int8_top1', 'difference', 'agreement', 'images')
 
@@ -49,11 +49,11 @@ def main():
     data = {k: getattr(args, k) for k in ('mean', 'std', 'interpolation', 'crop_pct') if getattr(args, k)}
     model = load_model(
         args.checkpoint, args.model, args.resolutions, model_kwargs=args.model_kwargs, data_config=data).model
-    images = [p for folder in args.val for p in find_images(folder)
+    images = [p for folder in args.val for p in find_images(split_folder(folder, 'val'))
               if fnmatch.fnmatch(os.path.basename(p), args.val_glob)]
     labels = label(images, model.num_classes)
     evaluated = set(images)
-    train = [p for p in find_images(args.train) if p not in evaluated]
+    train = [p for p in find_images(split_folder(args.train, 'train')) if p not in evaluated]
     train = [train[i * len(train) // args.images] for i in range(args.images)]
     rows = []
     with tempfile.TemporaryDirectory() as folder:

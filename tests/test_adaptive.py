@@ -268,7 +268,7 @@ def test_a_bad_image_leaves_the_line_before_its_turn(tmp_path):
     (tmp_path / 'bad.jpg').write_text('nothing')
     with ThreadPoolExecutor(8) as pool:
         futures, go_on = queue_up(session, simulated, pool, [PHOTOGRAPH, PHOTOGRAPH])
-        with pytest.raises(ImageError, match='bad.jpg is no image'):
+        with pytest.raises(ImageError, match='bad.jpg is not an image'):
             session.predict(tmp_path / 'bad.jpg')
         assert session.stats()['queue'] == 2
         go_on.set()

@@ -2,6 +2,7 @@
 import itertools
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from timm_rs_runtime.cascade import read_cascade, softmax, write_cascade  # noqa
 from timm_rs_runtime.fitting import (  # noqa: E402
     collect_logits,
     compare,
+    cross_fit,
     evaluate_cascade,
     fit,
     label_folders,
@@ -71,7 +73,7 @@ def certain(*rows):
 @pytest.mark.parametrize('average', (False, True))
 def test_unsure_images_go_on(session, photographs, average):
     paths, _ = label_folders(photographs, session)
-    logits = collect_logits(session, paths, batch_size=5)
+    logits, _ = collect_logits(session, paths, batch_size=5)
     thresholds = {32: np.median(softmax(logits[32]).max(-1)), 48: 0.6, 64: 0.}
     found = CascadeSession(session, Cascade(thresholds, average)).predict(paths)
     for i in range(len(paths)):  # one image at a time, by hand
@@ -116,7 +118,7 @@ def test_one_image_and_none(session, photographs):
 def test_unusable_images(session, photographs, tmp_path):
     (tmp_path / 'bad.jpg').write_text('nothing')
     cascade = CascadeSession(session, {48: 1., 64: 0.})
-    with pytest.raises(ImageError, match='bad.jpg is no image'):
+    with pytest.raises(ImageError, match='bad.jpg is not an image'):
         cascade.predict([*photographs.glob('*/*.png'), tmp_path / 'bad.jpg'])
     with pytest.raises(ValueError, match='Got an array'):
         cascade.predict(np.zeros((1, 3, 48, 48), np.float32))
@@ -157,6 +159,27 @@ def test_fit_by_hand():
     assert fit(logits, np.zeros(4, int), MADDS, target_madds=5.9).accuracy == 1.
 
 
+def test_cross_fitting_by_hand():
+    """Five images of class 0, a fold each. The small size errs on the last one, of which it is unsure.
+
+    Fitted on all, only the last one goes on. Each of the others is answered rightly by the small size, by a cascade
+    that is fitted on the last one too. The last one is answered wrongly, by the small size: the others do not need 224.
+    """
+    logits = {96: certain(.9, .9, .9, .9, .45), 224: certain(.9, .9, .9, .9, .9)}
+    found = cross_fit(logits, np.zeros(5, int), MADDS, target_accuracy=1.)
+    assert found.cascade == fit(logits, np.zeros(5, int), MADDS, target_accuracy=1.).cascade
+    assert found.cascade.resolutions == (96, 224)
+    assert (found.accuracy, found.madds, found.shares) == (0.8, 1., {96: 1.})
+    assert found.standard_error == pytest.approx((0.8 * 0.2 / 4) ** 0.5)
+
+
+def test_a_fold_that_does_not_reach_the_target_is_answered_all_the_same():
+    """Four of five are right at most; without one of these three of four, less than 80 percent."""
+    logits = {96: certain(.9, .9, .9, .9, .2)}
+    found = cross_fit(logits, np.zeros(5, int), MADDS, target_accuracy=.8)
+    assert (found.accuracy, found.cascade) == (0.8, Cascade({96: 0.}))
+
+
 def test_averaging_is_found_where_it_pays():
     """The small size is equally sure where it is right and where the large one is."""
     logits = {96: certain(.9, .1), 224: certain(.4, .99)}
@@ -182,7 +205,7 @@ def test_the_best_of_all_thresholds_for_a_price_of_cost():
 
 def test_what_a_fit_tells_is_what_the_cascade_does(session, photographs):
     paths, labels = label_folders(photographs, session)
-    logits = collect_logits(session, paths)
+    logits, _ = collect_logits(session, paths)
     for f in sweep(logits, labels, session.madds)[::7]:
         answer = CascadeSession(session, f.cascade).predict(paths)
         assert f.accuracy == pytest.approx((answer.logits.argmax(-1) == labels).mean())
@@ -232,10 +255,10 @@ def test_folders_in_the_order_of_classes(session, tmp_path):
     assert label_folders(tmp_path, session)[1].tolist() == list(range(10))
     (tmp_path / 'more').mkdir()
     Image.new('RGB', (4, 4)).save(tmp_path / 'more' / 'a.png')
-    with pytest.raises(ValueError, match='0x is no class folder: .* 10 folders .*, found 11 folders'):
+    with pytest.raises(ValueError, match='0x is not a class folder: .* 10 folders .*, found 11 folders'):
         label_folders(tmp_path, session)
     Image.new('RGB', (4, 4)).save(tmp_path / 'a.png')
-    with pytest.raises(ValueError, match='a.png is in no class folder'):
+    with pytest.raises(ValueError, match='a.png is not in a class folder'):
         label_folders(tmp_path, session)
 
 
@@ -266,7 +289,7 @@ def test_one_folder_is_none_of_the_known_classes(tmp_path):
     for name in ('Church', 'dog', 'tench'):
         (tmp_path / name).mkdir()
         Image.new('RGB', (4, 4)).save(tmp_path / name / 'a.png')
-    with pytest.raises(ValueError, match='Church is no class folder: expected the names of classes, as dog is one'):
+    with pytest.raises(ValueError, match='Church is not a class folder: expected the names of classes, as dog is one'):
         label_folders(tmp_path, Named)
 
 
@@ -278,7 +301,7 @@ def test_wordnet_folders(session, tmp_path):
     (tmp_path / 'n02102040').mkdir()
     Image.new('RGB', (4, 4)).save(tmp_path / 'n02102040' / 'a.png')
     assert label_folders(tmp_path, ImageNet)[1].tolist() == [217]
-    with pytest.raises(ValueError, match='n02102040 is no class folder'):
+    with pytest.raises(ValueError, match='n02102040 is not a class folder'):
         label_folders(tmp_path, session)
 
 
@@ -301,16 +324,59 @@ def test_other_files_are_refused(text, tmp_path):
         read_cascade(tmp_path / 'missing.json')
 
 
-def test_command(file, photographs, tmp_path, capsys):
+def fit_by_command(capsys, *argv):
+    """Return the lines that fit-cascade prints."""
+    main(['fit-cascade', *map(str, argv), '--target-madds', '100', '--threads', '1'])
+    return capsys.readouterr().out.splitlines()
+
+
+def test_command(file, session, photographs, tmp_path, capsys):
     output = tmp_path / 'c.json'
-    main(['fit-cascade', file, '--data-dir', str(photographs), '--target-madds', '100', '--threads', '1', '-o',
-          str(output)])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:5]] == ['64', '48', '32', 'cascade']
-    told = json.loads(output.read_text())
-    assert told['images'] == 12 and told['rows'][-1]['network'] == 'cascade'
-    found = CascadeSession(file, output).predict([str(p) for p in sorted(photographs.glob('*/*.png'))])
-    assert told['rows'][-1]['madds'] == pytest.approx(found.madds.mean(), abs=1)
+    lines = fit_by_command(capsys, file, '--data-dir', photographs, '-o', output)
+    assert lines[0] == f'Read 12 images of {photographs}.'
+    assert lines[1] == "The cascade's accuracy is that of images it was not fitted on: 5-fold cross-fitting."
+    assert [line.split()[0] for line in lines[3:7]] == ['64', '48', '32', 'cascade']
+    found = json.loads(output.read_text())
+    assert (found['images'], found['unreadable'], found['folds']) == (12, 0, 5)
+    paths, labels = label_folders(photographs, session)
+    for row, r in zip(found['rows'], (64, 48, 32)):
+        right = np.mean(session.predict(paths, r).argmax(-1) == labels)
+        assert row['accuracy'] == pytest.approx(right, abs=1e-6)
+        assert row['standard_error'] == pytest.approx((right * (1 - right) / 11) ** 0.5, abs=1e-6)
+    logits, _ = collect_logits(session, paths)
+    expected = cross_fit(logits, labels, session.madds, target_madds=100e6)
+    assert found['rows'][-1]['accuracy'] == pytest.approx(expected.accuracy, abs=1e-6)
+    assert read_cascade(output) == fit(logits, labels, session.madds, target_madds=100e6).cascade
+
+
+def test_splits_are_never_pooled(file, photographs, tmp_path, capsys):
+    """Of DIR with training and validation images the cascade is fitted on the latter, unless --split says otherwise."""
+    shutil.copytree(photographs, tmp_path / 'val')
+    shutil.copytree(photographs, tmp_path / 'train')
+    for path in sorted((tmp_path / 'train').glob('*/*.png'))[:3]:
+        path.unlink()
+    for flags, folder, count in (([], 'val', 12), (['--split', 'train'], 'train', 9)):
+        lines = fit_by_command(capsys, file, '--data-dir', tmp_path, *flags, '-o', tmp_path / f'{folder}.json')
+        assert lines[0] == f'Read {count} images of {tmp_path}/{folder}.'
+        assert json.loads((tmp_path / f'{folder}.json').read_text())['folder'] == str(tmp_path / folder)
+
+
+def test_unreadable_images_are_left_out(file, session, photographs, tmp_path, capsys, caplog):
+    shutil.copytree(photographs, tmp_path / 'all')
+    cut = sorted((tmp_path / 'all').glob('*/*.png'))[2:9:3]
+    for path in cut:
+        path.write_bytes(path.read_bytes()[:-200])
+    output = tmp_path / 'c.json'
+    lines = fit_by_command(capsys, file, '--data-dir', tmp_path / 'all', '-o', output)
+    assert lines[0] == f'Read 9 images of {tmp_path}/all, 3 more cannot be read.'
+    found = json.loads(output.read_text())
+    assert (found['images'], found['unreadable']) == (9, 3)
+    assert all(f'Cannot read image {path} (image file is truncated), it is left out.' in caplog.text for path in cut)
+    for path in cut:
+        path.unlink()
+    paths, labels = label_folders(tmp_path / 'all', session)
+    right = np.mean(session.predict(paths, 48).argmax(-1) == labels)
+    assert found['rows'][1]['accuracy'] == pytest.approx(right, abs=1e-6)
 
 
 def test_command_overwrites_nothing(file, photographs, tmp_path, capsys):
@@ -340,19 +406,27 @@ def test_told_latency_is_that_of_answers(session, photographs, monkeypatch):
     assert latency == {64: 64., 48: 48., 32: 32.} and reading == 0.5
     monkeypatch.undo()
     paths, labels = label_folders(photographs, session)
-    logits = collect_logits(session, paths)
+    logits, _ = collect_logits(session, paths)
     always = Cascade({32: 1., 64: 0.})
-    rows = compare(session, always, logits, labels, latency, reading)
+    rows = compare(session, evaluate_cascade(always, logits, labels, session.madds), logits, labels, latency, reading)
     assert [row['milliseconds'] for row in rows] == [64500., 48500., 32500., 96500.]
 
 
 def test_command_refuses_in_one_line(file, photographs, tmp_path, capsys):
+    for path in photographs.glob('*/*.png'):
+        (tmp_path / 'cut' / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'cut' / path.parent.name / path.name).touch()
     for arguments, message in (
         (['--target-madds', '100', '--images', '0'], '0 images are asked for'),
         (['--target-accuracy', '101'], 'No cascade reaches an accuracy of 101.00%'),
         (['--target-madds', '1', '--data-dir', str(tmp_path / 'nowhere')], 'nowhere does not exist'),
+        (['--target-madds', '100', '--images', '4'], '4 labelled images are too few to judge a cascade, expected at'),
+        (['--target-madds', '100', '--data-dir', str(tmp_path / 'cut'), '--max-unreadable', '3'],
+         '4 images cannot be read, expected at most 3 (--max-unreadable): '),
+        (['--target-madds', '100', '--data-dir', str(tmp_path / 'cut')], 'None of the 12 images can be read'),
+        (['--target-madds', '100', '--max-unreadable', '-1'], '--max-unreadable is -1, expected at least 0'),
     ):
         with pytest.raises(SystemExit) as e:
             main(['fit-cascade', file, '--data-dir', str(photographs), *arguments, '-o', str(tmp_path / 'c.json')])
-        (line,) = capsys.readouterr().err.splitlines()
+        *_, line = capsys.readouterr().err.splitlines()
         assert e.value.code == 1 and message in line and not (tmp_path / 'c.json').exists()

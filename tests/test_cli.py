@@ -11,6 +11,7 @@ import safetensors.torch
 import timm
 import torch
 from conftest import assert_equal, images, randomize_bn
+from PIL import Image
 
 import timm_rs
 import timm_rs.calibrate
@@ -151,6 +152,26 @@ def test_calibrate_a_network_of_four_channels(tmp_path):
     run('calibrate', tmp_path / 'four', '--resolution', 40, '--dataset', 'digits', '--images', 64, '--workers', 0,
         '--method', 'statistics', '--output', tmp_path / 'out')
     assert create(tmp_path / 'out').resolutions == (64, 48, 40, 32)
+
+
+def test_calibrate_on_a_folder_of_images(tmp_path, capsys, caplog):
+    """They need not be in class folders, and those that cannot be read are named."""
+    save_model(rs_model(), str(tmp_path / 'model'))
+    for split, count in (('train', 70), ('val', 3)):
+        (tmp_path / 'data' / split).mkdir(parents=True)
+        for i in range(count):
+            Image.effect_noise((70, 70), 20 + i).save(tmp_path / 'data' / split / f'{i:02}.webp')
+    (tmp_path / 'data' / 'train' / '11.webp').write_bytes(b'')
+    argv = ['calibrate', tmp_path / 'model', '--resolution', 40, '--method', 'statistics', '--workers', 0, '--data-dir',
+            tmp_path / 'data']
+    run(*argv, '--output', tmp_path / 'out')
+    assert f'Read 69 images of {tmp_path}/data/train, 1 more cannot be read.' in capsys.readouterr().out
+    assert f'Cannot read image {tmp_path}/data/train/11.webp (cannot identify image file' in caplog.text
+    assert create(tmp_path / 'out').resolutions == (64, 48, 40, 32)
+    with pytest.raises(SystemExit):
+        run(*argv, '--max-unreadable', 0, '--output', tmp_path / 'none')
+    assert '1 images cannot be read, expected at most 0 (--max-unreadable)' in capsys.readouterr().err
+    assert not (tmp_path / 'none').exists()
 
 
 def test_modes_survive_the_count_of_multiply_adds():

@@ -171,7 +171,7 @@ def test_unusable_input(file, given, resolution, message):
 def test_a_bad_image_is_named_and_others_are_served(file, photograph, tmp_path):
     opened = Session(file, threads=1)
     (tmp_path / 'bad.jpg').write_text('nothing')
-    with pytest.raises(ImageError, match='bad.jpg is no image'):
+    with pytest.raises(ImageError, match='bad.jpg is not an image'):
         opened.predict([photograph, tmp_path / 'bad.jpg'])
     assert opened.predict(photograph).shape == (1, 10)
 

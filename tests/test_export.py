@@ -499,16 +499,21 @@ def test_command(folder, tmp_path, photographs, capsys):
     main(['export', folder, '-o', str(tmp_path / 'one.pt'), '--resolution', '32', '--format', 'torchscript'])
     assert torch.jit.load(str(tmp_path / 'one.pt'))(images(32)).shape == (2, 10)
     capsys.readouterr()
-    main(['export', folder, '-o', str(tmp_path / 'int8.onnx'), '--quantize', 'int8',
-          '--calibration-data', str(photographs), '--calibration-images', '4'])
-    assert 'of 4 images as the network' in capsys.readouterr().out
+    shutil.copytree(photographs, tmp_path / 'data' / 'train')
+    (tmp_path / 'data' / 'val').mkdir()
+    (tmp_path / 'data' / 'train' / '+.png').touch()  # the first by name
+    main(['export', folder, '-o', str(tmp_path / 'int8.onnx'), '--quantize', 'int8', '--data-dir',
+          str(tmp_path / 'data'), '--images', '4'])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"Read 3 images of {tmp_path / 'data' / 'train'}, 1 more cannot be read."
+    assert 'of 3 images as the network' in lines[1]
 
 
 @pytest.mark.parametrize('flags, message', [
     (['--format', 'torchscript'], '--format torchscript needs --resolution'),
     (['--batch-size', '2'], '--batch-size needs --resolution'),
     (['--resolution', '40'], 'Unknown resolution 40'),
-    (['--quantize', 'int8'], '--calibration-data DIR need each other'),
+    (['--quantize', 'int8'], '--data-dir DIR need each other'),
     (['--quantize', 'int8', '--calibration-data', 'nowhere'], 'nowhere does not exist'),
     (['--quantize', 'int8', '--calibration-data', 'x', '--resolution', '48'], 'leave --resolution out'),
 ])

@@ -1,8 +1,10 @@
 """timm-rs calibrate"""
 import argparse
 
+from timm_rs_runtime.errors import UserError
 from timm_rs_runtime.files import check_new_folder
 
+from ._images import add_images, print_read
 from ._source import add_source, load, print_saved, read_labels
 
 METHODS = ('copy', 'statistics', 'tune_bn', 'tune_bn_head')  # of timm_rs.calibrate, which takes seconds to import
@@ -12,11 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
     add = parser.add_argument
     add('--resolution', type=int, required=True, metavar='N', help='new input size in pixels')
-    add('--data-dir', metavar='DIR', help='images to calibrate on, in class folders; labels are not used')
+    add_images(parser, 'images to calibrate on; labels are not used', 'train', 5000)
     add('--dataset', default='', metavar='NAME', help='kind of data set: "", "digits", or <type>/<name> as in timm')
-    add('--split', default='train', metavar='NAME', help='split to calibrate on')
     add('--method', default='tune_bn', choices=METHODS, help='default: %(default)s')
-    add('--images', type=int, default=5000, metavar='N', help='use at most N images (default: %(default)s)')
     add('--epochs', type=int, default=2, metavar='N', help='passes over the images (default: %(default)s)')
     add('--lr', type=float, default=1e-3, metavar='LR', help='learning rate (default: %(default)s)')
     add('--batch-size', type=int, default=64, metavar='N', help='images per batch (default: %(default)s)')
@@ -32,13 +32,15 @@ def run(args: argparse.Namespace) -> None:
 
     from timm_rs.calibrate import add_resolution
     from timm_rs.data.datasets import choose_img_mode, create_dataset
+    from timm_rs.data.readers import ReadableDataset
     from timm_rs.hub.convert import save_model
+    from timm_rs_runtime.unreadable import ReadErrors
 
     check_new_folder(args.output)
     labels = read_labels(args)
     device = torch.device(args.device if torch.cuda.is_available() or not args.device.startswith('cuda') else 'cpu')
     model = load(args).model.to(device)
-    loader = None
+    loader, errors = None, ReadErrors(args.max_unreadable, 'another one stands in for it')
     if args.method != 'copy':
         config = resolve_input_data_config(model)
         size = max(args.resolution, model.resolutions[0])
@@ -46,9 +48,15 @@ def run(args: argparse.Namespace) -> None:
         dataset = create_dataset(
             args.dataset, args.data_dir, args.split, input_img_mode=choose_img_mode(channels))
         dataset.transform = create_transform((channels, size, size), is_training=False, **config)
+        if isinstance(dataset, torch.utils.data.IterableDataset):
+            raise UserError(f'--dataset {args.dataset} is a stream, expected a folder, digits or hfds/...')
         chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:args.images]
         loader = torch.utils.data.DataLoader(
-            torch.utils.data.Subset(dataset, chosen.tolist()), batch_size=args.batch_size, num_workers=args.workers)
+            torch.utils.data.Subset(ReadableDataset(dataset, errors, stand_in=True), chosen.tolist()),
+            batch_size=args.batch_size, num_workers=args.workers)
     add_resolution(model, args.resolution, loader, args.method, epochs=args.epochs, lr=args.lr)
+    errors.check()
+    if loader is not None:
+        print_read(len(chosen) - len(errors.names), len(errors.names), dataset.source)
     save_model(model.cpu(), args.output, labels)
     print_saved(args.output, model, ' '.join(map(str, model.resolutions)))

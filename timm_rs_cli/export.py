@@ -5,6 +5,7 @@ import os
 from timm_rs_runtime.errors import UserError
 from timm_rs_runtime.files import check_new_file
 
+from ._images import add_images, print_read
 from ._source import add_source, load, read_labels
 
 
@@ -21,30 +22,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     batch.add_argument('--dynamic-batch', action='store_true', help='batches of any number of images (the default)')
     add('--tolerance', type=float, default=1e-4, metavar='X',
         help='largest difference of logits between network and file (default: %(default)s)')
-    add('--quantize', choices=('int8',), help='all resolutions in int8, with --calibration-data')
-    add('--calibration-data', metavar='DIR', help='folder of images like those to come, for the ranges of activations')
-    add('--calibration-images', type=int, default=128, metavar='N', help='use at most N images (default: %(default)s)')
+    add('--quantize', choices=('int8',), help='all resolutions in int8, with --data-dir')
+    add_images(parser, 'images like those to come, for the ranges of activations', 'train', 128)
+    add('--calibration-data', dest='data_dir', help=argparse.SUPPRESS)  # earlier names
+    add('--calibration-images', dest='images', type=int, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> None:
     from timm_rs.export.export import export_int8, export_resolution, export_switchable
-    from timm_rs_runtime.images import find_images
+    from timm_rs_runtime.images import find_images, split_folder
+    from timm_rs_runtime.unreadable import ReadErrors
 
     if args.resolution is None and (args.format != 'onnx' or args.batch_size):
         what = f'--format {args.format}' if args.format != 'onnx' else '--batch-size'
         raise UserError(f'{what} needs --resolution: one file for all resolutions is ONNX, of any batch size.')
-    if bool(args.quantize) != bool(args.calibration_data):
-        raise UserError('--quantize int8 and --calibration-data DIR need each other.')
+    if bool(args.quantize) != bool(args.data_dir):
+        raise UserError('--quantize int8 and --data-dir DIR need each other.')
     if args.quantize and args.resolution is not None:
         raise UserError('--quantize int8 writes all resolutions, leave --resolution out.')
     check_new_file(args.output, args.overwrite)
     labels = read_labels(args)
     if args.quantize:
-        images = find_images(args.calibration_data, args.calibration_images)
+        folder = split_folder(args.data_dir, args.split)
+        images, errors = find_images(folder, args.images), ReadErrors(args.max_unreadable)
     model = load(args).model
     if args.quantize:
-        found = export_int8(model, args.output, images, labels, overwrite=args.overwrite)
-        lines = {r: f"top-1 of {row['agreement']:.1%} of {len(images)} images as the network's, "
+        found = export_int8(model, args.output, images, labels, overwrite=args.overwrite, errors=errors)
+        count = len(images) - len(errors.names)
+        print_read(count, len(errors.names), folder)
+        lines = {r: f"top-1 of {row['agreement']:.1%} of {count} images as the network's, "
                     f"logits {row['error']:.1%} off" for r, row in found.items()}
     elif args.resolution is None:
         errors = export_switchable(model, args.output, labels, args.tolerance, args.overwrite)

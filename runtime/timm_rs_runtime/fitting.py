@@ -12,27 +12,40 @@ import numpy as np
 from .cascade import Cascade, softmax, write_cascade
 from .errors import UserError
 from .files import check_new_file
-from .images import MODES, find_images, open_image, spread
+from .images import MODES, find_images, open_image, split_folder, spread
 from .session import Session
+from .unreadable import MAX_UNREADABLE, ReadErrors, UnreadableError
 
-__all__ = ['Fit', 'collect_logits', 'evaluate_cascade', 'fit', 'fit_cascade', 'label_folders', 'sweep']
+__all__ = [
+    'Fit',
+    'collect_logits',
+    'cross_fit',
+    'evaluate_cascade',
+    'fit',
+    'fit_cascade',
+    'label_folders',
+    'sweep',
+]
 
 _STEPS = 256  # thresholds that are tried
 _TIMED = 24  # images
+FOLDS, SEED = 5, 0  # of cross-fitting
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A cascade and what it does on the images that it was fitted on.
+    """A cascade and what it does on some images.
 
     Attributes:
         cascade: The cascade.
         accuracy: Share of right answers.
+        standard_error: Of the accuracy, from image to image.
         madds: Mean multiply-adds of an image.
         shares: Share of the images that go through each resolution.
     """
     cascade: Cascade
     accuracy: float
+    standard_error: float
     madds: float
     shares: Mapping[int, float]
 
@@ -47,6 +60,8 @@ def fit(
 ) -> Fit:
     """Return the cheapest cascade of a target accuracy, or the most accurate one of a target cost.
 
+    What it tells of the cascade is what that does on the images that it is fitted on; see cross_fit for others.
+
     Args:
         logits: Array [N, num_classes] at each resolution, of the same images.
         labels: Their classes [N].
@@ -56,23 +71,74 @@ def fit(
         start: First resolution; if None it is fitted as well.
 
     Raises:
-        ValueError: Not one target is given, or no cascade reaches it.
+        UserError: There are no or two targets, or no cascade reaches it.
     """
     if (target_accuracy is None) == (target_madds is None):
         raise UserError('Expected a target accuracy or a target of multiply-adds, one of both.')
-    found = sweep(logits, labels, madds, start)
+    return _choose(sweep(logits, labels, madds, start), target_accuracy, target_madds)
+
+
+def cross_fit(
+        logits: Mapping[int, np.ndarray],
+        labels: np.ndarray,
+        madds: Mapping[int, int],
+        target_accuracy: Optional[float] = None,
+        target_madds: Optional[float] = None,
+        start: Optional[int] = None,
+        folds: int = FOLDS,
+) -> Fit:
+    """Fit a cascade on all images, and tell what one does on images that it was not fitted on.
+
+    The images are dealt into folds at random, by a fixed seed. Each fold is answered by a cascade that is fitted on the
+    others; if those do not reach the target accuracy, by the most accurate one.
+
+    Args:
+        folds: Their number.
+        Others: See fit.
+
+    Returns:
+        The cascade of all images, with the accuracy, cost and shares of the images of all folds.
+    """
+    found = fit(logits, labels, madds, target_accuracy, target_madds, start)
+    if len(labels) < folds:
+        raise UserError(f'{len(labels)} labelled images are too few to judge a cascade, expected at least {folds}.')
+    fold_of = np.random.default_rng(SEED).permutation(len(labels)) % folds
+    judged = []
+    for fold in range(folds):
+        held_out = fold_of == fold
+        fitted = sweep({r: z[~held_out] for r, z in logits.items()}, labels[~held_out], madds, start)
+        cascade = _choose(fitted, target_accuracy, target_madds, most_accurate=True).cascade
+        judged.append(evaluate_cascade(cascade, {r: z[held_out] for r, z in logits.items()}, labels[held_out], madds))
+    weights = np.bincount(fold_of) / len(labels)
+    accuracy = float(weights @ [f.accuracy for f in judged])
+    return Fit(
+        found.cascade,
+        accuracy,
+        _standard_error(accuracy, len(labels)),
+        float(weights @ [f.madds for f in judged]),
+        {r: share for r in sorted(logits) if (share := float(weights @ [f.shares.get(r, 0.) for f in judged]))},
+    )
+
+
+def _choose(
+        found: Sequence[Fit],
+        target_accuracy: Optional[float],
+        target_madds: Optional[float],
+        most_accurate: bool = False,
+) -> Fit:
+    """Return the best of these for a target; the most accurate one if none reaches the accuracy, or an error."""
     if target_accuracy is not None:
-        good = [f for f in found if f.accuracy >= target_accuracy]
-        if not good:
-            best = max(f.accuracy for f in found)
+        best = max(f.accuracy for f in found)
+        if best < target_accuracy and not most_accurate:
             raise UserError(f'No cascade reaches an accuracy of {target_accuracy:.2%} on these images, '
-                             f'the best has {best:.2%}.')
+                            f'the best has {best:.2%}.')
+        good = [f for f in found if f.accuracy >= min(target_accuracy, best)]
         return min(good, key=lambda f: (f.madds, -f.accuracy))
     good = [f for f in found if f.madds <= target_madds]
     if not good:
         least = min(f.madds for f in found)
         raise UserError(f'No cascade stays below {target_madds:.4g} multiply-adds, the cheapest takes {least:.4g}.')
-    # Of the same sizes the one that spends most: the others are better by chance alone.
+    # For the same sizes the one that spends most: the others are better only by chance.
     spent = {(f.cascade.resolutions, f.cascade.average): f for f in sorted(good, key=lambda f: f.madds)}
     return max(spent.values(), key=lambda f: (f.accuracy, -f.madds))
 
@@ -85,19 +151,19 @@ def sweep(
 ) -> List[Fit]:
     """Return cascades of every set of sizes, with many thresholds.
 
-    A cascade has the same threshold at all sizes but the last: a threshold of each, fitted to the answers, gains on the
-    images that it is fitted on and loses on others (docs/findings.md).
+    A cascade has the same threshold at all sizes except the last: a threshold of each, fitted to the answers, gains on
+    the images that it is fitted on and loses on others (docs/findings.md).
 
     Args: See fit.
 
     Raises:
-        ValueError: The arguments do not agree.
+        UserError: The arguments do not agree.
     """
     sizes = sorted(logits)
     if start is not None and start not in sizes:
         raise UserError(f"Unknown start {start!r}, expected one of {', '.join(map(str, sizes))}.")
     if any(not madds.get(r) for r in sizes):
-        raise UserError('Multiply-adds of a resolution are unknown, expected a file that tells them.')
+        raise UserError('Multiply-adds of a resolution are unknown, expected a file that records them.')
     if not len(labels) or any(len(logits[r]) != len(labels) for r in sizes):
         raise UserError('Expected as many logits as labels, at least one.')
     found = []
@@ -106,7 +172,7 @@ def sweep(
             if start is not None and chosen[0] != start:
                 continue
             cost = np.array([madds[r] for r in chosen])
-            for average in (False, True)[:length]:  # of one size there is no mean
+            for average in (False, True)[:length]:  # a single size has no mean
                 confidence, right = _stages([logits[r] for r in chosen], labels, average)
                 for threshold in _candidates(confidence):
                     thresholds = np.append(np.full(length - 1, threshold), 0.)
@@ -147,12 +213,19 @@ def _judge(
         madds: np.ndarray,
 ) -> Fit:
     last, spent = _follow(confidence, thresholds, madds)
+    accuracy = float(right[last, np.arange(len(last))].mean())
     return Fit(
         Cascade(dict(zip(sizes, thresholds.tolist())), average),
-        float(right[last, np.arange(len(last))].mean()),
+        accuracy,
+        _standard_error(accuracy, len(last)),
         float(spent.mean()),
         {r: float((last >= i).mean()) for i, r in enumerate(sizes)},
     )
+
+
+def _standard_error(share: float, count: int) -> float:
+    """Return that of a share among so many images, of their unbiased variance."""
+    return (share * (1 - share) / max(count - 1, 1)) ** 0.5
 
 
 def evaluate_cascade(
@@ -171,20 +244,41 @@ def evaluate_cascade(
 def collect_logits(
         session: Session,
         images: Sequence[str],
+        errors: Optional[ReadErrors] = None,
         batch_size: int = 16,
         on_batch: Optional[Callable[[int], None]] = None,
-) -> Dict[int, np.ndarray]:
-    """Return the logits [N, num_classes] of images at each resolution; on_batch is told how many are done."""
-    mode = 'L' if len(session.mean) == 1 else 'RGB'
+) -> Tuple[Dict[int, np.ndarray], np.ndarray]:
+    """Return the logits of images at each resolution.
+
+    Args:
+        session: The session.
+        images: Names of files.
+        errors: Where unreadable images are reported; by default the first is an error.
+        batch_size: Images of a batch.
+        on_batch: Called with the number of images that are done.
+
+    Returns:
+        Array [N, num_classes] at each resolution, and which of the images these N are.
+
+    Raises:
+        UnreadableError: Too many images cannot be read, or all.
+    """
+    errors = errors or ReadErrors(0)
     rows: Dict[int, List[np.ndarray]] = {r: [] for r in session.resolutions}
+    readable: List[int] = []
     batch_size = session.batch_size or batch_size
-    for i in range(0, len(images), batch_size):
-        opened = [open_image(image, mode) for image in images[i:i + batch_size]]
-        for r in rows:
-            rows[r].append(session.predict(opened, r))
+    for first in range(0, len(images), batch_size):
+        batch = images[first:first + batch_size]
+        opened = [errors.open(image, MODES[len(session.mean)]) for image in batch]
+        chosen = [i for i, image in enumerate(opened) if image is not None]
+        readable += [first + i for i in chosen]
+        for r in rows if chosen else ():
+            rows[r].append(session.predict([opened[i] for i in chosen], r))
         if on_batch is not None:
-            on_batch(i + len(opened))
-    return {r: np.concatenate(found) for r, found in rows.items()}
+            on_batch(first + len(batch))
+    if not readable:
+        raise UnreadableError(f'None of the {len(images)} images can be read.')
+    return {r: np.concatenate(found) for r, found in rows.items()}, np.array(readable)
 
 
 def label_folders(
@@ -194,22 +288,22 @@ def label_folders(
 ) -> Tuple[List[str], np.ndarray]:
     """Return images of a folder of class folders, and their classes.
 
-    A class folder has the name of a class or, of ImageNet, its WordNet id; else there are as many folders as classes,
-    in the order that timm's training gives them: by name, numbers in it by value, capitals as small letters. Of folders
-    in folders the innermost is that of the class.
+    A class folder has the name of a class or, for ImageNet, its WordNet id; else there are as many folders as classes,
+    in the order that timm's training gives them: by name, numbers in it by value, capitals as small letters. The
+    innermost folder of an image is that of its class.
 
     Args:
         folder: The folder.
-        session: Tells the classes.
+        session: Knows the classes.
         most: Images at most, spread evenly.
 
     Raises:
-        ValueError: There are no images, or the folders cannot be told to be classes.
+        UserError: There are no images, or it is not known which folder is which class.
     """
     paths = find_images(folder)
     loose = [path for path in paths if os.path.dirname(os.path.relpath(path, folder)) == '']
     if loose:
-        raise UserError(f'{loose[0]} is in no class folder.')
+        raise UserError(f'{loose[0]} is not in a class folder.')
     names = sorted(set(map(_class_of, paths)), key=_natural_key)
     index = _class_index(names, session)
     unknown = [name for name in names if name not in index]
@@ -218,7 +312,7 @@ def label_folders(
     if len(unknown) < len(names):
         expected = f'the names of classes, as {next(name for name in names if name in index)} is one'
     if unknown:
-        raise UserError(f'{folder}: {unknown[0]} is no class folder: expected {expected}.')
+        raise UserError(f'{folder}: {unknown[0]} is not a class folder: expected {expected}.')
     paths = spread(paths, most)
     return paths, np.array([index[_class_of(path)] for path in paths])
 
@@ -238,8 +332,10 @@ def _class_index(names: Sequence[str], session: Session) -> Dict[str, int]:
     if len(names) == session.num_classes:
         return {name: i for i, name in enumerate(names)}
     if names and all(len(name) == 9 and name[0] == 'n' and name[1:].isdigit() for name in names):
-        from timm.data import ImageNetInfo, infer_imagenet_subset
-
+        try:
+            from timm.data import ImageNetInfo, infer_imagenet_subset
+        except ImportError:  # which the runtime does not need otherwise
+            return {}
         subset = infer_imagenet_subset(dict(num_classes=session.num_classes))
         if subset is not None:
             return {synset: i for i, synset in enumerate(ImageNetInfo(subset).label_names())}
@@ -256,12 +352,14 @@ def fit_cascade(
         most: Optional[int] = None,
         threads: Optional[int] = None,
         overwrite: bool = False,
-) -> List[Dict[str, Any]]:
+        split: str = 'validation',
+        max_unreadable: int = MAX_UNREADABLE,
+) -> Dict[str, Any]:
     """Fit a cascade on labelled images and write it.
 
     Args:
         path: File of `timm-rs export --format onnx`, or a Session.
-        folder: Folder of class folders, see label_folders.
+        folder: DIR of the images, see split_folder and label_folders.
         output: File to write.
         target_accuracy: Share of right answers to reach.
         target_madds: Mean multiply-adds of an image to stay below.
@@ -269,24 +367,32 @@ def fit_cascade(
         most: Images at most.
         threads: Threads of an inference, all cores if None.
         overwrite: Replace a file of this name.
+        split: Split of DIR.
+        max_unreadable: Images that may be left out because they cannot be read.
 
     Returns:
-        Rows of accuracy, mean multiply-adds and mean latency on these images, of each resolution and the cascade. The
-        latency is of images one by one, as measured on some of them.
+        What the file records beside the cascade: 'folder', 'images' and 'unreadable' (their numbers), 'folds', and
+        'rows' of each resolution and the cascade. A row is of accuracy (of images that the cascade was not fitted on,
+        see cross_fit) with its standard error, mean multiply-adds, and mean latency of images one by one, as measured
+        on some of them.
 
     Raises:
-        ValueError: A file, folder or argument is not usable, or no cascade reaches the target.
+        UserError: A file, folder or argument is not usable, or no cascade reaches the target.
     """
     check_new_file(output, overwrite)
     session = path if hasattr(path, 'predict') else Session(path, threads)
+    errors = ReadErrors(max_unreadable)
+    folder = split_folder(folder, split)
     images, labels = label_folders(folder, session, most)
-    latency, reading = measure_images(session, spread(images, _TIMED))
-    logits = collect_logits(session, images)
-    found = fit(logits, labels, session.madds, target_accuracy, target_madds, start)
-    rows = compare(session, found.cascade, logits, labels, latency, reading)
-    write_cascade(output, found.cascade, overwrite, images=len(images), target_accuracy=target_accuracy,
-                  target_madds=target_madds, rows=rows)
-    return rows
+    logits, readable = collect_logits(session, images, errors)
+    images, labels = [images[i] for i in readable], labels[readable]
+    found = cross_fit(logits, labels, session.madds, target_accuracy, target_madds, start)
+    rows = compare(session, found, logits, labels, *measure_images(session, spread(images, _TIMED)))
+    records = dict(
+        folder=folder, images=len(images), unreadable=len(errors.names), folds=FOLDS, seed=SEED,
+        target_accuracy=target_accuracy, target_madds=target_madds, rows=rows)
+    write_cascade(output, found.cascade, overwrite, **records)
+    return records
 
 
 def measure_images(session: Session, images: Sequence[str], rounds: int = 3) -> Tuple[Dict[int, float], float]:
@@ -319,27 +425,29 @@ def measure_images(session: Session, images: Sequence[str], rounds: int = 3) -> 
 
 def compare(
         session: Session,
-        cascade: Any,
+        fitted: Fit,
         logits: Dict[int, np.ndarray],
         labels: np.ndarray,
         latency: Dict[int, float],
         reading: float,
 ) -> List[Dict[str, Any]]:
-    """Return a row of each resolution alone and of the cascade.
+    """Return a row of each resolution by itself and of the cascade.
 
     Args:
-        session: Tells the multiply-adds.
-        cascade: The cascade.
+        session: Knows the multiply-adds.
+        fitted: What a cascade does.
         logits: Array [N, num_classes] at each resolution.
         labels: Classes [N].
         latency: Seconds of an image at each resolution, its preprocessing included.
         reading: Seconds to read an image, once for all resolutions.
     """
+    sizes = {
+        f'{r} px': evaluate_cascade(Cascade({r: 0.}), logits, labels, session.madds) for r in session.resolutions}
     rows = []
-    for name, c in [(f'{r} px', {r: 0.}) for r in session.resolutions] + [('cascade', cascade.thresholds)]:
-        judged = evaluate_cascade(type(cascade)(c, cascade.average), logits, labels, session.madds)
+    for name, judged in dict(sizes, cascade=fitted).items():
         seconds = reading + sum(share * latency[r] for r, share in judged.shares.items())
         rows.append(dict(
-            network=name, accuracy=round(judged.accuracy, 6), madds=round(judged.madds),
-            milliseconds=round(1e3 * seconds, 3), shares={str(r): round(s, 4) for r, s in judged.shares.items()}))
+            network=name, accuracy=round(judged.accuracy, 6), standard_error=round(judged.standard_error, 6),
+            madds=round(judged.madds), milliseconds=round(1e3 * seconds, 3),
+            shares={str(r): round(s, 4) for r, s in judged.shares.items()}))
     return rows

@@ -34,6 +34,8 @@ class ReadErrors:
     """
 
     def __init__(self, limit: int = MAX_UNREADABLE, instead: str = 'it is left out'):
+        if limit < 0:
+            raise UserError(f'--max-unreadable is {limit}, expected at least 0.')
         self.limit = limit
         self.instead = instead
         self.names: Dict[str, str] = {}

@@ -63,7 +63,8 @@ class ReadableDataset(Dataset):
     Args:
         dataset: Images with labels, which raises ImageError.
         errors: Where unreadable images are reported.
-        stand_in: In the place of an unreadable image is the next one, else a black one with the label UNREADABLE.
+        stand_in: In the place of an unreadable image is the next one, else a black one with the label UNREADABLE. Where
+            none is left, the next check of errors ends the program.
     """
 
     def __init__(self, dataset: Dataset, errors: ReadErrors, stand_in: bool):
@@ -90,9 +91,7 @@ class ReadableDataset(Dataset):
             except ImageError as e:
                 self.errors.report(self._name(index), e, is_last=self.stand_in and not left)
             index = (index + 1) % len(self)
-        if self.stand_in:
-            raise RuntimeError(f'No image before number {index} can be read.')
-        return _black(self.dataset), UNREADABLE
+        return _black(self.dataset), 0 if self.stand_in else UNREADABLE
 
     def _name(self, index: int) -> str:
         if hasattr(self.dataset, 'samples'):  # torchvision's

@@ -25,6 +25,7 @@ from timm_rs_runtime.files import atomic_path, check_new_file
 from timm_rs_runtime.format import preprocessing_of
 from timm_rs_runtime.images import MODES
 from timm_rs_runtime.ort import open_onnx
+from timm_rs_runtime.unreadable import ReadErrors, UnreadableError
 
 from ..evaluate import count_madds
 from ..quant.quantize import StepFunction, fold, is_quantized
@@ -97,6 +98,7 @@ def export_int8(
         class_names: Optional[Sequence[str]] = None,
         batch_size: int = 4,
         overwrite: bool = False,
+        errors: Optional[ReadErrors] = None,
 ) -> Dict[int, Dict[str, float]]:
     """Write one int8 ONNX file that serves every resolution, see timm_rs.export.int8.
 
@@ -107,6 +109,7 @@ def export_int8(
         class_names: Names of the classes, in their order; if None what the model tells.
         batch_size: Images of a batch.
         overwrite: Replace a file of this name.
+        errors: Where unreadable images are reported, which are left out; by default the first is an error.
 
     Returns:
         For each resolution how the file does on these images beside the network: 'agreement', the share with the same
@@ -131,8 +134,15 @@ def export_int8(
     preprocessing = preprocessing_of(metadata)
     plain = {r: _take(model, r) for r in model.resolutions}
     graph = _trace_all(plain, metadata['architecture'])
-    batches = {r: [stack(images[i:i + batch_size], preprocessing, r) for i in range(0, len(images), batch_size)]
-               for r in plain}
+    errors, mode = errors or ReadErrors(0), MODES[len(metadata['mean'])]
+    batches = {r: [] for r in plain}
+    for i in range(0, len(images), batch_size):
+        opened = [errors.open(image, mode) for image in images[i:i + batch_size]]
+        opened = [image for image in opened if image is not None]
+        for r in plain if opened else ():
+            batches[r].append(stack(opened, preprocessing, r))
+    if not batches[model.resolutions[0]]:
+        raise UnreadableError(f'None of the {len(images)} images can be read.')
     try:
         merged = build(quantize(graph, calibrate(graph, batches)))
     except QuantizationError as e:

@@ -351,13 +351,8 @@ def _decoded_loaders(
     mode = dict(mode=train_set.dataset.input_img_mode)
 
     def decode(title, samples, shapes, settings, batches):
-        try:
-            return open_decoded(
-                args.decoded_cache, title, samples, shapes, dict(mode, **settings), batches, errors,
-                args.decoded_cache_gb)
-        except RuntimeError as e:  # of a worker that found no image to stand in
-            fault = errors.fault()
-            raise fault or e from None
+        return open_decoded(
+            args.decoded_cache, title, samples, shapes, dict(mode, **settings), batches, errors, args.decoded_cache_gb)
 
     train_set.transform = Squash(side)
     train = decode(
