@@ -1,7 +1,7 @@
 """The console command timm-rs
 
 A sub-command is a row of COMMANDS and a module of its name with two functions: add_arguments(parser), which imports
-nothing that takes time, and run(args), which imports what it needs.
+only what is fast to import, and run(args), which imports what it needs.
 """
 import argparse
 import importlib
@@ -20,7 +20,7 @@ __all__ = ['COMMANDS', 'main']
 
 COMMANDS = {
     'calibrate': 'add a resolution that was not trained',
-    'convert': 'make a model folder of a checkpoint, or of one resolution of it',
+    'convert': 'make a model folder from a checkpoint, or from one resolution of it',
     'demo': 'open a local web page that answers a picture at every size',
     'export': 'write a file that runs without timm: ONNX, torch.export or TorchScript',
     'fit-cascade': 'fit thresholds at which an image goes on to a larger size',

@@ -1,8 +1,9 @@
 """One ONNX graph for all sizes
 
 The graphs of one network at several sizes have the same nodes and the same convolution weights. What differs are
-constants: the scale and bias of each BatchNorm, and shapes. Each becomes a table with a row per size, from which the
-input's height and width pick. ONNX Runtime folds it all when it is told the size, see timm_rs_runtime.Session.
+constants: the scale and bias of each BatchNorm, and shapes. Each becomes a table with a row per size; the height and
+width of the input pick the row. ONNX Runtime folds the tables if height and width are fixed, see
+timm_rs_runtime.Session.
 """
 from dataclasses import dataclass
 from typing import Any, Dict, List, Sequence
@@ -29,8 +30,8 @@ class SizedGraph:
     Attributes:
         resolutions: Input sizes in pixels, largest first.
         nodes: The operators in the order of execution.
-        constants: What each constant is at each size, by name.
-        template: Model that has the input 'images' [N, C, H, W], the outputs and the versions of the operators.
+        constants: Value of each constant at each size, by name.
+        template: Model with the input 'images' [N, C, H, W], the outputs and the versions of the operators.
     """
     resolutions: Sequence[int]
     nodes: List[onnx.NodeProto]
@@ -66,7 +67,7 @@ def merge(models: Sequence[onnx.ModelProto], resolutions: Sequence[int]) -> Size
 
 
 def build(graph: SizedGraph) -> onnx.ModelProto:
-    """Return one model whose input is of any of the sizes; another size takes what is of the nearest by area."""
+    """Return one model whose input may have any of the sizes; another size takes the rows of the nearest by area."""
     constants = _Constants(graph.resolutions)
     nodes = []
     for original in graph.nodes:
@@ -91,7 +92,7 @@ def build(graph: SizedGraph) -> onnx.ModelProto:
 
 
 def _settle_sizes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a model of one size in which all that is computed from sizes, but for that of the batch, is a constant."""
+    """Return a model of one size in which everything computed from sizes, except that of the batch, is a constant."""
     known = {t.name for t in model.graph.initializer}
     computed = []
     for node in model.graph.node:
@@ -121,7 +122,7 @@ def _settle_sizes(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 class _Graph:
-    """Nodes without those that only hand on a constant or an alias, and the constants by name."""
+    """Nodes without those that only pass on a constant or an alias, and the constants by name."""
 
     def __init__(self, model: onnx.ModelProto):
         self.constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
@@ -140,13 +141,13 @@ class _Graph:
 
 
 def _check_alike(first: _Graph, other: _Graph, sizes: str) -> None:
-    """Raise MergeError if another operator, attribute or connection stands somewhere."""
+    """Raise MergeError if an operator, attribute or connection differs somewhere."""
     if len(first.nodes) != len(other.nodes):
         raise MergeError(f'the graphs at {sizes} have {len(first.nodes)} and {len(other.nodes)} operators.')
     names: Dict[str, str] = {}  # of the other graph, to those of the first
     for a, b in zip(first.nodes, other.nodes):
         if a.op_type != b.op_type or len(a.input) != len(b.input):
-            raise MergeError(f'at {sizes} stand {a.op_type} and {b.op_type} for {a.name}.')
+            raise MergeError(f'at {sizes} {a.name} is a {a.op_type} and a {b.op_type}.')
         ours, theirs = ({t.name: t.SerializeToString() for t in n.attribute} for n in (a, b))
         different = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
         if different:
@@ -172,7 +173,7 @@ class _Constants:
         self._picked: Dict[tuple, str] = {}
 
     def add(self, name: str, values: Sequence[np.ndarray], picked: bool = False) -> str:
-        """Return the name of a value that is values[i] at size i; picked by the size even where all are the same."""
+        """Return the name of a value that is values[i] at size i; if `picked`, even where all are the same."""
         first = values[0]
         same_shape = all(v.shape == first.shape for v in values)
         if not picked and same_shape and all(np.array_equal(v, first) for v in values[1:]):
@@ -190,16 +191,16 @@ class _Constants:
     def select(self) -> List[onnx.NodeProto]:
         """Return the nodes that find the row and pick it from all tables.
 
-        The row is how many of the areas halfway between two sizes the input's area is below. Integers only: float16
-        ends at 65504, less than 256 x 256, and OpenVINO 2026.4 leaves out an Abs of what comes from a shape. Where
-        height and width are fixed, but not the batch, ONNX Runtime folds the Shape of what has no batch dimension only:
-        of the plane that is the sum of one image's first channel, or of none where the batch is empty.
+        The row is the number of areas, halfway between two sizes, that are larger than the input's area. Only integers:
+        float16 ends at 65504, less than 256 x 256, and OpenVINO 2026.4 drops an Abs of what comes from a shape. Where
+        height and width are fixed but the batch is not, ONNX Runtime folds a Shape only if there is no batch dimension:
+        here that of a plane, the sum of the first channel of one image, or of no image if the batch is empty.
         """
         if not self._picked:
             return []
         nodes, self._nodes = self._nodes, []
         areas = np.square(self._resolutions, dtype=np.int64)
-        halfway = (areas[:-1] + areas[1:] + 1) // 2  # which is the larger size's, like all above it
+        halfway = (areas[:-1] + areas[1:] + 1) // 2  # this area and all above it belong to the larger size
         first, end, axes = (self._initializer(f'first_plane.{k}', np.array(v, np.int64))
                             for k, v in (('start', [0, 0]), ('end', [1, 1]), ('axes', [0, 1])))
         self._node('Slice', ['images', first, end, axes], ['images.slice'])

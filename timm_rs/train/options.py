@@ -73,14 +73,14 @@ def create_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group('Resolutions').add_argument
     add('--resolutions', type=int, nargs='+', default=None, metavar='N',
-        help="input sizes in pixels that get a BatchNorm of their own (default: the model's, 224 192 160 128 96)")
+        help="input sizes in pixels that get their own BatchNorm (default: the model's, 224 192 160 128 96)")
     add('--distill', default='ens_topdown', choices=EnsembleDistillationLoss.MODES,
-        help='teachers of a resolution: nobody, the ensemble, or the ensemble and all larger ones (default)')
+        help='teachers of a resolution: none, the ensemble, or the ensemble and all larger ones (default)')
     add('--loss-reduction', default='sum', choices=EnsembleDistillationLoss.REDUCTIONS,
-        help='sum the losses of all resolutions, as the paper does (default), or take the mean, which suits learning '
-             'rates and weight decays of networks of one size')
+        help='sum the losses of all resolutions, as the paper does (default), or take the mean, which needs the '
+             'learning rate and weight decay of a network of one size')
     add('--small-steps', type=float, default=0., metavar='P',
-        help='share of the updates that train the smaller half of the resolutions alone, which costs little and lets '
+        help='share of the updates that train only the smaller half of the resolutions, which costs little and lets '
              'these train for more epochs (default: 0)')
     add('--sizes-per-update', type=int, default=None, metavar='N',
         help='number of resolutions, drawn at random, that each update trains (default: all)')
@@ -88,7 +88,7 @@ def create_parser() -> argparse.ArgumentParser:
         help='what of a BatchNorm is private to a resolution: both halves (default); only the running statistics, '
              'while all resolutions train one weight and bias; or nothing')
     add('--flip', default='shared', choices=ResolutionPyramid.FLIPS,
-        help='flip an image once for all resolutions (default) or anew for each')
+        help='flip an image once for all resolutions (default) or decide again for each')
     add('--resample', default='matched', choices=ResolutionPyramid.RESAMPLES,
         help='make the smaller images as sharp as those of evaluation (default), or by plain antialiased interpolation')
     add('--memory', default='default', choices=('default', 'lean'),
@@ -123,7 +123,7 @@ def create_parser() -> argparse.ArgumentParser:
         help='start from this checkpoint, plain or switchable, as if it were the pretrained weights; new classifier')
     add('--initial-checkpoint', default='', metavar='PATH', help='load this checkpoint, plain or switchable, strictly')
     add('--resume', default='', metavar='PATH',
-        help='go on from this checkpoint; "auto" from the last one in the output folder, if any')
+        help='continue from this checkpoint; "auto" from the last one in the output folder, if any')
     add('--no-resume-opt', action='store_true', help='do not resume the state of the optimizer')
     add('--num-classes', type=int, default=None, metavar='N', help='number of classes (default: of the data or model)')
     add('--gp', default=None, metavar='POOL', help='global pool: fast, avg, max, avgmax or catavgmax')
@@ -149,7 +149,7 @@ def create_parser() -> argparse.ArgumentParser:
     add('--torchcompile-mode', default=None, help='mode of torch.compile')
 
     add = parser.add_argument_group('Device').add_argument
-    add('--device', default='cuda', help='device to run on; the CPU serves where there is no GPU (default: cuda)')
+    add('--device', default='cuda', help='device to run on; without a GPU the CPU is used (default: cuda)')
     add('--amp', action='store_true', help='mixed precision')
     add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='lower precision of --amp')
     add('--model-dtype', default=None, choices=('float32', 'float16', 'bfloat16'), help='dtype of the weights')
@@ -164,7 +164,7 @@ def create_parser() -> argparse.ArgumentParser:
     add('--opt-betas', type=float, nargs='+', default=None, metavar='BETA', help='betas of the optimizer')
     add('--momentum', type=float, default=0.9, metavar='M', help='momentum (default: 0.9)')
     add('--weight-decay', type=float, default=2e-5, metavar='W',
-        help='weight decay (default: 2e-5), never of BatchNorm, biases and ensemble weights')
+        help='weight decay (default: 2e-5), except of BatchNorm, biases and ensemble weights')
     add('--clip-grad', type=float, default=None, metavar='NORM', help='clip gradients (default: no)')
     add('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='what is clipped')
     add('--layer-decay', type=float, default=None, help='layer-wise decay of the learning rate')
@@ -175,7 +175,7 @@ def create_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group('Learning rate').add_argument
     add('--sched', default='cosine', metavar='NAME', help='schedule of timm (default: cosine)')
     add('--sched-on-updates', action='store_true', help='step the schedule at every update instead of every epoch')
-    add('--lr', type=float, default=None, metavar='LR', help='learning rate; else it follows from --lr-base')
+    add('--lr', type=float, default=None, metavar='LR', help='learning rate (default: from --lr-base)')
     add('--lr-base', type=float, default=0.1, metavar='LR', help='learning rate for --lr-base-size images per update')
     add('--lr-base-size', type=int, default=256, metavar='N', help='images per update that --lr-base is for')
     add('--lr-base-scale', default='', choices=('', 'linear', 'sqrt'),
@@ -199,7 +199,7 @@ def create_parser() -> argparse.ArgumentParser:
     add('--decay-epochs', type=float, default=90, help='epochs between decays of step')
     add('--warmup-epochs', type=int, default=5, help='epochs of warm-up')
     add('--warmup-prefix', action='store_true', help='do not count the warm-up in the schedule')
-    add('--cooldown-epochs', type=int, default=0, help='epochs at the lowest rate in the end')
+    add('--cooldown-epochs', type=int, default=0, help='epochs at the lowest rate at the end')
     add('--patience-epochs', type=int, default=10, help='patience of plateau')
     add('--decay-rate', '--dr', type=float, default=0.1, help='factor of a decay')
 
@@ -228,7 +228,7 @@ def create_parser() -> argparse.ArgumentParser:
     add('--cutmix', type=float, default=0., help='alpha of cutmix')
     add('--cutmix-minmax', type=float, nargs='+', default=None, help='share of cutmix, instead of its alpha')
     add('--mixup-prob', type=float, default=1., help='probability of mixup or cutmix')
-    add('--mixup-switch-prob', type=float, default=0.5, help='probability of cutmix where both are on')
+    add('--mixup-switch-prob', type=float, default=0.5, help='probability of cutmix if both are on')
     add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='what shares a mixing ratio')
     add('--mixup-off-epoch', type=int, default=0, metavar='N', help='no mixing from this epoch on')
     add('--smoothing', type=float, default=0.1, help='label smoothing')
@@ -261,7 +261,7 @@ def create_parser() -> argparse.ArgumentParser:
     add('--checkpoint-hist', type=int, default=10, metavar='N', help='best checkpoints to keep')
     add('--save-epochs', type=int, nargs='+', default=None, metavar='N', help='epochs to keep a milestone of')
     add('-j', '--workers', type=int, default=4, metavar='N', help='loader processes')
-    add('--max-unreadable', type=int, default=100, metavar='N', help='unreadable images that end training if exceeded')
+    add('--max-unreadable', type=int, default=100, metavar='N', help='end with an error beyond N unreadable images')
     add('--save-images', action='store_true', help='save a batch of training images at every log line')
     add('--pin-mem', action='store_true', help='pin memory of batches')
     add('--no-prefetcher', action='store_true', help='normalize on the CPU instead of on the device')
@@ -274,15 +274,15 @@ def create_parser() -> argparse.ArgumentParser:
     add('--log-wandb', action='store_true', help='log to wandb')
     add('--wandb-project', default=None, help='wandb project')
     add('--wandb-tags', nargs='+', default=[], help='wandb tags')
-    add('--wandb-resume-id', default='', help='wandb run to go on with')
+    add('--wandb-resume-id', default='', help='wandb run to continue')
 
     add('--traceback', action='store_true', help='show the traceback of an error')
 
     add = parser.add_argument_group('Hugging Face Hub').add_argument
     add('--push-to-hub', default='', metavar='USER/NAME',
-        help='push the best checkpoint in the end, with the token of HF_TOKEN or of `hf auth login`')
-    add('--push-interval', type=int, default=0, metavar='N', help='push the best one so far every N epochs too')
-    add('--hub-private', action='store_true', help='make the repository a private one')
+        help='push the best checkpoint at the end, with the token of HF_TOKEN or of `hf auth login`')
+    add('--push-interval', type=int, default=0, metavar='N', help='also push the best one so far every N epochs')
+    add('--hub-private', action='store_true', help='make the repository private')
 
     for dest in _REFUSED:
         parser.add_argument('--' + dest.replace('_', '-'), dest=dest, nargs='*', action=_Refuse, help=argparse.SUPPRESS)
@@ -370,7 +370,7 @@ def _convert(parser: argparse.ArgumentParser, path: str, action: argparse.Action
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Settle what flags say together."""
+    """Check the flags against each other and settle those that depend on others."""
     if args.task not in ('classification', ''):
         parser.error(f'--task {args.task} is not supported: distillation is defined for one label per image.')
     if args.data and args.data_dir and args.data != args.data_dir:
@@ -386,11 +386,11 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} is {value}, expected at least {least}.")
     if args.stop_epoch is not None and args.stop_epoch > args.epochs:
-        parser.error(f'--stop-epoch {args.stop_epoch} lies behind --epochs {args.epochs}.')
+        parser.error(f'--stop-epoch is {args.stop_epoch}, expected at most --epochs {args.epochs}.')
     if args.amp and args.model_dtype not in (None, 'float32'):
         parser.error(f'--amp keeps the weights in float32, so it does not go with --model-dtype {args.model_dtype}.')
     if args.resume == 'auto' and not args.experiment:
-        parser.error('--resume auto needs --experiment, the name of the run to go on with.')
+        parser.error('--resume auto needs --experiment, the name of the run to continue.')
     if args.memory == 'lean' and args.torchcompile:
         parser.error('--memory lean recomputes outside the compiled graph, so it does not go with --torchcompile.')
     if args.decoded_cache:
