@@ -147,7 +147,7 @@ def _check_alike(first: _Graph, other: _Graph, sizes: str) -> None:
     names: Dict[str, str] = {}  # of the other graph, to those of the first
     for a, b in zip(first.nodes, other.nodes):
         if a.op_type != b.op_type or len(a.input) != len(b.input):
-            raise MergeError(f'at {sizes} {a.name} is a {a.op_type} and a {b.op_type}.')
+            raise MergeError(f'at {sizes} the operators of {a.name} are {a.op_type} and {b.op_type}.')
         ours, theirs = ({t.name: t.SerializeToString() for t in n.attribute} for n in (a, b))
         different = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
         if different:
