@@ -26,6 +26,8 @@ import json
 import math
 import shlex
 import statistics
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -34,7 +36,6 @@ from _runs import Run, hold_out, train_all
 from _shared import ROOT, create_parser, environment, shell_command, write_json
 from _tables import METHODS, markdown, plot, rows_of, scores_of
 
-import validate_rs
 from timm_rs.evaluate import count_madds, count_parameters
 from timm_rs.train.options import parse_args as parse_flags
 
@@ -171,12 +172,14 @@ def read(cell, args):
     if others and not cell['search']:
         recipe, path = args.recipe, cell['run'].folder / 'other_sizes.json'
         if not path.exists():
-            validate_rs.main([
-                args.data_dir, '--split', 'val', '--checkpoint', str(path.parent / 'last.pth.tar'), '--img-size',
-                *map(str, others), '--results-file', str(path), '--crop-pct', str(recipe.crop_pct or 0.875),
+            subprocess.run([
+                sys.executable, 'validate_rs.py', args.data_dir, '--split', 'val',
+                '--checkpoint', str(cell['run'].folder / 'last.pth.tar'), '--img-size', *map(str, others),
+                '--results-file', str(path), '--workers', str(recipe.workers),
+                '--crop-pct', str(recipe.crop_pct or 0.875),
                 *(['--interpolation', recipe.interpolation] if recipe.interpolation else []),
                 *(['--amp', '--amp-dtype', recipe.amp_dtype] if recipe.amp else []),
-                *(['--channels-last'] if recipe.channels_last else [])])
+                *(['--channels-last'] if recipe.channels_last else [])], cwd=ROOT, check=True)
         for row in json.loads(path.read_text()):
             for metric, values in found.items():
                 values[str(row['resolution'])] = row[metric]
