@@ -77,6 +77,18 @@ def assert_equal(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
+def break_size(path, index):
+    """Put NaN into the row of a size in an exported file, as a training that diverged there would."""
+    import onnx
+
+    model = onnx.load(path)
+    table = next(t for t in model.graph.initializer if len(t.dims) == 2 and t.dims[0] == len(RESOLUTIONS))
+    values = onnx.numpy_helper.to_array(table).copy()
+    values[index] = float('nan')
+    table.CopyFrom(onnx.numpy_helper.from_array(values, table.name))
+    onnx.save(model, path)
+
+
 def pytest_collection_modifyitems(items):
     """Put first what forks: a process that has run a backward pass may not fork one that runs another."""
     forking = ('test_distributed', 'test_quant_distributed', 'test_resume', 'test_streams')

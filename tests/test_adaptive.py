@@ -1,5 +1,6 @@
 """The session that keeps a budget, on a clock that only moves when the network runs"""
 import io
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,11 +15,15 @@ pytest.importorskip('onnxruntime')
 from timm_rs.export.export import export_switchable  # noqa: E402
 from timm_rs_runtime import (  # noqa: E402
     AdaptiveSession,
+    ClosedError,
     Controller,
     ImageError,
+    InferenceError,
+    NotFiniteError,
     Preprocessing,
     QueueFullError,
     Session,
+    UserError,
 )
 from timm_rs_runtime.adaptive import READ_AHEAD, Estimate, measure_latency  # noqa: E402
 
@@ -283,7 +288,7 @@ def test_a_slow_client_holds_up_nobody():
     PHOTOGRAPH.save(data, 'png')
 
     class Upload:
-        def read(self):
+        def read(self, size):
             reading.set()
             assert sent.wait(10)
             return data.getvalue()
@@ -301,7 +306,7 @@ def test_a_client_that_breaks_off():
     class Upload:
         name = 'photo.jpg'
 
-        def read(self):
+        def read(self, size):
             raise ConnectionResetError('gone')
 
     session, _ = adaptive(100)
@@ -350,9 +355,13 @@ def test_prometheus_text():
 
 
 @pytest.mark.parametrize('budget, kwargs, message', [
-    (0, {}, 'A budget of 0 ms'),
-    (float('nan'), {}, 'expected a positive number'),
-    (10, dict(max_queue=-1), 'max_queue is -1'),
+    (0, {}, 'budget_ms is 0, expected a positive number'),
+    (float('nan'), {}, 'budget_ms is nan'),
+    (float('inf'), {}, 'budget_ms is inf'),
+    ('10', {}, "budget_ms is '10'"),
+    (10, dict(max_queue=-1), 'max_queue is -1, expected a whole number from 0 to 1000000'),
+    (10, dict(max_queue=1.5), 'max_queue is 1.5'),
+    (10, dict(read_timeout=0), 'read_timeout is 0'),
     (10, dict(floor=64), 'Unknown floor 64'),
 ])
 def test_unusable_arguments(budget, kwargs, message):
@@ -360,14 +369,139 @@ def test_unusable_arguments(budget, kwargs, message):
         adaptive(budget, **kwargs)
 
 
-def test_unusable_images():
-    session, _ = adaptive(20)
-    with pytest.raises(ValueError, match='Got no images'):
-        session.predict([])
-    with pytest.raises(ValueError, match='Got an array'):
-        session.predict(np.zeros((1, 3, 96, 96), np.float32))
-    with pytest.raises(ValueError, match='budget of -1'):
-        session.predict(PHOTOGRAPH, budget_ms=-1)
+def test_every_request_counts_once(tmp_path):
+    """Whatever is wrong with it: served, failed and refused are all that came."""
+    session, simulated = adaptive(20)
+    (tmp_path / 'text.png').write_text('nothing')
+    os.mkfifo(tmp_path / 'pipe.png')
+    for images, budget_ms, message in (
+        ([], None, 'Got no images'),
+        (np.zeros((1, 3, 96, 96), np.float32), None, 'Got ndarray, expected images; Session.predict takes arrays'),
+        (None, None, 'Got NoneType, expected images'),
+        (3, None, 'Got int, expected images'),
+        ([None], None, 'Got NoneType, expected the name of an image'),
+        ([PHOTOGRAPH, 'nowhere.jpg'], None, 'nowhere.jpg does not exist'),
+        ('a\0b.jpg', None, 'cannot be read'),
+        (tmp_path, None, 'is not a regular file'),
+        (tmp_path / 'text.png', None, 'is not an image'),
+        (tmp_path / 'pipe.png', None, 'is not a regular file'),
+        (b'', None, 'is not an image'),
+        ([PHOTOGRAPH] * 4097, None, 'number of images is 4097'),
+        (PHOTOGRAPH, -1, 'budget_ms is -1'),
+        (PHOTOGRAPH, float('nan'), 'budget_ms is nan'),
+    ):
+        before = session.stats()['failed']
+        with pytest.raises(UserError, match=message):
+            session.predict(images, budget_ms)
+        assert session.stats()['failed'] == before + 1
+    for error in (NotFiniteError('m.onnx', 96, np.full((1, 2), np.nan), ['x']), InferenceError('x'),
+                  ZeroDivisionError(), KeyboardInterrupt()):
+
+        def fail(error=error):
+            raise error
+
+        simulated.before = fail
+        with pytest.raises(type(error)):
+            session.predict(PHOTOGRAPH)
+    simulated.before = lambda: None
+    assert [session.predict(PHOTOGRAPH).in_time for _ in range(3)] == [True] * 3
+    stats = session.stats()
+    assert (stats['failed'], stats['rejected'], sum(stats['requests'].values())) == (18, 0, 3)
+    assert stats['queue'] == 0
+
+
+def test_not_finite_logits_name_the_image():
+    session, simulated = adaptive(100)
+
+    def fail():
+        raise NotFiniteError('m.onnx', 224, np.array([[1., 0.], [np.nan, 0.]]), ['image 0', 'image 1'])
+
+    simulated.before = fail
+    named = [PHOTOGRAPH.copy(), PHOTOGRAPH.copy()]
+    named[1].filename = 'bad.jpg'
+    with pytest.raises(NotFiniteError, match='m.onnx at 224 px answers .*: bad.jpg.$'):
+        session.predict(named)
+
+
+def test_starts_though_a_size_is_broken():
+    """Whoever asks for it is told; other sizes answer."""
+    class Broken(SimulatedSession):
+        def predict(self, batch):
+            logits = super().predict(batch)
+            if batch.shape[-1] == 96:
+                raise NotFiniteError('m.onnx', 96, logits * np.nan, ['a'] * len(batch))
+            return logits
+
+    simulated = Broken()
+    session = AdaptiveSession(simulated, 20, clock=simulated.clock)
+    assert session.latency == pytest.approx(LATENCY)
+    assert session.predict(PHOTOGRAPH).resolution == 224
+    with pytest.raises(NotFiniteError, match='96 px'):
+        session.predict(PHOTOGRAPH, budget_ms=5)
+
+
+# What stalls, and the end
+
+@pytest.mark.parametrize('kind', ('name', 'binary file', 'image'))
+def test_what_stalls_fails_and_holds_up_nobody(kind, tmp_path, monkeypatch):
+    session, simulated = adaptive(100, read_timeout=0.3)
+    PHOTOGRAPH.save(tmp_path / 'a.png')
+    reading, go_on = threading.Event(), threading.Event()
+
+    class Stalled(io.FileIO):
+        def read(self, *size):
+            reading.set()
+            go_on.wait(10)
+            return super().read(*size)
+
+    stalled = tmp_path / 'a.png'
+    if kind == 'name':
+        monkeypatch.setattr('builtins.open', lambda path, *args, **kwargs: Stalled(path))
+    elif kind == 'binary file':
+        stalled = Stalled(tmp_path / 'a.png')
+    else:
+        stalled = Image.open(tmp_path / 'a.png')
+        stalled.fp = Stalled(tmp_path / 'a.png')
+    with ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(session.predict, stalled)
+        assert reading.wait(10)
+        monkeypatch.undo()
+        assert session.predict(PHOTOGRAPH).in_time and not slow.done()
+        assert 'was not read within 0.3 s' in str(slow.exception(10))
+        go_on.set()
+    stats = session.stats()
+    assert (stats['failed'], sum(stats['requests'].values())) == (1, 1)
+
+
+def test_what_waits_at_close_fails_and_what_is_served_is_answered():
+    session, simulated = adaptive(100)
+    with ThreadPoolExecutor(24) as pool:
+        futures, go_on = queue_up(session, simulated, pool, [PHOTOGRAPH] * 10)
+        session.close()
+        errors = [f.exception(10) for f in futures[1:]]
+        assert {type(e) for e in errors} == {ClosedError} and not futures[0].done()
+        with pytest.raises(ClosedError, match='AdaptiveSession.* was closed, open another one'):
+            session.predict(PHOTOGRAPH)
+        go_on.set()
+        assert futures[0].result(10).in_time
+    stats = session.stats()
+    assert (stats['failed'], sum(stats['requests'].values()), stats['queue']) == (11, 1, 0)
+
+
+def test_the_last_request_closes_the_file(tmp_path, monkeypatch):
+    path = str(tmp_path / 'all.onnx')
+    export_switchable(rs_model(), path)
+    with AdaptiveSession(path, budget_ms=1e6, threads=1) as session:
+        predict = Session.predict
+
+        def close_and_predict(self, batch):
+            session.close()
+            return predict(self, batch)
+
+        monkeypatch.setattr(Session, 'predict', close_and_predict)
+        assert session.predict(PHOTOGRAPH).resolution == 64
+    with pytest.raises(ClosedError):
+        predict(session.session, np.zeros((1, 3, 64, 64), np.float32))
 
 
 def test_an_exported_file_served_to_many_threads(tmp_path):

@@ -16,7 +16,7 @@ pytest.importorskip('onnxruntime')
 
 from timm_rs.export.export import export_switchable  # noqa: E402
 from timm_rs_cli import main  # noqa: E402
-from timm_rs_runtime import Cascade, CascadeSession, ImageError, Session  # noqa: E402
+from timm_rs_runtime import Cascade, CascadeSession, ImageError, NotFiniteError, Session  # noqa: E402
 from timm_rs_runtime.cascade import read_cascade, softmax, write_cascade  # noqa: E402
 from timm_rs_runtime.fitting import (  # noqa: E402
     collect_logits,
@@ -115,12 +115,59 @@ def test_one_image_and_none(session, photographs):
     assert 'thresholds={48: 1.0, 64: 0.0}' in repr(cascade)
 
 
+class Scripted:
+    """Answers images, whose grey value is their index, with logits that are written down by resolution."""
+    path, num_classes, mean, madds = 'm.onnx', 2, (0.5,), {32: 1, 48: 10, 64: 100}
+
+    def __init__(self, logits):
+        self.logits = {r: np.array(rows, np.float32) for r, rows in logits.items()}
+
+    def check_resolution(self, resolution):
+        return resolution
+
+    def check_takes_images(self):
+        pass
+
+    def predict(self, images, resolution):
+        found = self.logits[resolution][[image.getpixel((0, 0)) for image in images]]
+        if not np.isfinite(found).all():
+            raise NotFiniteError(self.path, resolution, found, [image.filename for image in images])
+        return found
+
+
+def numbered(count):
+    found = [Image.new('L', (4, 4), i) for i in range(count)]
+    for i, image in enumerate(found):
+        image.filename = f'{i}.png'
+    return found
+
+
+NAN, INF = float('nan'), float('inf')
+
+
+@pytest.mark.parametrize('average', (False, True))
+def test_answers_that_are_not_finite_do_not_count(average):
+    """Image 0 is sure at once, 1 broken at the first size, 2 unsure there and broken at the second."""
+    logits = {32: [[9, 0], [NAN, 0], [2, 1]], 48: [[0, 0], [8, 0], [-INF, 0]], 64: [[0, 0], [0, 0], [0, 5]]}
+    found = CascadeSession(Scripted(logits), Cascade({32: 0.9, 48: 0.9, 64: 0.}, average)).predict(numbered(3))
+    assert found.resolutions.tolist() == [32, 48, 64] and found.madds.tolist() == [1, 11, 111]
+    np.testing.assert_array_equal(found.logits, [[9, 0], [8, 0], [1, 3] if average else [0, 5]])
+
+
+def test_an_image_fails_whose_last_answer_is_not_finite():
+    logits = {32: [[0, 0], [0, 0]], 64: [[9, 0], [NAN, NAN]]}
+    session = CascadeSession(Scripted(logits), {32: 0.9, 64: 0.})
+    with pytest.raises(NotFiniteError, match='m.onnx at 64 px answers .* not finite numbers: 1.png.$'):
+        session.predict(numbered(2))
+    assert session.predict(numbered(1)).logits.tolist() == [[9, 0]]
+
+
 def test_unusable_images(session, photographs, tmp_path):
     (tmp_path / 'bad.jpg').write_text('nothing')
     cascade = CascadeSession(session, {48: 1., 64: 0.})
     with pytest.raises(ImageError, match='bad.jpg is not an image'):
         cascade.predict([*photographs.glob('*/*.png'), tmp_path / 'bad.jpg'])
-    with pytest.raises(ValueError, match='Got an array'):
+    with pytest.raises(ImageError, match='Got ndarray, expected images; Session.predict takes arrays'):
         cascade.predict(np.zeros((1, 3, 48, 48), np.float32))
 
 

@@ -1,22 +1,36 @@
 """The session that runs an exported file"""
+import copy
 import io
+import itertools
+import os
+import pickle
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import images, rs_model
+from conftest import break_size, images, rs_model
 from PIL import Image
 
 pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 
 from timm_rs.export.export import export_int8, export_resolution, export_switchable  # noqa: E402
-from timm_rs_runtime import AdaptiveSession, CascadeSession, ImageError, Session, ort  # noqa: E402
-from timm_rs_runtime.ort import InferenceError  # noqa: E402
+from timm_rs_runtime import (  # noqa: E402
+    AdaptiveSession,
+    CascadeSession,
+    ClosedError,
+    ImageError,
+    InferenceError,
+    NotFiniteError,
+    Session,
+    UserError,
+    ort,
+)
 from timm_rs_runtime.predict import Predictor  # noqa: E402
 from timm_rs_runtime.session import MODES  # noqa: E402
 
@@ -201,7 +215,9 @@ def test_other_files_are_refused(model, tmp_path):
 
 @pytest.mark.parametrize('arguments, message', [
     (dict(mode='quick'), "Unknown mode 'quick', expected 'fast' or 'low_memory'"),
-    (dict(threads=0), 'threads is 0'),
+    (dict(threads=0), 'threads is 0, expected a whole number from 1 to 1024'),
+    (dict(threads=10 ** 9), 'threads is 1000000000'),
+    (dict(threads='2'), "threads is '2'"),
 ])
 def test_unusable_arguments(file, arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -219,3 +235,153 @@ assert not any(name.startswith('timm.') for name in sys.modules)
 """
     result = subprocess.run([sys.executable, '-c', program], check=True, stdout=subprocess.PIPE, text=True)
     assert result.stdout == '(1, 10)\n' * 2
+
+
+# Logits that are not finite
+
+@pytest.fixture(scope='module')
+def broken(tmp_path_factory):
+    """Return a network of which 48 px are broken."""
+    path = str(tmp_path_factory.mktemp('broken') / 'broken.onnx')
+    export_switchable(rs_model(), path)
+    break_size(path, RESOLUTIONS.index(48))
+    return path
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_not_finite_logits_are_an_error(broken, photograph, mode):
+    opened = Session(broken, threads=1, mode=mode)
+    assert np.isfinite(opened.predict(photograph, 64)).all()
+    with pytest.raises(NotFiniteError) as e:
+        opened.predict([photograph, Image.open(photograph)], 48)
+    assert str(e.value) == (
+        f'{broken} at 48 px answers with logits that are not finite numbers: {photograph}, {photograph}.')
+    assert str(pickle.loads(pickle.dumps(e.value))) == str(e.value)
+
+
+def test_the_broken_images_of_a_batch_are_named(file):
+    x = images(48, n=3).numpy()
+    x[1, 0, 0, 0] = np.inf
+    with pytest.raises(NotFiniteError, match='at 48 px .* finite numbers: image 1 of the batch.$') as e:
+        Session(file, threads=1).predict(x)
+    assert np.isfinite(e.value.logits).all(1).tolist() == [True, False, True]
+
+
+# How it ends, and where it goes
+
+def test_close(file, photograph):
+    with Session(file, threads=1) as opened:
+        assert opened.predict(photograph).shape == (1, 10)
+    for call in (opened.predict, lambda _: opened.warm_up(), lambda _: pickle.dumps(opened)):
+        with pytest.raises(ClosedError, match='all.onnx.* was closed, open another one'):
+            call(photograph)
+    opened.close()
+    assert opened.resolutions == RESOLUTIONS and file in repr(opened)
+
+
+def test_what_runs_at_close_is_answered(file, monkeypatch):
+    opened = Session(file, threads=1)
+    run = ort.run
+
+    def close_and_run(*args):
+        opened.close()
+        return run(*args)
+
+    monkeypatch.setattr(ort, 'run', close_and_run)
+    assert opened.predict(np.zeros((2, 3, 48, 48), np.float32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize('duplicate', (copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))))
+def test_copies_are_sessions_of_their_own(file, photograph, duplicate, monkeypatch):
+    monkeypatch.chdir(os.path.dirname(file))
+    opened = Session('all.onnx', threads=1, mode='low_memory')
+    monkeypatch.chdir('/')
+    other = duplicate(opened)
+    logits = opened.predict(photograph)
+    opened.close()
+    assert other.mode == 'low_memory'
+    np.testing.assert_array_equal(other.predict(photograph), logits)
+
+
+def test_what_wraps_a_session_is_copied_too(file, photograph):
+    for opened in (AdaptiveSession(file, 1e6, max_queue=3, threads=1, patience=2),
+                   CascadeSession(file, {48: 0.5, 64: 0.}, threads=1)):
+        other = pickle.loads(pickle.dumps(opened))
+        np.testing.assert_allclose(other.predict(photograph).logits, opened.predict(photograph).logits, atol=1e-5)
+        opened.close()
+        with pytest.raises(ClosedError, match='was closed'):
+            opened.predict(photograph)
+        with pytest.raises(ClosedError):
+            opened.session.predict(photograph)
+    with CascadeSession(Session(file, threads=1), {64: 0.}) as given:
+        pass
+    assert given.session.predict(photograph).shape == (1, 10)  # whoever opened it closes it
+
+
+@pytest.mark.parametrize('threads', (1, 2))
+def test_forked_processes_answer_and_end(file, photograph, threads):
+    """While a thread of the parent is inside a session, and another holds the place in its line."""
+    program = f"""
+import os, sys, threading, time
+from timm_rs_runtime import AdaptiveSession, CascadeSession, Session
+session = Session({file!r}, threads={threads})
+services = [session, AdaptiveSession(session, 1e6), CascadeSession(session, {{48: 1., 64: 0.}})]
+expected = session.predict({photograph!r}).argmax()
+def work(service):
+    while True:
+        service.predict({photograph!r})
+for service in services:
+    threading.Thread(target=work, args=(service,), daemon=True).start()
+children = []
+for _ in range(8):
+    pid = os.fork()
+    if not pid:
+        for service in services:
+            answer = service.predict({photograph!r})
+            assert getattr(answer, 'logits', answer).argmax() == expected
+        assert sum(services[1].stats()['requests'].values()) == 1
+        sys.exit(7)
+    children.append(pid)
+codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+print(codes, flush=True)
+os._exit(0)
+"""
+    process = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', program], stdout=subprocess.PIPE, text=True, timeout=240)
+    assert process.stdout == f'{[7] * 8}\n'
+
+
+def test_contacts_nobody():
+    """ONNX Runtime from 1.29 on would report its use, from a thread of its own."""
+    program = """
+import numpy, os
+before = len(os.listdir('/proc/self/task'))
+import timm_rs_runtime
+print(os.environ['ORT_DISABLE_TELEMETRY'], len(os.listdir('/proc/self/task')) - before)
+"""
+    result = subprocess.run([sys.executable, '-c', program], check=True, stdout=subprocess.PIPE, text=True)
+    assert result.stdout == '1 0\n'
+
+
+# Bounds
+
+def test_more_threads_than_cores_come_back(file, photograph):
+    start = time.monotonic()
+    assert Session(file, threads=64).predict(photograph).shape == (1, 10)
+    assert time.monotonic() - start < 60
+
+
+def test_images_of_a_request_are_bounded(file):
+    opened = Session(file, threads=1)
+    with pytest.raises(UserError, match='number of images is 4097, expected a whole number from 0 to 4096'):
+        opened.predict('a.jpg' for _ in itertools.count())
+    with pytest.raises(ImageError, match='Got NoneType, expected images'):
+        opened.predict(None)
+
+
+def test_pipes_are_refused_at_once(file, tmp_path):
+    os.mkfifo(tmp_path / 'pipe.png')
+    opened = Session(file, threads=1)
+    for call in (opened.predict, AdaptiveSession(opened, 1e6).predict, CascadeSession(opened, {48: 0.}).predict):
+        with pytest.raises(ImageError, match='pipe.png is not a regular file, expected an image'):
+            call(tmp_path / 'pipe.png')

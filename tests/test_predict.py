@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import rs_model
+from conftest import break_size, rs_model
 from PIL import Image
 
 pytest.importorskip('onnx')
@@ -126,6 +126,32 @@ def test_standard_input(file, folder, capsys, monkeypatch, content):
         assert len(lines) == 6
 
 
+def test_a_pipe_is_refused_at_once(file, folder, capsys):
+    os.mkfifo(folder / 'pipe.png')
+    lines, (error,) = predict(capsys, folder / 'pipe.png', folder / 'a.png', '--model', file, code=1)
+    assert len(lines) == 6
+    assert error == f"timm-rs predict: error: {folder / 'pipe.png'} is not a regular file, expected an image."
+
+
+def test_no_answer_is_not_a_number(folder, capsys, tmp_path):
+    """A network of which 48 px are broken answers at 64 px; a cascade goes on to them."""
+    path = tmp_path / 'broken.onnx'
+    export_switchable(rs_model(), str(path))
+    break_size(path, 1)
+    image = folder / 'a.png'
+    lines, errors = predict(capsys, image, '--model', path, '--resolution', 64)
+    assert len(lines) == 6 and not errors
+    lines, (error,) = predict(capsys, image, '--model', path, '--resolution', 48, code=1)
+    assert not lines and error == (
+        f'timm-rs predict: error: {path} at 48 px answers with logits that are not finite numbers: {image}.')
+    (line,), errors = predict(capsys, image, '--json', '--model', path, '--resolution', 48, code=1)
+    assert not errors and 'not finite' in json.loads(line, parse_constant=pytest.fail)['error']
+    for thresholds, code in (({48: 0.5, 64: 0.}, None), ({48: 0.}, 1)):
+        write_cascade(tmp_path / 'c.json', Cascade(thresholds), overwrite=True)
+        lines, errors = predict(capsys, image, '--cascade', tmp_path / 'c.json', '--model', path, code=code)
+        assert ((': 64 px,' in lines[0]) if code is None else 'not finite' in errors[0])
+
+
 def test_budgets(file, folder, capsys):
     lines, errors = predict(capsys, folder / 'a.png', '--budget-ms', 1e6, '--model', file)
     assert ': 64 px,' in lines[0] and not errors
@@ -143,7 +169,7 @@ def test_cascades(file, folder, capsys, tmp_path):
 
 @pytest.mark.parametrize('arguments, code, message', [
     (['--resolution', '40'], 1, 'Unknown resolution 40'),
-    (['--budget-ms', '-1'], 1, 'A budget of -1.0 ms'),
+    (['--budget-ms', '-1'], 1, 'budget_ms is -1.0, expected a positive number'),
     (['--cascade', 'nowhere.json'], 1, 'nowhere.json does not exist'),
     (['--top', '0'], 1, '--top is 0'),
     (['--budget-ms', '5', '--resolution', '64'], 2, 'not allowed with argument'),

@@ -1,23 +1,28 @@
-"""Deployment: one ONNX file for all resolutions, and what runs it
-
-What is imported here needs NumPy, Pillow and ONNX Runtime alone. Writing such a file (timm_rs.export.export) needs
-torch and timm.
-"""
+"""Runs the ONNX files of `timm-rs export` at any of their resolutions; needs NumPy, Pillow and ONNX Runtime only"""
 from .adaptive import AdaptiveSession, Controller, Prediction, QueueFullError
 from .cascade import Cascade, CascadePrediction, CascadeSession
+from .errors import UserError
 from .images import ImageError
+from .lifetime import ClosedError
+from .ort import InferenceError
 from .preprocess import Preprocessing
-from .session import Session
+from .session import NotFiniteError, Session
+from .version import __version__
 
 __all__ = [
     'AdaptiveSession',
     'Cascade',
     'CascadePrediction',
     'CascadeSession',
+    'ClosedError',
     'Controller',
     'ImageError',
+    'InferenceError',
+    'NotFiniteError',
     'Prediction',
     'Preprocessing',
     'QueueFullError',
     'Session',
+    'UserError',
+    '__version__',
 ]

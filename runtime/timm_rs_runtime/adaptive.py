@@ -1,25 +1,31 @@
 """A session that keeps a latency budget by choosing the resolution of each request"""
+import os
 import statistics
 import threading
 import time
 import warnings
 from collections import deque
-from contextlib import contextmanager
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
-from typing import Any, Callable, Deque, Dict, Iterator, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from PIL import Image
 
+from .checks import check_count, check_positive
 from .errors import UserError
-from .images import MODES, ImageSource, buffered, is_image_source, open_image
-from .session import Session
+from .images import MODES, ImageError, ImageSource, buffered, is_in_memory, name_of, open_image
+from .lifetime import Closable
+from .session import NotFiniteError, Session, image_list
 
 __all__ = ['AdaptiveSession', 'Controller', 'Prediction', 'QueueFullError', 'measure_latency']
 
-
-READ_AHEAD = 3  # requests whose images are read while they wait
+READ_AHEAD = 3  # requests whose images are decoded while they wait
+MAX_QUEUE = 10 ** 6
 
 
 class QueueFullError(UserError, RuntimeError):
@@ -126,7 +132,7 @@ class Controller:
 
         Args:
             left: Seconds until the deadline of each, in the order in which they are served.
-            counts: Images of each, one if None; runs of the network where it takes whole batches alone.
+            counts: Images of each, one if None; runs of the network where it takes only whole batches.
         """
         counts = counts or [1] * len(left)
         fitting = self._largest(left, counts, 1.)
@@ -178,21 +184,26 @@ class _Request:
     turn: threading.Event = field(default_factory=threading.Event)
 
 
-class AdaptiveSession:
+class AdaptiveSession(Closable):
     """Serves each request at the largest resolution that the budget, the queue and recent latency allow.
 
     Any number of threads may call predict. Requests are served one after the other, in the order in which they came,
-    each in the thread that called. While one is served the next in line decode their images, READ_AHEAD at most, so
-    that memory does not grow with the line. Binary files are read before, so that a slow client holds up nobody.
+    each in the thread that called. Files are read before a request stands in line, so that a stalled disk or a slow
+    client holds up nobody else. While one request is served the next in line decode their images, at most READ_AHEAD,
+    so that memory does not grow with the line.
+
+    It can be closed, is a context manager, can be pickled and copied, and works in forked processes: a copy opens the
+    file and measures again; a forked process starts with an empty line and counters at 0.
 
     Args:
         path: File of `timm-rs export --format onnx`, or a Session.
         budget_ms: Milliseconds from a call of predict to its answer; of binary files from when they are read.
         floor: Smallest resolution to use, the smallest one of the file if None.
-        max_queue: Requests that may wait; one more is refused.
+        max_queue: Requests that may wait, at most MAX_QUEUE; one more is refused.
         threads: Threads of an inference, all cores if None.
         mode: See Session.
-        clock: Tells the time in seconds.
+        read_timeout: Seconds after which a request whose files are not read yet fails.
+        clock: Returns the time in seconds.
         **options: Of the Controller: margin, headroom, patience.
 
     Attributes:
@@ -204,7 +215,7 @@ class AdaptiveSession:
             floor all the same, and a RuntimeWarning says so at the start.
 
     Raises:
-        ValueError: The file is no export of timm_rs, or an argument is not usable.
+        UserError: The file is not an export of timm_rs, or an argument is not usable.
 
     Example:
         >>> session = AdaptiveSession('model.onnx', budget_ms=50, threads=1)    # doctest: +SKIP
@@ -222,22 +233,18 @@ class AdaptiveSession:
             max_queue: int = 256,
             threads: Optional[int] = None,
             mode: str = 'fast',
+            read_timeout: float = 30.,
             clock: Callable[[], float] = time.perf_counter,
             **options: Any,
     ):
-        _check_budget(budget_ms)
-        if max_queue < 0:
-            raise UserError(f'max_queue is {max_queue}, expected 0 or more.')
-        self.session = path if hasattr(path, 'predict') else Session(path, threads, mode)
-        self.budget_ms = budget_ms
-        self.max_queue = max_queue
+        self.budget_ms = check_positive('budget_ms', budget_ms)
+        self.max_queue = check_count('max_queue', max_queue, 0, MAX_QUEUE)
+        self.read_timeout = check_positive('read_timeout', read_timeout)
+        self.session = Session.open(path, threads, mode)
+        self._is_owner = self.session is not path
         self._clock = clock
         self.latency, overhead = measure_latency(self.session, clock=clock)
         self._controller = Controller(self.latency, overhead, floor, **options)
-        self._lock = threading.Lock()
-        self._line: Deque[_Request] = deque()  # who is served, then who waits
-        self._requests = dict.fromkeys(self._controller.resolutions, 0)
-        self._misses = self._rejected = self._failed = 0
         smallest = self._controller.resolutions[-1]
         fastest_ms = 1e3 * self._controller.expected(smallest)
         self.feasible = fastest_ms <= budget_ms
@@ -245,9 +252,25 @@ class AdaptiveSession:
             warnings.warn(
                 f'A budget of {budget_ms:g} ms is below the {fastest_ms:.1f} ms that {smallest} px takes here: every '
                 f'request is served at {smallest} px, late.', RuntimeWarning, stacklevel=2)
+        self._after_fork()
+        super().__init__(partial(
+            type(self), os.path.abspath(path) if self._is_owner else path, budget_ms, floor, max_queue, threads, mode,
+            read_timeout, clock, **options))
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}({self.session!r}, budget_ms={self.budget_ms:g})'
+
+    def close(self) -> None:
+        """Answer nobody any more. What is being served is answered, what waits gets a ClosedError.
+
+        The Session is closed as well, unless it was given.
+        """
+        with self._lock:
+            super().close()
+            for request in self._line:
+                request.near.set()
+                request.turn.set()
+            self._end_if_over()
 
     def predict(
             self,
@@ -261,46 +284,80 @@ class AdaptiveSession:
             budget_ms: Budget of this request, the session's if None.
 
         Raises:
+            ClosedError: The session was closed.
+            ImageError: An image cannot be used; the message names it.
+            InferenceError: ONNX Runtime fails, for example for lack of memory.
+            NotFiniteError: The network answers with NaN or infinity.
             QueueFullError: Too many requests are waiting.
-            ImageError: A ValueError that names an image that cannot be used.
-            ValueError: There are no images, or they are arrays, whose size is given.
-            RuntimeError: ONNX Runtime fails, for example for lack of memory.
+            UserError: There are no images, or more than MAX_IMAGES, or the budget is not a positive number.
         """
-        budget_ms = self.budget_ms if budget_ms is None else _check_budget(budget_ms)
-        if isinstance(images, np.ndarray):
-            raise UserError('Got an array, whose size is given; expected images (Session.predict takes arrays).')
-        images = [images] if is_image_source(images) else list(images)
-        if not images:
-            raise UserError('Got no images, expected at least one.')
+        start = self._clock()
         try:
-            images = [buffered(image) for image in images]  # what a client still sends would hold up the line
-            start = self._clock()
-            runs = -(-len(images) // (self.session.batch_size or 1))  # each takes as long as one of a single image
-            request = _Request(start + budget_ms / 1e3, runs)
-            with self._in_line(request):
-                images = [open_image(image, MODES[len(self.session.mean)]) for image in images]
-                request.turn.wait()
-                resolution, logits = self._serve(images)
-                milliseconds = 1e3 * (self._clock() - start)
-                with self._lock:
-                    self._requests[resolution] += 1
-                    self._misses += milliseconds > budget_ms
+            found = self._predict(images, self.budget_ms if budget_ms is None else budget_ms, start)
         except QueueFullError:
+            with self._lock:
+                self._rejected += 1
             raise
-        except Exception:
+        except BaseException:
             with self._lock:
                 self._failed += 1
             raise
+        with self._lock:
+            self._requests[found.resolution] += 1
+            self._misses += not found.in_time
+        return found
+
+    def _predict(
+            self,
+            images: Union[ImageSource, Sequence[ImageSource]],
+            budget_ms: float,
+            start: float,
+    ) -> Prediction:
+        check_positive('budget_ms', budget_ms)
+        images = image_list(images)
+        if not images:
+            raise UserError('Got no images, expected at least one.')
+        self._check_open()
+        is_sent = any(hasattr(image, 'read') for image in images)
+        images = self._read(images)
+        if is_sent:
+            start = self._clock()
+        runs = -(-len(images) // (self.session.batch_size or 1))  # each takes as long as one of a single image
+        request = _Request(start + budget_ms / 1e3, runs)
+        with self._in_line(request):
+            images = [open_image(image, MODES[len(self.session.mean)]) for image in images]
+            request.turn.wait()
+            self._check_open()
+            resolution, logits = self._serve(images)
+            milliseconds = 1e3 * (self._clock() - start)
         return Prediction(logits, resolution, milliseconds, milliseconds <= budget_ms)
+
+    def _read(self, images: Sequence[ImageSource]) -> List[ImageSource]:
+        """Read files, in a thread that is given up where one takes too long: what stalls cannot be interrupted."""
+        if all(map(is_in_memory, images)):
+            return list(images)
+        found = Future()
+
+        def read() -> None:
+            try:
+                found.set_result(list(map(buffered, images)))
+            except BaseException as e:
+                found.set_exception(e)
+
+        threading.Thread(target=read, daemon=True).start()
+        try:
+            return found.result(self.read_timeout)
+        except FutureTimeoutError:
+            raise ImageError(f'{name_of(images[0])} was not read within {self.read_timeout:g} s.') from None
 
     def stats(self) -> Dict[str, Any]:
         """Return the counters since the start, and the state now.
 
         Returns:
-            'requests' (served, by resolution), 'misses' (of these, later than their budget), 'rejected' (the queue was
-            full), 'failed' (of an image or the runtime), 'queue' (waiting now), 'resolution' (chosen last), 'slowdown'
-            (of inference against the start), 'expected_ms' (to reckon with now, by resolution), 'budget_ms',
-            'feasible'.
+            'requests' (served, by resolution), 'misses' (later than their budget, among these), 'rejected' (the queue
+            was full), 'failed' (ended in any other error), 'queue' (waiting now), 'resolution' (chosen last),
+            'slowdown' (of inference against the start), 'expected_ms' (to reckon with now, by resolution), 'budget_ms',
+            'feasible'. Every request that has ended counts once, in 'requests', 'rejected' or 'failed'.
         """
         with self._lock:
             return dict(
@@ -326,7 +383,7 @@ class AdaptiveSession:
              {f'{{resolution="{r}"}}': n for r, n in sizes.items()}),
             ('deadline_misses_total', 'counter', 'Requests served later than their budget.', {'': stats['misses']}),
             ('rejected_total', 'counter', 'Requests refused because the queue was full.', {'': stats['rejected']}),
-            ('failed_total', 'counter', 'Requests that an image or the runtime failed.', {'': stats['failed']}),
+            ('failed_total', 'counter', 'Requests that ended in another error.', {'': stats['failed']}),
             ('queue_length', 'gauge', 'Requests that wait.', {'': stats['queue']}),
             ('resolution_pixels', 'gauge', 'Resolution chosen last.', {'': stats['resolution']}),
             ('slowdown_ratio', 'gauge', 'Recent latency of inference against that at the start.',
@@ -346,28 +403,33 @@ class AdaptiveSession:
             resolution = self._controller.choose([r.deadline - start for r in line], [r.count for r in line])
         batch = np.stack([self.session.preprocess(image, resolution) for image in images])
         prepared = self._clock()
-        logits = self.session.predict(batch)
+        try:
+            logits = self.session.predict(batch)
+        except NotFiniteError as e:
+            raise NotFiniteError(e.path, resolution, e.logits, list(map(name_of, images))) from None
         with self._lock:
             self._controller.observe(resolution, self._clock() - prepared, prepared - start, line[0].count)
         return resolution, logits
 
     @contextmanager
     def _in_line(self, request: _Request) -> Iterator[None]:
-        """Stand in line until the request is near, and leave it in the end."""
+        """Stand in line until the request is near, and leave it at the end."""
         try:
             with self._lock:
+                self._check_open()
                 if len(self._line) > self.max_queue:
-                    self._rejected += 1
                     raise QueueFullError(f'{self.max_queue} requests are waiting, as many as may; try again later.')
                 self._line.append(request)
                 self._call_up()
             request.near.wait()
+            self._check_open()
             yield
         finally:
             with self._lock:
                 if request in self._line:
                     self._line.remove(request)
                     self._call_up()
+                self._end_if_over()
 
     def _call_up(self) -> None:
         """Tell the first of the line that it is their turn, and the next ones that it will be."""
@@ -375,6 +437,16 @@ class AdaptiveSession:
             request.near.set()
             if i == 0:
                 request.turn.set()
+
+    def _end_if_over(self) -> None:
+        if self._closed and self._is_owner and not self._line:
+            self.session.close()
+
+    def _after_fork(self) -> None:
+        self._lock = threading.Lock()
+        self._line: Deque[_Request] = deque()  # who is served, then who waits
+        self._requests = dict.fromkeys(self._controller.resolutions, 0)
+        self._misses = self._rejected = self._failed = 0
 
 
 def measure_latency(
@@ -402,12 +474,7 @@ def measure_latency(
         for r in session.resolutions:
             batch = np.zeros((session.batch_size or 1, len(session.mean), r, r), np.float32)
             start = clock()
-            session.predict(batch)
+            with suppress(NotFiniteError):  # whoever asks for an answer is told
+                session.predict(batch)
             times[r].append(clock() - start)
     return {r: statistics.median(seconds) for r, seconds in times.items()}, statistics.median(overheads)
-
-
-def _check_budget(budget_ms: float) -> float:
-    if not budget_ms > 0:
-        raise UserError(f'A budget of {budget_ms} ms was given, expected a positive number.')
-    return budget_ms

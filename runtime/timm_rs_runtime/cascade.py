@@ -6,6 +6,7 @@ answers. timm_rs_runtime.fitting chooses sizes and thresholds.
 import json
 import os
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -13,8 +14,9 @@ import numpy as np
 from . import fields
 from .errors import UserError
 from .files import atomic_write
-from .images import ImageSource, is_image_source, open_image
-from .session import Session
+from .images import MODES, ImageSource, name_of, open_image
+from .lifetime import Closable
+from .session import NotFiniteError, Session, image_list
 
 __all__ = ['Cascade', 'CascadePrediction', 'CascadeSession', 'read_cascade', 'softmax', 'write_cascade']
 
@@ -70,8 +72,10 @@ class CascadePrediction:
     madds: np.ndarray
 
 
-class CascadeSession:
+class CascadeSession(Closable):
     """Runs a cascade of the resolutions of an exported file; safe to be called from several threads.
+
+    It can be closed, is a context manager, can be pickled and copied, and works in forked processes, as a Session.
 
     Args:
         path: File of `timm-rs export --format onnx`, or a Session.
@@ -84,7 +88,7 @@ class CascadeSession:
         cascade: The Cascade.
 
     Raises:
-        ValueError: One of the files is another, or the network lacks a resolution of the cascade.
+        UserError: One of the files is another, or the network lacks a resolution of the cascade.
 
     Example:
         >>> session = CascadeSession('model.onnx', {96: 0.8, 160: 0.7, 224: 0.})    # doctest: +SKIP
@@ -102,46 +106,68 @@ class CascadeSession:
         if isinstance(cascade, (str, os.PathLike)):
             cascade = read_cascade(cascade)
         self.cascade = cascade if isinstance(cascade, Cascade) else Cascade(cascade)
-        self.session = path if hasattr(path, 'predict') else Session(path, threads, mode)
+        self.session = Session.open(path, threads, mode)
+        self._is_owner = self.session is not path
         for resolution in self.cascade.resolutions:
             self.session.check_resolution(resolution)
         if not self.session.num_classes:
             raise UserError(f'{self.session.path} has no classes to be sure of, expected a classifier.')
         self.session.check_takes_images()
+        super().__init__(partial(
+            type(self), os.path.abspath(path) if self._is_owner else path, self.cascade, threads, mode))
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}({self.session!r}, {self.cascade})'
 
+    def close(self) -> None:
+        """Answer nobody any more, and close the Session unless it was given."""
+        super().close()
+        if self._is_owner:
+            self.session.close()
+
     def predict(self, images: Union[ImageSource, Sequence[ImageSource]]) -> CascadePrediction:
         """Answer images; only the unsure ones of a batch go on to the next size.
+
+        An answer that is not finite does not count: its image goes on, and fails after the last size.
 
         Args:
             images: An image or a list of them, see Session.predict.
 
         Raises:
-            ImageError: A ValueError that names an image that cannot be used.
-            ValueError: They are arrays, whose size is given.
-            RuntimeError: ONNX Runtime fails, for example for lack of memory.
+            ClosedError: The session was closed.
+            ImageError: An image cannot be used; the message names it.
+            InferenceError: ONNX Runtime fails, for example for lack of memory.
+            NotFiniteError: The last size answers with NaN or infinity.
         """
-        if isinstance(images, np.ndarray):
-            raise UserError('Got an array, whose size is given; expected images (Session.predict takes arrays).')
-        images = [images] if is_image_source(images) else list(images)
-        mode = 'L' if len(self.session.mean) == 1 else 'RGB'
-        images = [open_image(image, mode) for image in images]  # decoded once for all sizes
+        self._check_open()
+        mode = MODES[len(self.session.mean)]
+        images = [open_image(image, mode) for image in image_list(images)]  # decoded once for all sizes
         logits = np.zeros((len(images), self.session.num_classes), np.float32)
+        counts = np.zeros((len(images), 1), np.float32)  # of sizes whose answer counts
         sizes = np.zeros(len(images), int)
         madds = np.zeros(len(images), int)
         unsure = np.arange(len(images))
-        for stage, (resolution, threshold) in enumerate(self.cascade.thresholds.items()):
+        for resolution, threshold in self.cascade.thresholds.items():
             if not len(unsure):
                 break
-            found = self.session.predict([images[i] for i in unsure], resolution)
+            try:
+                found = self.session.predict([images[i] for i in unsure], resolution)
+            except NotFiniteError as e:
+                found = e.logits
             if self.cascade.average:
-                found = (logits[unsure] * stage + found) / (stage + 1)
-            logits[unsure] = found
-            sizes[unsure] = resolution
+                found = logits[unsure] + (found - logits[unsure]) / (counts[unsure] + 1)
             madds[unsure] += self.session.madds.get(resolution, 0)
-            unsure = unsure[softmax(logits[unsure]).max(-1) < threshold]
+            finite = np.isfinite(found).all(-1)
+            answered = unsure[finite]
+            logits[answered] = found[finite]
+            counts[answered] += 1
+            sizes[answered] = resolution
+            goes_on = ~finite
+            goes_on[finite] = softmax(found[finite]).max(-1) < threshold
+            unsure = unsure[goes_on]
+        if len(unsure):
+            names = [name_of(images[i]) for i in unsure]
+            raise NotFiniteError(self.session.path, resolution, found[goes_on], names)
         return CascadePrediction(logits, sizes, madds)
 
 

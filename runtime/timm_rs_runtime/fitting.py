@@ -380,7 +380,7 @@ def fit_cascade(
         UserError: A file, folder or argument is not usable, or no cascade reaches the target.
     """
     check_new_file(output, overwrite)
-    session = path if hasattr(path, 'predict') else Session(path, threads)
+    session = Session.open(path, threads)
     errors = ReadErrors(max_unreadable)
     folder = split_folder(folder, split)
     images, labels = label_folders(folder, session, most)

@@ -1,12 +1,13 @@
 """Images: how they are found and read, in training, evaluation and serving alike"""
 import io
 import os
+import stat
 from typing import IO, Iterator, List, Optional, Sequence, Union
 
 import numpy as np
 from PIL import Image
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 __all__ = [
     'FORMATS',
@@ -19,6 +20,7 @@ __all__ = [
     'extensions',
     'find_images',
     'open_image',
+    'read_file',
     'split_folder',
     'spread',
 ]
@@ -68,6 +70,8 @@ def open_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
             return source if source.mode == mode else _convert(source, mode, name)
         if not is_image_source(source):
             raise ImageError(f'Got {type(source).__name__}, expected the name of an image, a binary file or an image.')
+        if isinstance(source, (str, os.PathLike)):
+            source = read_file(source)
         file = io.BytesIO(source) if isinstance(source, _IN_MEMORY) else source
         with Image.open(file, formats=_readable_formats()) as image:
             _check_size(image, name)
@@ -76,8 +80,6 @@ def open_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
             return converted
     except ImageError:
         raise
-    except FileNotFoundError as e:
-        raise ImageError(f'{name} does not exist, expected an image.') from e
     except Image.UnidentifiedImageError as e:
         raise ImageError(f"{name} is not an image, expected one of {', '.join(_readable_formats())}.") from e
     except Exception as e:  # Pillow's readers have no common class of what damaged files make them raise
@@ -115,21 +117,67 @@ def _convert(image: Image.Image, mode: str, name: str) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8)).convert(mode)
 
 
+def read_file(path: Union[str, os.PathLike]) -> bytes:
+    """Return what is in a regular file. Pipes and devices are refused: they could keep their reader waiting for ever.
+
+    Raises:
+        ImageError: There is no such file, it is larger than MAX_BYTES, or it cannot be read.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ImageError(f'{path} is not a regular file, expected an image.')
+        with open(path, 'rb', opener=_open_without_waiting) as file:
+            return _read_most(file, path)
+    except ImageError:
+        raise
+    except FileNotFoundError as e:
+        raise ImageError(f'{path} does not exist, expected an image.') from e
+    except (OSError, ValueError) as e:  # ValueError: a name that holds a null character
+        raise ImageError(f'{path} cannot be read: {one_line(e)}.') from e
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, 'O_NONBLOCK', 0))  # it may have become a pipe
+
+
+def _read_most(file: IO[bytes], name: str) -> bytes:
+    content = file.read(MAX_BYTES + 1) or b''
+    if len(content) > MAX_BYTES:
+        raise ImageError(f'{name} is larger than the {MAX_BYTES:,} bytes that are read of an image.')
+    return content
+
+
+def is_in_memory(source: ImageSource) -> bool:
+    """Return whether nothing has to be read from a disk or a client."""
+    file = getattr(source, 'fp', None) if isinstance(source, Image.Image) else source
+    return file is None or isinstance(file, (*_IN_MEMORY, io.BytesIO))
+
+
 def buffered(source: ImageSource) -> ImageSource:
-    """Return what is in a binary file, from its beginning to its end; other images as they are.
+    """Return an image that is in memory: what is in a file, a binary file from its beginning to its end.
 
     Raises:
         ImageError: It cannot be read.
     """
-    if not hasattr(source, 'read'):
+    name = name_of(source)
+    if isinstance(source, Image.Image):
+        if not is_in_memory(source):
+            open_image(source, source.mode)
+        return source
+    if isinstance(source, _IN_MEMORY) or not is_image_source(source):  # the latter for open_image to refuse
         return source
     try:
-        if getattr(source, 'seekable', bool)():
-            source.seek(0)  # as Pillow does, so that a request can be made once more
-        buffer = io.BytesIO(source.read())
+        if isinstance(source, (str, os.PathLike)):
+            buffer = io.BytesIO(read_file(source))
+        else:
+            if getattr(source, 'seekable', bool)():
+                source.seek(0)  # as Pillow does, so that a request can be made once more
+            buffer = io.BytesIO(_read_most(source, name))
+    except ImageError:
+        raise
     except Exception as e:  # of any kind of file
-        raise ImageError(f'{name_of(source)} cannot be read: {str(e) or type(e).__name__}.') from e
-    buffer.name = name_of(source)
+        raise ImageError(f'{name} cannot be read: {one_line(e)}.') from e
+    buffer.name = name
     return buffer
 
 

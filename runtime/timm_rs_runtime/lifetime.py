@@ -1,12 +1,11 @@
 """What sessions have in common: they end, they survive a fork, and they travel to other processes"""
 import os
 import weakref
-from abc import ABC, abstractmethod
 from typing import Any, Callable, Tuple
 
 from .errors import UserError
 
-__all__ = ['ClosedError', 'Closable']
+__all__ = ['Closable', 'ClosedError']
 
 _alive = weakref.WeakSet()
 
@@ -15,13 +14,18 @@ class ClosedError(UserError, RuntimeError):
     """A session was closed; it does not answer any more."""
 
 
-class Closable(ABC):
+class Closable:
     """A session that is closed by close or at the end of a with block.
 
-    In a process that was forked it starts again as it was opened. Copies, pickled ones too, are opened in the same way.
+    A copy of it, also one that is pickled, is a session of its own. In a process that was forked it starts again.
+
+    Args:
+        reopen: Opens an equal session; it can be pickled.
     """
 
-    def __init__(self):
+    def __init__(self, reopen: Callable[[], Any]):
+        self._reopen = reopen
+        self._closed = False
         _alive.add(self)
 
     def __enter__(self):
@@ -31,17 +35,17 @@ class Closable(ABC):
         self.close()
 
     def __reduce__(self) -> Tuple[Callable, Tuple]:
-        return self._reopening(), ()
+        self._check_open()
+        return self._reopen, ()
 
-    @abstractmethod
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f'{self!r} was closed, open another one.')
+
     def close(self) -> None:
-        """Answer nobody any more, and give the memory back."""
+        """Answer nobody any more."""
+        self._closed = True
 
-    @abstractmethod
-    def _reopening(self) -> Callable:
-        """Return what opens an equal session; it can be pickled."""
-
-    @abstractmethod
     def _after_fork(self) -> None:
         """Forget what only the parent has: threads, and locks that they hold."""
 

@@ -1,5 +1,4 @@
 """Answers for files: what `timm-rs predict` does"""
-import io
 import json
 import os
 import sys
@@ -10,7 +9,8 @@ import numpy as np
 
 from .adaptive import AdaptiveSession
 from .cascade import CascadeSession, softmax
-from .images import ImageError, ImageSource, find_images
+from .errors import UserError, one_line
+from .images import ImageError, ImageSource, buffered, find_images
 from .session import Session
 
 __all__ = ['Predictor', 'find_sources', 'predict_all', 'top']
@@ -30,7 +30,7 @@ class Predictor:
         mode: See Session.
 
     Raises:
-        ValueError: A file or argument is not usable.
+        UserError: A file or argument is not usable.
     """
 
     def __init__(
@@ -42,8 +42,7 @@ class Predictor:
             threads: Optional[int] = None,
             mode: str = 'fast',
     ):
-        session = path if hasattr(path, 'predict') else Session(path, threads, mode)
-        self.session = session
+        self.session = session = Session.open(path, threads, mode)
         session.check_takes_images()
         self._resolution = session.check_resolution(session.resolutions[0] if resolution is None else resolution)
         self._adaptive = None if budget_ms is None else AdaptiveSession(session, budget_ms)
@@ -53,7 +52,7 @@ class Predictor:
         """Return logits [num_classes], the size and milliseconds, the reading of the image included.
 
         Raises:
-            ImageError: The image cannot be used.
+            UserError: The image cannot be used, or the network fails.
         """
         start = time.perf_counter()
         if self._adaptive is not None:
@@ -85,20 +84,26 @@ def top(logits: np.ndarray, names: Optional[Sequence[str]] = None, k: int = 5) -
 def find_sources(names: Sequence[str]) -> Iterator[Tuple[str, Union[str, IO[bytes], ImageError]]]:
     """Give a name and an image, or the error instead, for files, the images below folders, and '-', standard input."""
     for name in names:
-        if name == STDIN:
-            file = io.BytesIO(sys.stdin.buffer.read())
-            file.name = 'standard input'
-            yield file.name, file
-        elif os.path.isdir(name):
-            try:
+        try:
+            if name == STDIN:
+                file = buffered(sys.stdin.buffer)
+                file.name = name = 'standard input'
+                yield name, file
+            elif os.path.isdir(name):
                 yield from ((path, path) for path in find_images(name))
-            except ImageError as e:
-                yield name, e
-        else:
-            yield name, name
+            else:
+                yield name, name
+        except ImageError as e:
+            yield name, e
 
 
-def predict_all(predictor: Predictor, names: Sequence[str], k: int = 5, as_json: bool = False) -> int:
+def predict_all(
+        predictor: Predictor,
+        names: Sequence[str],
+        k: int = 5,
+        as_json: bool = False,
+        program: str = 'timm-rs predict',
+) -> int:
     """Print the answer for each image: its top classes, or a line of JSON.
 
     What is wrong with an image is a line on stderr, or the 'error' of its line of JSON.
@@ -108,12 +113,13 @@ def predict_all(predictor: Predictor, names: Sequence[str], k: int = 5, as_json:
         names: Files, folders, or '-'.
         k: Classes to print.
         as_json: Print lines of JSON.
+        program: Name that stands before the message of an error.
 
     Returns:
         Number of images that failed.
     """
     failed = 0
-    for stream in (sys.stdout, sys.stderr):  # names of files may hold bytes that are no text
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold bytes that are not text
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
     for name, image in find_sources(names):
@@ -121,18 +127,17 @@ def predict_all(predictor: Predictor, names: Sequence[str], k: int = 5, as_json:
             if isinstance(image, ImageError):
                 raise image
             logits, resolution, milliseconds = predictor(image)
-        except (ValueError, RuntimeError) as e:
+        except UserError as e:
             failed += 1
-            message = ' '.join(str(e).split())
             if as_json:
-                print(json.dumps(dict(image=name, error=message), ensure_ascii=False), flush=True)
+                print(json.dumps(dict(image=name, error=one_line(e)), ensure_ascii=False), flush=True)
             else:
-                print(f'timm-rs predict: error: {message}', file=sys.stderr, flush=True)
+                print(f'{program}: error: {one_line(e)}', file=sys.stderr, flush=True)
             continue
         best = top(logits, predictor.session.class_names, k)
         if as_json:
-            told = dict(image=name, resolution=resolution, milliseconds=round(milliseconds, 3), top=best)
-            print(json.dumps(told, ensure_ascii=False), flush=True)
+            row = dict(image=name, resolution=resolution, milliseconds=round(milliseconds, 3), top=best)
+            print(json.dumps(row, ensure_ascii=False), flush=True)
         else:
             print(f'{name}: {resolution} px, {milliseconds:.1f} ms', flush=True)
             for row in best:

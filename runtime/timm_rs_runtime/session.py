@@ -3,7 +3,7 @@ import os
 import threading
 from functools import partial
 from itertools import islice
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from .errors import UserError
 from .format import preprocessing_of, read_metadata
 from .images import MODES as IMAGE_MODES
 from .images import ImageError, ImageSource, is_image_source, name_of
-from .lifetime import Closable, ClosedError
+from .lifetime import Closable
 
 __all__ = ['MODES', 'NotFiniteError', 'Session']
 
@@ -22,16 +22,23 @@ MAX_IMAGES = 4096  # of a request
 
 
 class NotFiniteError(UserError):
-    """A network answers with NaN or infinity; the message names the network, its size and the images.
+    """A network answers with NaN or infinity.
 
     Args:
-        message: The message.
-        logits: Array of float32 [N, num_classes], with the answers to the other images.
+        path: File of the network.
+        resolution: Its input size.
+        logits: Array of float32 [N, num_classes], the answers to all images.
+        names: Names of the images.
     """
 
-    def __init__(self, message: str, logits: Optional[np.ndarray] = None):
-        super().__init__(message)
-        self.logits = logits
+    def __init__(self, path: str, resolution: int, logits: np.ndarray, names: Sequence[str]):
+        super().__init__(path, resolution, logits, names)
+        self.path, self.resolution, self.logits, self.names = path, resolution, logits, names
+
+    def __str__(self) -> str:
+        (broken,) = np.nonzero(~np.isfinite(self.logits).all(-1))
+        listed = ', '.join(self.names[i] for i in broken[:3]) + ', ...' * (len(broken) > 3)
+        return f'{self.path} at {self.resolution} px answers with logits that are not finite numbers: {listed}.'
 
 
 class Session(Closable):
@@ -91,14 +98,13 @@ class Session(Closable):
         self.mean, self.std = (tuple(self.metadata[key]) for key in ('mean', 'std'))
         self.preprocessing = preprocessing_of(self.metadata) if len(self.mean) in IMAGE_MODES else None
         self._lock = threading.Lock()
-        self._closed = False
         self._sessions: Optional[Dict[int, Any]] = self._open()
         (images,) = self._sessions[self.resolutions[0]].get_inputs()
         self._input = images.name
         self.batch_size: Optional[int] = None
         if isinstance(images.shape[0], int):
             self.batch_size = check_count(f'{self.path}: the batch size', images.shape[0], 1, MAX_IMAGES)
-        super().__init__()
+        super().__init__(partial(type(self), os.path.abspath(self.path), threads, mode, warm_up))
         if warm_up:
             self.warm_up()
 
@@ -113,7 +119,7 @@ class Session(Closable):
     def close(self) -> None:
         """Answer nobody any more, and give the memory back. What is being answered is answered."""
         with self._lock:
-            self._closed = True
+            super().close()
             self._sessions = None
 
     def predict(
@@ -156,7 +162,8 @@ class Session(Closable):
         runs = [self._run(sessions[resolution], images[i:i + size]) for i in range(0, len(images), size)]
         logits = np.concatenate(runs)
         if not np.isfinite(logits).all():
-            raise self._not_finite(logits, resolution, sources)
+            names = map(name_of, sources) if sources else (f'image {i} of the batch' for i in range(len(images)))
+            raise NotFiniteError(self.path, resolution, logits, list(names))
         return logits
 
     def preprocess(self, image: ImageSource, resolution: Optional[int] = None) -> np.ndarray:
@@ -195,18 +202,6 @@ class Session(Closable):
             images = np.concatenate([images, np.zeros((self.batch_size - count, *images.shape[1:]), images.dtype)])
         return ort.run(session, {self._input: images}, self.path)[0][:count]
 
-    def _not_finite(
-            self,
-            logits: np.ndarray,
-            resolution: int,
-            sources: Optional[Sequence[ImageSource]],
-    ) -> NotFiniteError:
-        (broken,) = np.nonzero(~np.isfinite(logits).all(-1))
-        names = [f'image {i} of the batch' if sources is None else name_of(sources[i]) for i in broken[:3]]
-        listed = ', '.join(names) + ', ...' * (len(broken) > 3)
-        return NotFiniteError(
-            f'{self.path} at {resolution} px answers with logits that are not finite numbers: {listed}.', logits)
-
     def _open(self) -> Dict[int, Any]:
         """Return the session of ONNX Runtime that serves each size."""
         if len(self.resolutions) == 1 or self.mode == 'low_memory':
@@ -221,14 +216,6 @@ class Session(Closable):
                 self._check_open()
                 self._sessions = sessions = self._sessions or self._open()
         return sessions
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError(f'The session of {self.path} was closed, open another one.')
-
-    def _reopening(self) -> Callable:
-        self._check_open()
-        return partial(type(self), os.path.abspath(self.path), self._threads, self.mode)
 
     def _after_fork(self) -> None:
         self._lock = threading.Lock()

@@ -1,9 +1,11 @@
 """A local web page: a picture, its answer at every size beside latency and cost, and a slider for the budget"""
-import threading
-import time
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+import math
+import os
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from .adaptive import measure_latency
+from .checks import check_count
+from .errors import UserError, one_line
 from .predict import top
 from .session import Session
 
@@ -15,26 +17,28 @@ HEADERS = ['size', 'answer', 'probability', 'time', 'multiply-adds', 'cost']
 _SYSTEM_FONTS = dict(font=['system-ui', 'sans-serif'], font_mono=['monospace'])  # nothing is fetched
 
 
-def answer_all(session: Session, image: str) -> List[Dict[str, Any]]:
+def answer_all(session: Session, image: str, milliseconds: Mapping[int, float]) -> List[Dict[str, Any]]:
     """Answer an image at every size, largest first.
 
+    Args:
+        session: The session.
+        image: Name of a file.
+        milliseconds: What an image takes at each resolution.
+
     Returns:
-        For each size 'resolution', 'name' and 'probability' of the best class, 'milliseconds' (the reading of the image
-        included), 'madds' and 'cost', the share of the largest size's multiply-adds.
+        For each size 'resolution', 'name' and 'probability' of the best class, 'milliseconds', 'madds' and 'cost', the
+        share of the largest size's multiply-adds.
 
     Raises:
-        ImageError: The image cannot be used.
+        UserError: The image cannot be used, or the network fails.
     """
     rows = []
     for resolution in session.resolutions:
-        start = time.perf_counter()
-        logits = session.predict(image, resolution)[0]
-        milliseconds = 1e3 * (time.perf_counter() - start)
-        (best,) = top(logits, session.class_names, 1)
+        (best,) = top(session.predict(image, resolution)[0], session.class_names, 1)
         madds = session.madds.get(resolution, 0)
         rows.append(dict(
-            resolution=resolution, name=best['name'], probability=best['probability'], milliseconds=milliseconds,
-            madds=madds, cost=madds / max(session.madds.values(), default=1)))
+            resolution=resolution, name=best['name'], probability=best['probability'],
+            milliseconds=milliseconds[resolution], madds=madds, cost=madds / max(session.madds.values(), default=1)))
     return rows
 
 
@@ -53,20 +57,22 @@ def build_app(session: Session) -> Any:
     try:
         import gradio
     except ImportError as e:
-        raise ImportError("The page needs Gradio: pip install 'timm_rs[web]'.") from e
-    lock = threading.Lock()  # what runs at the same time would be measured too
-    latency, overhead = measure_latency(session)
-    slowest_ms = 1e3 * (overhead + latency[session.resolutions[0]])
+        raise ImportError('The page needs Gradio: pip install gradio.') from e
+    latency, overhead = measure_latency(session)  # medians: one run of each size would change from picture to picture
+    milliseconds = {r: 1e3 * (overhead + seconds) for r, seconds in latency.items()}
+    slowest_ms = max(milliseconds.values())
+    step = 10. ** math.floor(math.log10(slowest_ms / 10))
 
-    def classify(image: Optional[str], budget_ms: float) -> Tuple[List[Dict[str, Any]], List[List[str]], str]:
+    def classify(picture: Any, budget_ms: float) -> Tuple[List[Dict[str, Any]], List[List[str]], str]:
         """Answer a picture at every size."""
-        if image is None:
+        if picture is None or not picture.path:
             return [], [], ''
         try:
-            with lock:
-                rows = answer_all(session, image)
-        except (ValueError, RuntimeError) as e:
-            raise gradio.Error(str(e), print_exception=False) from e
+            rows = answer_all(session, picture.path, milliseconds)
+        except UserError as e:  # without the names that files have on this machine
+            message = one_line(e).replace(picture.path, picture.orig_name or 'The picture')
+            message = message.replace(session.path, os.path.basename(session.path))
+            raise gradio.Error(message, print_exception=False) from e
         return rows, [_cells(row) for row in rows], describe(rows, budget_ms)
 
     def describe(rows: List[Dict[str, Any]], budget_ms: float) -> str:
@@ -80,14 +86,17 @@ def build_app(session: Session) -> Any:
         return f'No size keeps {budget_ms:g} ms. The smallest: {what}.'
 
     with gradio.Blocks(title='timm_rs', analytics_enabled=False, delete_cache=(_KEEP_SECONDS, _KEEP_SECONDS)) as app:
-        gradio.Markdown(f"# {session.metadata.get('architecture', 'Network')} at {len(session.resolutions)} sizes")
+        gradio.Markdown(
+            f"# {session.metadata.get('architecture', 'Network')} at {len(session.resolutions)} sizes\n"
+            'Every size answers the picture. The largest one that keeps the budget on this machine is chosen.')
         rows = gradio.State([])
         with gradio.Row():
-            image = gradio.Image(type='filepath', image_mode=None, format='png', label='Picture', sources=['upload'])
+            image = gradio.Image(type='filepath', label='Picture', sources=['upload'])
+            image.preprocess = lambda picture: picture  # Gradio's prints a traceback where it cannot open the file
             with gradio.Column():
                 budget = gradio.Slider(
-                    1, max(100, round(2 * slowest_ms)), max(1, round(slowest_ms)), step=1,
-                    label='Budget in milliseconds')
+                    round(step, 6), round(20 * step * math.ceil(slowest_ms / step / 10), 6),
+                    round(step * math.ceil(slowest_ms / step), 6), step=round(step, 6), label='Budget in milliseconds')
                 chosen = gradio.Markdown(elem_id='chosen')
         table = gradio.Dataframe(headers=HEADERS, interactive=False, elem_id='sizes')
         image.change(classify, [image, budget], [rows, table, chosen], api_name='classify')
@@ -106,7 +115,7 @@ def serve(
 
     Args:
         path: File of `timm-rs export --format onnx`, or a Session.
-        host: Address to listen at, this machine's alone by default.
+        host: Address to listen at, only this machine's by default.
         port: Port to listen at, a free one from 7860 on if None.
         threads: Threads of an inference, all cores if None.
         block: Serve until it is interrupted.
@@ -116,10 +125,12 @@ def serve(
 
     Raises:
         ImportError: Gradio is not installed.
-        ValueError: The file is no export of timm_rs.
+        UserError: The file is not an export of timm_rs, or an argument is not usable.
         OSError: The port is taken.
     """
-    session = path if hasattr(path, 'predict') else Session(path, threads)
+    if port is not None:
+        check_count('port', port, 1, 65535)
+    session = Session.open(path, threads)
     app = build_app(session)
     import gradio
 
