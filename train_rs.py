@@ -25,7 +25,9 @@ import yaml
 from timm import utils
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-from timm_rs.hub.push import TrainingPush, write_label_names
+from timm_rs.data.datasets import number_classes
+from timm_rs.hub.push import TrainingPush
+from timm_rs.records import write_label_names
 from timm_rs.train import MultiResolutionTask
 from timm_rs.train.builders import (
     Loaders,
@@ -165,7 +167,7 @@ def set_up(args, flags, held):
             saver.resume(checkpoint, output.whole)
         with atomic_write(os.path.join(output_dir, 'args.yaml'), overwrite=True) as f:
             yaml.safe_dump(dict(flags, num_classes=args.num_classes, in_chans=args.in_chans), f)
-        write_label_names(output_dir, datasets[1], args.num_classes)
+        write_label_names(output_dir, number_classes(datasets[1]), args.num_classes)
         _logger.info(
             f'Training {args.model} at {" ".join(map(str, args.resolutions))}, distillation {args.distill}, for '
             f'{args.stop_epoch or num_epochs} epochs of {updates_per_epoch} updates. Output: {output_dir}')

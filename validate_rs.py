@@ -15,13 +15,12 @@ import csv
 import importlib
 import json
 import logging
-import os
+import math
 import sys
 import warnings
 from contextlib import nullcontext
 from functools import partial
 
-import timm
 import torch
 from timm import utils
 from timm.data.model_config import resolve_input_data_config
@@ -31,7 +30,6 @@ from timm.models._input import get_model_input_config
 from tqdm import tqdm
 
 from timm_rs import SwitchableMixin, explain_unknown_model
-from timm_rs.checkpoint import read_checkpoint
 from timm_rs.data.datasets import (
     INTERPOLATIONS,
     PyramidNormalizer,
@@ -45,8 +43,8 @@ from timm_rs.data.datasets import (
 )
 from timm_rs.data.readers import skip_unreadable
 from timm_rs.evaluate import ENSEMBLE, check_images, count_madds, count_parameters, evaluate
-from timm_rs.hub.convert import load_weights, model_args
-from timm_rs.hub.push import LABEL_FILE
+from timm_rs.load import load_model
+from timm_rs.records import labels_beside, read_label_names
 from timm_rs.resolutions import check_resolutions, neighbours
 from timm_rs_runtime.errors import KeyValues, OneLineParser, UserError, one_line_errors
 from timm_rs_runtime.files import atomic_write, check_new_file
@@ -186,8 +184,6 @@ def main(argv=None):
             args.device = 'cpu'
         device = torch.device(args.device)
         utils.random_seed(args.seed)
-        if args.checkpoint:
-            take_over_training_args(args)
         model = build_model(args, device)
         resolutions = args.img_size or getattr(model, 'resolutions', None)
         if resolutions is None:
@@ -237,6 +233,9 @@ def main(argv=None):
         metrics = evaluate(network, loader, resolutions, normalize, amp_autocast=autocast, on_batch=log)
         progress.close()
         check_images(metrics)
+        broken = [str(key) for key, row in metrics.items() if not math.isfinite(row['loss'])]
+        if broken:
+            raise UserError(f'The logits are not finite (NaN or infinite) at {", ".join(broken)}.')
         if errors.names:
             _logger.warning(errors.summary())
         params = count_parameters(model)
@@ -247,46 +246,25 @@ def main(argv=None):
             write_results(args, [{c: row[c] for c in _COLUMNS} for row in rows])
 
 
-def take_over_training_args(args):
-    """Fill in what the command line leaves open with what a training checkpoint tells of itself."""
-    if not os.path.isfile(args.checkpoint):
-        raise UserError(f'--checkpoint {args.checkpoint}: there is no such file.')
-    saved = None
-    if not args.checkpoint.endswith('.safetensors'):
-        checkpoint = read_checkpoint(args.checkpoint)
-        saved = checkpoint.get('args') if isinstance(checkpoint, dict) else None
-    if not hasattr(saved, 'model'):  # of another program than a train.py
-        if not args.model:
-            raise UserError(f'{args.checkpoint} does not tell its model, give --model.')
-        return
-    same_model = args.model in (None, saved.model)
-    args.model = args.model or saved.model
-    if same_model:
-        for name in ('resolutions', 'num_classes', 'in_chans', 'gp', 'bn_eps', 'model_kwargs'):
-            if not getattr(args, name):
-                setattr(args, name, getattr(saved, name, None))
-    for name in ('crop_pct', 'mean', 'std', 'interpolation', 'class_map', 'input_img_mode'):
-        if not getattr(args, name):
-            setattr(args, name, getattr(saved, name, None))
-
-
 def build_model(args, device):
-    if ':' not in args.model and not is_model(args.model):
+    """Build the network, and settle args.input_img_mode by what its checkpoint records."""
+    if not args.checkpoint and ':' not in args.model and not is_model(args.model):
         raise UserError(explain_unknown_model(args.model))
     if args.fast_norm:
         set_fast_norm()
-    kwargs = dict(model_args(args.model, vars(args), {}, args.num_classes), **args.model_kwargs or {})
-    if args.resolutions:
-        kwargs['resolutions'] = tuple(args.resolutions)
-    try:
-        model = timm.create_model(args.model, pretrained=args.pretrained, **kwargs)
-    except Exception as e:  # also of the client of the Hub, which changes with its version
-        if not args.pretrained:
-            raise
-        reason = ' '.join(str(e).split())[:300] or type(e).__name__
-        raise UserError(f'Cannot load the pretrained weights of {args.model}, give --checkpoint: {reason}') from e
-    if args.checkpoint:
-        load_weights(model, args.checkpoint, use_ema=None if args.use_ema else False)
+    chosen = dict(in_chans=args.in_chans, global_pool=args.gp, bn_eps=args.bn_eps)
+    loaded = load_model(
+        args.checkpoint or args.model,
+        args.model if args.checkpoint else None,
+        args.resolutions,
+        args.num_classes,
+        use_ema=None if args.use_ema else False,
+        model_kwargs={**{k: v for k, v in chosen.items() if v is not None}, **args.model_kwargs},
+        keep_plain=True,
+    )
+    model, args.input_img_mode = loaded.model, args.input_img_mode or loaded.args.get('input_img_mode')
+    if loaded.args.get('class_map') and not args.class_map:
+        _logger.warning(f"The training had --class-map {loaded.args['class_map']}, which is not opened unless given.")
     if args.reparam and isinstance(model, SwitchableMixin):
         raise UserError('--reparam is for plain models: take one resolution out first, timm-rs convert --extract N.')
     if args.reparam:
@@ -295,7 +273,7 @@ def build_model(args, device):
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     kind = f'resolutions {model.resolutions}' if isinstance(model, SwitchableMixin) else 'one resolution'
-    _logger.info(f'Model {args.model}, {kind}, {count_parameters(model):,} parameters')
+    _logger.info(f'Model of {loaded.source}, {kind}, {count_parameters(model):,} parameters')
     return model
 
 
@@ -310,10 +288,9 @@ def check_classes(args, dataset, model):
     num_classes, numbers = count_classes(dataset), number_classes(dataset)
     if num_classes not in (None, model.num_classes):
         raise UserError(f'{where} has {num_classes} classes, the model has {model.num_classes}.')
-    path = os.path.join(os.path.dirname(args.checkpoint), LABEL_FILE)
-    if args.checkpoint and numbers and os.path.isfile(path):
-        with open(path, encoding='utf-8') as f:
-            expected = {name: i for i, name in enumerate(f.read().splitlines())}
+    path = labels_beside(args.checkpoint)
+    if path and numbers:
+        expected = {name: i for i, name in enumerate(read_label_names(path))}
         differ = explain_classes({str(name): i for name, i in numbers.items()}, expected)
         if differ:
             raise UserError(f'{where} has other classes than {path}: {differ}. A --class-map could number them.')

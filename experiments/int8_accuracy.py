@@ -22,7 +22,7 @@ from timm.data import ImageNetInfo
 from timm.utils import ParseKwargs
 
 from timm_rs.export.export import export_int8, export_switchable
-from timm_rs.hub.convert import load_model
+from timm_rs.load import load_model
 from timm_rs_runtime import Session
 from timm_rs_runtime.images import find_images, split_folder
 

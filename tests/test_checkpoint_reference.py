@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import RESOLUTIONS, images, randomize_bn
 
 from timm_rs.checkpoint import adapt_reference, is_reference
-from timm_rs.hub.convert import load_model
+from timm_rs.load import load_model
 from timm_rs.train.builders import build_model
 from timm_rs.train.options import parse_args
 from timm_rs_cli import main
@@ -228,7 +228,7 @@ def test_without_data_parallel_and_without_alpha(tmp_path):
     (['--model', 'rs_resnet18', '--resolutions', '64', '32'], 'holds 3 sizes and --resolutions are 2 (64 32)'),
     (['--model', 'rs_resnet34', '--resolutions', '64', '48', '32'], 'layer1.2.conv1.weight, layer1.2.bn1.64.weight'),
     (['--model', 'rs_mobilenetv2_100', '--resolutions', '64', '48', '32'], 'rs_mobilenetv2_100: conv_stem.weight, '),
-    (['--resolutions', '64', '48', '32'], 'does not tell its model, give --model'),
+    (['--resolutions', '64', '48', '32'], 'does not record its model, give --model'),
     (['--model', 'rs_resnet18', '--resolutions', '64', '48', '32', '--use-ema'], 'no moving average'),
     (['--model', 'rs_resnet18', '--resolutions', '64', '48', '32', '--num-classes', '5'], 'expected (5, 512)'),
 ])

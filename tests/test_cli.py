@@ -18,9 +18,10 @@ import timm_rs.calibrate
 import timm_rs_cli.calibrate
 import timm_rs_cli.convert
 import timm_rs_runtime.version
-from timm_rs.checkpoint import pick_state_dict, read_checkpoint
+from timm_rs.checkpoint import read_checkpoint
 from timm_rs.evaluate import count_madds
-from timm_rs.hub.convert import load_model, save_model
+from timm_rs.hub.convert import save_model
+from timm_rs.load import load_model
 from timm_rs.private_bn import tie_affine
 from timm_rs_cli import COMMANDS, main
 
@@ -211,13 +212,13 @@ class Code:
 
 
 BAD_FILES = {
-    'missing.pth': (None, 'there is no such file'),
-    'empty.pth': (b'', 'is damaged or no checkpoint'),
-    'text.pth.tar': (b'hello world', 'is damaged or no checkpoint'),
-    'image.pth': (b'\xff\xd8\xff\xe0' + bytes(range(256)), 'is damaged or no checkpoint'),
-    'text.safetensors': (b'hello world', 'is damaged or no checkpoint'),
+    'missing.pth': (None, 'missing.pth does not exist, expected a checkpoint'),
+    'empty.pth': (b'', 'is damaged or not a checkpoint'),
+    'text.pth.tar': (b'hello world', 'is damaged or not a checkpoint'),
+    'image.pth': (b'\xff\xd8\xff\xe0' + bytes(range(256)), 'is damaged or not a checkpoint'),
+    'text.safetensors': (b'hello world', 'is damaged or not a checkpoint'),
     'pickle.pth': (pickle.dumps(dict(state_dict=Code()), protocol=2), 'is refused: reading it would run code'),
-    'pickle4.pth': (pickle.dumps(dict(state_dict=Code()), protocol=4), 'is damaged or no checkpoint'),
+    'pickle4.pth': (pickle.dumps(dict(state_dict=Code()), protocol=4), 'is damaged or not a checkpoint'),
 }
 
 
@@ -256,7 +257,7 @@ def test_truncated_checkpoint(suffix, trained, tmp_path, capsys):
         path.write_bytes(open(trained[1], 'rb').read())
     os.truncate(path, path.stat().st_size // 2)
     line = run('convert', path, '--model', f'rs_{NAME}', '--output', tmp_path / 'out', code=1, capsys=capsys)
-    assert f'cut{suffix} is damaged or no checkpoint' in line
+    assert f'cut{suffix} is damaged or not a checkpoint' in line
 
 
 @pytest.mark.parametrize('flags, message', [
@@ -265,7 +266,7 @@ def test_truncated_checkpoint(suffix, trained, tmp_path, capsys):
     (['--extract', '40'], 'Unknown resolution 40, this network has 64, 48, 32.'),
     (['--num-classes', '5'], 'fc.weight is (10, 32), expected (5, 32)'),
     (['--resolutions', '64', '64'], 'names 64 twice'),
-    (['--label-names', 'nowhere.txt'], "No such file or directory: 'nowhere.txt'"),
+    (['--label-names', 'nowhere.txt'], 'nowhere.txt does not exist'),
 ])
 def test_arguments_that_do_not_fit(flags, message, trained, tmp_path, capsys):
     assert message in run('convert', trained[1], '--output', tmp_path / 'out', *flags, code=1, capsys=capsys)
@@ -302,9 +303,9 @@ def test_nothing_is_left_of_a_write_that_fails(trained, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize('config, message', [
-    (None, 'Config file not found'),
-    ('{"architecture": ', 'Cannot load'),
-    ('{"architecture": "resnet10t", "num_classes": 10, "pretrained_cfg": {}}', 'No suitable checkpoints found'),
+    (None, 'holds no weights (model.safetensors, '),
+    ('{"architecture": ', 'config.json is not valid JSON'),
+    ('{"architecture": "resnet10t", "num_classes": 10, "pretrained_cfg": {}}', 'holds no weights'),
 ])
 def test_folders_that_are_no_models(config, message, tmp_path, capsys):
     (tmp_path / 'model').mkdir()
@@ -429,7 +430,7 @@ def test_only_bugs_show_their_traceback(error, code, last, monkeypatch, capsys):
 
 
 def test_traceback_of_what_is_raised_for_the_user(tmp_path):
-    with pytest.raises(ValueError, match='there is no such file'):
+    with pytest.raises(ValueError, match='does not exist, expected a checkpoint'):
         main(['convert', str(tmp_path / 'a.pth'), '--output', str(tmp_path / 'b'), '--traceback'])
 
 
@@ -448,7 +449,7 @@ def test_save_model_of_make_switchable(tmp_path):
     save_model(model, str(tmp_path / 'out'))
     assert_equal(dict(create(tmp_path / 'out').state_dict()), dict(model.state_dict()))
     own = timm_rs.make_switchable(torch.nn.Sequential(torch.nn.BatchNorm2d(3)), RESOLUTIONS)
-    with pytest.raises(ValueError, match='no model that timm.create_model could build'):
+    with pytest.raises(ValueError, match='not a model that timm.create_model could build'):
         save_model(own, str(tmp_path / 'own'))
     assert not (tmp_path / 'own').exists()
 
@@ -478,5 +479,5 @@ def test_load_model_tells_of_the_run(trained):
 
 def test_read_and_pick(tmp_path):
     torch.save(dict(model=dict(a=torch.ones(1)), model_ema=dict(a=torch.zeros(1))), tmp_path / 'a.pth')
-    checkpoint = read_checkpoint(str(tmp_path / 'a.pth'))
-    assert [pick_state_dict(checkpoint, use_ema)['a'].item() for use_ema in (False, True, None)] == [1, 0, 0]
+    found = [read_checkpoint(str(tmp_path / 'a.pth'), use_ema).state_dict['a'] for use_ema in (False, True, None)]
+    assert [a.item() for a in found] == [1, 0, 0]

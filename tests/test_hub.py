@@ -13,8 +13,11 @@ from conftest import assert_equal, images, randomize_bn
 from hub_server import TOKEN, HubServer
 
 from timm_rs.evaluate import count_madds
+from timm_rs.hub import card as timm_rs_card
 from timm_rs.hub import push as timm_rs_hub
-from timm_rs.hub.push import HubError, TrainingPush, model_card, push_to_hub, read_metrics, write_label_names
+from timm_rs.hub.card import model_card
+from timm_rs.hub.push import HubError, TrainingPush, push_to_hub, read_metrics
+from timm_rs.records import labels_beside, read_label_names, write_label_names
 from timm_rs_cli import main
 
 RESOLUTIONS = (64, 48, 32)
@@ -69,7 +72,7 @@ def hub(tmp_path, monkeypatch):
         for module in (huggingface_hub.constants, huggingface_hub.file_download):  # old clients look at both
             monkeypatch.setattr(module, name, value, raising=False)
     monkeypatch.setenv('HF_TOKEN', TOKEN)
-    monkeypatch.setattr(timm_rs_hub, 'count_madds', lambda model, resolution, in_chans: 1000 * resolution ** 2)
+    monkeypatch.setattr(timm_rs_card, 'count_madds', lambda model, resolution, in_chans: 1000 * resolution ** 2)
     no_sleep = types.SimpleNamespace(**dict(vars(huggingface_hub.utils._http.time), sleep=lambda seconds: None))
     monkeypatch.setattr(huggingface_hub.utils._http, 'time', no_sleep)  # between the client's attempts
     reset_client()
@@ -169,7 +172,7 @@ def test_second_push_updates_our_card_and_skips_what_is_there(hub, model):
     push_to_hub(model, REPO, metrics=METRICS)
     assert 'model-index' in card(hub)[0]
     assert len([r for r in hub.requests if r[0] == 'PUT']) == uploads == 1
-    assert hub.repos[REPO].messages == ['initial commit', 'Add model', 'Update model card', 'Update model card']
+    assert hub.repos[REPO].messages == ['initial commit', 'Add model', 'Add model']
 
 
 def test_card_of_the_user_is_left_alone(hub, model):
@@ -178,14 +181,6 @@ def test_card_of_the_user_is_left_alone(hub, model):
     repo.refs['main'] = repo.commit(repo.refs['main'], {'README.md': b'# Mine\n'}, 'my card')
     push_to_hub(model, REPO, metrics=METRICS)
     assert hub.files(REPO)['README.md'] == b'# Mine\n'
-
-
-def test_card_that_was_cut_off_is_still_ours(hub, model):
-    push_to_hub(model, REPO)
-    repo = hub.repos[REPO]
-    repo.refs['main'] = list(repo.commits)[1]  # before the card was updated
-    push_to_hub(model, REPO, metrics=METRICS)
-    assert 'model-index' in card(hub)[0]
 
 
 def test_private(hub, model):
@@ -353,10 +348,18 @@ def test_read_metrics(tmp_path):
     path = tmp_path / 'results.csv'
     path.write_text('resolution,top1,top5,loss\n64,1,2,3\nens,4,5,6\n')
     assert read_metrics(str(path)) == {64: dict(top1=1., top5=2., loss=3.), 'ens': dict(top1=4., top5=5., loss=6.)}
-    for content in ('a,b\n1,2\n', 'resolution,top1\n64,high\n', '{"a": 1}', '[1]'):
+    for content, message in (
+        ('a,b\n1,2\n', 'bad.csv holds no results of'),
+        ('resolution,top1\n64,high\n', "bad.csv: top1 of 64 is 'high', expected a number"),
+        ('resolution,top1\n64,nan\n', 'bad.csv: 64.top1 is nan, expected a finite number'),
+        ('resolution,top1\n64\n', 'a row has another number of values than the header'),
+        ('epoch,eval_top1_99999\n1,2\n', "bad.csv: 99999 is '99999', expected an integer from 1 to 4096"),
+        ('{"a": 1}', "bad.json: the content is {'a': 1}, expected a list"),
+        ('[1]', 'is 1, expected a dict'),
+    ):
         path = tmp_path / ('bad.json' if content[0] in '{[' else 'bad.csv')
         path.write_text(content)
-        with pytest.raises(ValueError, match='holds no results of'):
+        with pytest.raises(ValueError, match=message):
             read_metrics(str(path), epoch=1)
 
 
@@ -385,11 +388,32 @@ class Process:
 
 def test_label_names_beside_checkpoints(tmp_path):
     names = tmp_path / 'label_names.txt'
-    for numbers, num_classes in ((None, 2), (dict(cat=0), 2), (dict(cat=0, dog=0), 2), (dict(cat=1, dog=2), 2)):
-        write_label_names(str(tmp_path), types.SimpleNamespace(class_to_idx=numbers), num_classes)
+    for numbers, num_classes in ((None, 2), ({}, 2), (dict(cat=0), 2), (dict(cat=0, dog=0), 2), (dict(cat=1, dog=2), 2),
+                                 ({'two\nlines': 0}, 1)):
+        write_label_names(str(tmp_path), numbers, num_classes)
         assert not names.exists()
-    write_label_names(str(tmp_path), types.SimpleNamespace(class_to_idx={'hund ä': 1, 'cat': 0}), 2)
-    assert names.read_bytes().decode('utf-8') == 'cat\nhund ä\n'
+    write_label_names(str(tmp_path), {'hund \u2028 ä': 1, 'cat': 0}, 2)
+    assert names.read_bytes().decode('utf-8') == 'cat\nhund \u2028 ä\n'
+    assert read_label_names(str(names)) == ['cat', 'hund \u2028 ä']
+    assert labels_beside(str(tmp_path)) == labels_beside(str(names)) == str(names)
+    assert labels_beside(str(tmp_path / 'missing.pth')) is None
+
+
+@pytest.mark.parametrize('content, message', [
+    (b'cat\n\ndog\n', 'labels.txt: line 2 is of 0 characters, expected the name of a class'),
+    (b'', 'line 1 is of 0 characters'),
+    (b'x' * 1001, 'line 1 is of 1001 characters'),
+    (b'cat\n\xff\n', 'labels.txt is not text in UTF-8: invalid start byte at byte 4'),
+])
+def test_bad_label_names(content, message, tmp_path):
+    (tmp_path / 'labels.txt').write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_label_names(str(tmp_path / 'labels.txt'))
+
+
+def test_label_names_of_any_system(tmp_path):
+    (tmp_path / 'labels.txt').write_bytes(b'\xef\xbb\xbfcat\r\ndog\r\n\r\n')
+    assert read_label_names(str(tmp_path / 'labels.txt')) == ['cat', 'dog']
 
 
 def test_training_push(run_folder, tmp_path, monkeypatch):

@@ -8,11 +8,12 @@ from conftest import assert_equal, images
 from timm.data import create_transform, resolve_model_data_config
 
 import timm_rs
-from timm_rs.checkpoint import read_weights
-from timm_rs.hub.convert import load_model, save_model
+from timm_rs.checkpoint import read_checkpoint
+from timm_rs.hub.convert import save_model
+from timm_rs.load import load_model
 from timm_rs.models.rs_models import RESOLUTIONS, _packaged
 
-FOLDER = Path(timm_rs.__file__).with_name('weights')
+FOLDER = Path(timm_rs.__file__).parent / 'models' / 'weights'
 
 
 @pytest.fixture(params=_packaged)
@@ -32,7 +33,7 @@ def test_files(name):
 
 def test_holds_the_weights(name):
     model = timm.create_model(name, pretrained=True).eval()
-    found = read_weights(str(FOLDER / f'{name}.safetensors'))
+    found = read_checkpoint(str(FOLDER / f'{name}.safetensors')).state_dict
     assert {v.dtype for v in found.values()} == {torch.float16, torch.int64}
     assert_equal(model.state_dict(), {k: v.float() if v.is_floating_point() else v for k, v in found.items()})
     assert len(set(model.pretrained_cfg['label_names'])) == model.num_classes
@@ -67,7 +68,7 @@ def test_saved_and_loaded(name, tmp_path):
     for r in model.resolutions:
         x = images(r)
         assert_equal(loaded(x), model(x))
-    assert loaded.pretrained_cfg['label_names'] == model.pretrained_cfg['label_names']
+    assert loaded.pretrained_cfg['label_names'] == list(model.pretrained_cfg['label_names'])
     assert str(FOLDER) not in (tmp_path / 'saved' / 'config.json').read_text()
 
 

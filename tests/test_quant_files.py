@@ -12,7 +12,8 @@ from test_hub import create as create_from_hub
 from test_quant_models import RESOLUTIONS, bases, q_model, quantizers, settle
 
 from timm_rs import make_switchable
-from timm_rs.hub.convert import load_model, load_weights, save_model
+from timm_rs.hub.convert import save_model
+from timm_rs.load import load_model, load_weights
 from timm_rs.quant import QuantConv2d, is_quantized, pack_state_dict, quantize, unpack_state_dict
 from timm_rs_cli import main
 
@@ -129,9 +130,10 @@ def test_hub(hub, trained, packed, tmp_path):
         assert_restores(trained, restored)
     for x in images(*RESOLUTIONS):
         assert_equal(restored(x), trained(x))
-    assert 'weights of 2 bits, activations of 3, but' in hub.files(REPO)['README.md'].decode()
+    assert 'have weights of 2 bits, activations of 3 (' in hub.files(REPO)['README.md'].decode()
     config = json.loads(hub.files(REPO)['config.json'])
-    assert config['model_args']['quantization'] == dict(weight_bits=2, activation_bits=3, skip=['layer4.*'])
+    assert config['model_args']['quantization'] == dict(
+        weight_bits=2, activation_bits=3, skip=['layer4.*'], fixed_activation_basis=False)
 
 
 def test_float_weights_for_a_quantized_network(tmp_path):

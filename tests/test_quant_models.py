@@ -20,7 +20,7 @@ import train_rs
 import validate_rs
 from timm_rs import add_resolution, make_switchable
 from timm_rs.evaluate import count_madds
-from timm_rs.hub.convert import load_model
+from timm_rs.load import load_model
 from timm_rs.quant import ActivationQuantizer, QuantConv2d, fold, is_quantized, quantize
 from timm_rs.train import MultiResolutionTask
 from timm_rs.train.options import parse_args

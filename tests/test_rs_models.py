@@ -262,7 +262,7 @@ def test_file_of_one_resolution_is_a_plain_one(rs_file, tmp_path):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(ValueError, match='none.pth: there is no such file'):
+    with pytest.raises(ValueError, match='none.pth does not exist'):
         create(**from_file(tmp_path / 'none.pth'))
 
 

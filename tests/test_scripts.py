@@ -13,7 +13,7 @@ from command_lines import MODEL, TINY, fails, images, trained, validated  # noqa
 
 import train_rs
 from timm_rs.hub.convert import save_model
-from timm_rs.hub.push import LABEL_FILE
+from timm_rs.records import LABEL_FILE
 from timm_rs.train import MultiResolutionTask, loop
 from timm_rs.train.builders import build_model
 from timm_rs.train.loop import choose_levels

@@ -13,7 +13,7 @@ from timm.data import create_dataset, create_loader
 import train_rs
 import validate_rs
 from timm_rs.hub.convert import save_model
-from timm_rs.hub.push import LABEL_FILE
+from timm_rs.records import LABEL_FILE
 
 
 def test_validation_equals_timm_loader_image_for_image(images, trained, tmp_path, capsys):
@@ -156,7 +156,7 @@ def test_validation_compares_the_classes_that_are_named_beside_the_checkpoint(im
 
 
 @pytest.mark.parametrize('flags,message', [
-    (['--checkpoint', 'nowhere.pth'], 'nowhere.pth: there is no such file'),
+    (['--checkpoint', 'nowhere.pth'], 'nowhere.pth does not exist'),
     (['--model', 'rs_resnet10'], 'did you mean rs_resnet10'),
     (['--model', MODEL, '--img-size', '0'], 'expected positive integers'),
     (['--results-file', 'nowhere/x.csv', '--model', MODEL], 'nowhere does not exist, expected a folder for x.csv'),
@@ -186,7 +186,7 @@ def test_validation_of_a_checkpoint_of_another_program(images, tmp_path, capfd, 
     model = timm.create_model(MODEL[3:], num_classes=2)
     torch.save(dict(state_dict=model.state_dict(), args=told), tmp_path / 'x.pth')
     argv = [str(images), '--checkpoint', str(tmp_path / 'x.pth'), '--device', 'cpu', '--workers', '0']
-    assert 'does not tell its model, give --model' in fails(validate_rs.main, argv, capfd)
+    assert 'does not record its model, give --model' in fails(validate_rs.main, argv, capfd)
     validate_rs.main([*argv, '--model', MODEL[3:], '--num-classes', '2', '--img-size', '32'])
 
 

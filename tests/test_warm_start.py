@@ -160,7 +160,7 @@ def test_flags_of_the_training_script(flag, num_classes, kind, switchable, tmp_p
 @pytest.mark.parametrize('content, initial, pretrained', [
     (dict(bert=torch.zeros(2, 2)), 'does not fit rs_resnet18: conv1.weight, ', 'No weights of the checkpoint fit'),
     ([torch.zeros(2, 2)], 'There are no weights in it', 'There are no weights in it'),
-    (b'hello', 'is damaged or no checkpoint', 'is damaged or no checkpoint'),
+    (b'hello', 'is damaged or not a checkpoint', 'is damaged or not a checkpoint'),
 ])
 def test_foreign_files(content, initial, pretrained, tmp_path):
     path = tmp_path / 'foreign.pth'

@@ -6,11 +6,12 @@ A switchable network names the resolution behind the layer that it belongs to (`
 The authors' code wraps shared layers in a `module` and numbers the BN layers, the largest size first: `conv1.weight`
 is `conv1.module.weight`, `bn1.224.weight` is `bn1.bn_0.weight`.
 """
+import argparse
 import logging
-import os
 import re
 import warnings
 import zipfile
+from dataclasses import dataclass, field
 from typing import Any, Dict, Iterable, Iterator, Mapping, Optional, Tuple
 
 import safetensors.torch
@@ -20,25 +21,16 @@ from timm.models._helpers import _torch_load
 
 from timm_rs_runtime.errors import UserError
 
+from .records import check_run, find_checkpoint
 from .resolutions import nearest_resolution
 
 __all__ = [
-    'adapt_reference',
-    'adapt_state_dict',
-    'check_archive',
-    'explain_mismatch',
-    'extract_resolution',
-    'has_taken',
-    'is_reference',
-    'pick_state_dict',
-    'read_checkpoint',
-    'read_weights',
-    'state_dict_resolutions',
-]
+    'Checkpoint', 'adapt_reference', 'adapt_state_dict', 'check_archive', 'check_finite', 'check_tensors',
+    'explain_mismatch', 'extract_resolution', 'has_taken', 'is_reference', 'read_checkpoint', 'state_dict_resolutions']
 
 _logger = logging.getLogger(__name__)
-_RUNNING_MEAN = re.compile(r'(?:^|\.)(\d+)\.running_mean$')
-_REFERENCE_KEY = re.compile(r'(?P<layer>.+)\.(?:module|bn_(?P<index>\d+))\.(?P<rest>\w+)')
+_RUNNING_MEAN = re.compile(r'(?:^|\.)([1-9]\d{0,3})\.running_mean$')
+_REFERENCE_KEY = re.compile(r'(?P<layer>.+)\.(?:module|bn_(?P<index>\d{1,3}))\.(?P<rest>\w+)')
 _MOBILENETV2_DEPTHS = (1, 2, 3, 4, 3, 3, 1)  # blocks per stage
 _MOBILENETV2_LAYERS = {
     4: ('conv_dw', 'bn1', 'conv_pw', 'bn2'),
@@ -46,17 +38,85 @@ _MOBILENETV2_LAYERS = {
 }
 
 
-def read_checkpoint(path: str) -> Any:
-    """Return what a checkpoint file holds; safetensors and pickles of tensors and plain values are read.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint file holds.
+
+    Attributes:
+        path: The file that was read.
+        state_dict: Weights under clean keys, all finite.
+        args: Flags of the training run, see timm_rs.records.check_run; empty if unknown.
+        epoch: Epoch, None if unknown.
+    """
+    path: str
+    state_dict: Dict[str, torch.Tensor]
+    args: Dict[str, Any] = field(default_factory=dict)
+    epoch: Optional[int] = None
+
+
+def read_checkpoint(path: str, use_ema: Optional[bool] = None) -> Checkpoint:
+    """Read a checkpoint: safetensors, or a pickle of tensors and plain values. No other file is opened.
 
     Args:
-        path: Name of the file, which ends in .safetensors if it is one.
+        path: Name of the file, which ends in .safetensors if it is one, or the output folder of a run.
+        use_ema: Take the moving average, or never; None takes it if there is one, as timm does.
 
     Raises:
-        ValueError: There is no such file, it is damaged or no checkpoint, or reading it would run code that it holds.
+        UserError: There is no such file, it is damaged or not a checkpoint, reading it would run code that it holds,
+            it holds no weights or no moving average, or a weight is not finite.
     """
-    if not os.path.isfile(path):
-        raise UserError(f'{path}: there is no such file, expected a checkpoint or a folder with config.json.')
+    path = find_checkpoint(path)
+    content = _read(path)
+    try:
+        state_dict = _pick_state_dict(content, use_ema)
+    except UserError as e:
+        raise UserError(f'{path}: {e}') from e
+    check_tensors(state_dict, path)
+    args = content.get('args')
+    args = check_run(vars(args), path) if isinstance(args, argparse.Namespace) else {}
+    epoch = content.get('epoch') if args else None
+    return Checkpoint(path, state_dict, args, epoch if isinstance(epoch, int) else None)
+
+
+def check_finite(state_dict: Mapping[str, torch.Tensor], source: str) -> None:
+    """Raise UserError if a weight is not finite or a running variance is negative; the message names the tensor.
+
+    Args:
+        state_dict: Weights.
+        source: The file or network that holds them, for the message.
+
+    Example:
+        >>> check_finite({'fc.weight': torch.tensor([1., float('nan')])}, 'a.pth')
+        Traceback (most recent call last):
+        timm_rs_runtime.errors.UserError: a.pth: fc.weight holds 1 of 2 values that are not finite.
+    """
+    for key, value in state_dict.items():
+        value = torch.view_as_real(value) if value.is_complex() else value
+        if not value.is_floating_point() or not value.numel():
+            continue
+        low, high = torch.aminmax(value.detach().float() if value.itemsize == 1 else value.detach())  # float8 has none
+        if not low.isfinite() or not high.isfinite():
+            bad = int((~value.float().isfinite()).sum())
+            raise UserError(f'{source}: {key} holds {bad} of {value.numel()} values that are not finite.')
+        if key.endswith('running_var') and low < 0:
+            raise UserError(f'{source}: {key} holds {low:g}, expected variances of at least 0.')
+
+
+def check_tensors(state_dict: Mapping[str, torch.Tensor], source: str) -> None:
+    """Raise UserError if weights that were read are not finite, or are more than the file can hold."""
+    for key, value in state_dict.items():
+        if value.layout != torch.strided or value.device.type != 'cpu' or value.is_quantized:
+            raise UserError(f'{source}: {key} is a {value.layout} tensor on {value.device}, expected a dense one.')
+        if value.numel() * value.itemsize > value.untyped_storage().nbytes():
+            raise UserError(f'{source}: {key} is {tuple(value.shape)}, more values than the file holds of it.')
+    sizes = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in state_dict.values()}
+    if sum(v.numel() * v.itemsize for v in state_dict.values()) > 16 * sum(sizes.values()):
+        raise UserError(f'{source}: the weights share their memory more than 16 times.')
+    check_finite(state_dict, source)
+
+
+def _read(path: str) -> Any:
+    """Return the content of a checkpoint file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of the pickle protocol of foreign files
@@ -69,13 +129,13 @@ def read_checkpoint(path: str) -> Any:
     except OSError:
         raise
     except Exception as e:  # what a foreign file makes the readers raise is not documented
-        told = ' '.join(f'{e} {e.__cause__ or ""}'.split())
-        code = re.search(r'[Uu]nsupported (?:global: )?GLOBAL (\S+)', told)
+        reason = ' '.join(f'{e} {e.__cause__ or ""}'.split())
+        code = re.search(r'[Uu]nsupported (?:global: )?GLOBAL (\S+)', reason)
         if code:
             raise UserError(
                 f'{path} is refused: reading it would run code ({code.group(1)}). Only tensors and plain values are '
-                'read; save its state dict alone.') from e
-        raise UserError(f'{path} is damaged or no checkpoint, expected safetensors or a file of torch.save.') from e
+                'read; save only its state dict.') from e
+        raise UserError(f'{path} is damaged or not a checkpoint, expected safetensors or a file of torch.save.') from e
 
 
 def check_archive(path: str) -> None:
@@ -90,16 +150,8 @@ def check_archive(path: str) -> None:
                         pass
 
 
-def pick_state_dict(checkpoint: Any, use_ema: Optional[bool] = None) -> Dict[str, torch.Tensor]:
-    """Return the weights that a checkpoint holds, alone or among the state of a training run, under clean keys.
-
-    Args:
-        checkpoint: Content of a checkpoint file.
-        use_ema: Take the moving average, or never; None takes it if there is one, as timm does.
-
-    Raises:
-        ValueError: There are no weights, or no moving average of them.
-    """
+def _pick_state_dict(checkpoint: Any, use_ema: Optional[bool] = None) -> Dict[str, torch.Tensor]:
+    """Return the weights that a checkpoint holds, alone or among the state of a training run, under clean keys."""
     names = () if use_ema is False else ('state_dict_ema', 'model_ema')
     names += () if use_ema else ('state_dict', 'model')
     state_dict = None
@@ -109,19 +161,10 @@ def pick_state_dict(checkpoint: Any, use_ema: Optional[bool] = None) -> Dict[str
             raise UserError('There is no moving average of the weights in it, leave --use-ema out.')
         if use_ema is False and isinstance(checkpoint.get('state_dict_ema'), Mapping):
             _logger.warning('Taking the weights of the last step, not their moving average, which is --use-ema.')
-        state_dict = clean_state_dict(held[0] if held else checkpoint)
-    if not state_dict or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
+        state_dict = held[0] if held else checkpoint
+    if not state_dict or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state_dict.items()):
         raise UserError('There are no weights in it, expected a state dict or a training checkpoint.')
-    return state_dict
-
-
-def read_weights(path: str, use_ema: Optional[bool] = None) -> Dict[str, torch.Tensor]:
-    """Return the weights that a checkpoint file holds, see read_checkpoint and pick_state_dict."""
-    checkpoint = read_checkpoint(path)
-    try:
-        return pick_state_dict(checkpoint, use_ema)
-    except ValueError as e:
-        raise UserError(f'{path}: {e}') from e
+    return clean_state_dict(state_dict)
 
 
 def state_dict_resolutions(state_dict: Mapping[str, Any]) -> Optional[Tuple[int, ...]]:
@@ -165,9 +208,9 @@ def extract_resolution(state_dict: Mapping[str, Any], resolution: int) -> Dict[s
     for key, value in state_dict.items():
         name, rest = _split_private(key, private)
         if name is not None:
-            held, rest = rest.split('.', 1)
+            held, _, rest = rest.partition('.')
             key = _join(name, rest)
-            if int(held) != resolution:
+            if held != str(resolution):
                 continue
         if key != 'alpha':
             plain[key] = value
@@ -297,11 +340,15 @@ def adapt_state_dict(
         elif found is None:
             adapted.update({f'{name}.{r}.{rest}': value.clone() for r in resolutions})
         else:
-            held, rest = rest.split('.', 1)
-            adapted.update({f'{name}.{r}.{rest}': value.clone() for r, s in source.items() if s == int(held)})
+            held, _, rest = rest.partition('.')
+            adapted.update({f'{name}.{r}.{rest}': value.clone() for r, s in source.items() if str(s) == held})
+            if held not in map(str, found):
+                adapted[key] = value
     if found is None:
         adapted['alpha'] = alpha.detach().clone()
     else:
+        if state_dict['alpha'].shape != (len(found),):
+            raise UserError(f"alpha is {tuple(state_dict['alpha'].shape)}, expected {(len(found),)}.")
         index = {r: i for i, r in enumerate(found)}
         adapted['alpha'] = torch.stack([state_dict['alpha'][index[source[r]]] for r in resolutions])
     return adapted
@@ -337,6 +384,7 @@ def _mobilenetv2_names(layers: Iterable[str]) -> Dict[str, str]:
     places = [(stage, i) for stage, depth in enumerate(_MOBILENETV2_DEPTHS) for i in range(depth)]
     for block, (stage, i) in enumerate(places, start=1):
         prefix = f'features.{block}.conv.'
-        inner = sorted((n for n in layers if n.startswith(prefix)), key=lambda n: int(n[len(prefix):]))
-        names.update(zip(inner, (f'blocks.{stage}.{i}.{n}' for n in _MOBILENETV2_LAYERS.get(len(inner), ()))))
+        inner = sorted(int(m[1]) for n in layers if (m := re.fullmatch(rf'{re.escape(prefix)}(\d{{1,3}})', n)))
+        places_of = (f'blocks.{stage}.{i}.{n}' for n in _MOBILENETV2_LAYERS.get(len(inner), ()))
+        names.update(zip((f'{prefix}{n}' for n in inner), places_of))
     return names

@@ -1,17 +1,16 @@
 """Figures of training runs: accuracy per resolution over epochs, and accuracy against multiply-adds"""
-import csv
 import os
 from dataclasses import dataclass
 from typing import Dict, List, Sequence
 
-import timm
-import yaml
-
+from timm_rs_runtime import fields
 from timm_rs_runtime.errors import UserError
 from timm_rs_runtime.files import atomic_path
 
+from .checkpoint import read_checkpoint
 from .evaluate import ENSEMBLE, count_madds
-from .hub.convert import model_args
+from .load import create, model_args, shapes_only
+from .records import ARGS_FILE, SUMMARY_FILE, check_run, read_summary, read_yaml
 
 __all__ = ['RunHistory', 'plot_accuracy_against_madds', 'plot_curves', 'read_run']
 
@@ -38,9 +37,10 @@ class RunHistory:
 
     def madds(self) -> Dict[int, int]:
         """Return the multiply-adds of one image at each resolution."""
-        name = self.args['model']
-        model = timm.create_model(name, resolutions=self.resolutions, **model_args(name, self.args, {}, None))
-        return {r: count_madds(model, r, self.args.get('in_chans') or 3) for r in self.resolutions}
+        name = self.args.get('model') or ''
+        with shapes_only(self.name):
+            model = create(self.name, name, resolutions=self.resolutions, **model_args(name, self.args, {}))
+            return {r: count_madds(model, r, self.args.get('in_chans') or 3) for r in self.resolutions}
 
 
 def read_run(folder: str) -> RunHistory:
@@ -49,20 +49,22 @@ def read_run(folder: str) -> RunHistory:
     Raises:
         ValueError: It holds no summary of a run, or none with a validated epoch.
     """
-    paths = [os.path.join(folder, name) for name in ('summary.csv', 'args.yaml')]
+    paths = [os.path.join(folder, name) for name in (SUMMARY_FILE, ARGS_FILE)]
     for path in paths:
         if not os.path.isfile(path):
-            raise UserError(f'{folder} is no output folder of train_rs.py, {os.path.basename(path)} is missing.')
-    with open(paths[0], newline='') as f:
-        rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
-    rows = [row for row in rows if 'eval_top1_mean' in row]
+            raise UserError(f'{folder} is not an output folder of train_rs.py, {os.path.basename(path)} is missing.')
+    rows = read_summary(paths[0])
+    names = {key.rpartition('_')[2] for row in rows for key in row if key.startswith('eval_top1_')}
+    sizes = [fields.check_fields(name, fields.size_text, paths[0]) for name in names if name.isdecimal()]
+    columns = ['epoch', *(f'eval_top1_{key}' for key in ('mean', ENSEMBLE, *sizes))]
+    check = fields.record(dict.fromkeys(columns, fields.number()), required=columns)
+    rows = [fields.check_fields(row, check, paths[0]) for row in rows if 'eval_top1_mean' in row]
     if not rows:
         raise UserError(f'{paths[0]} holds no validated epoch yet.')
-    with open(paths[1]) as f:
-        args = yaml.safe_load(f)
-    names = (key.rpartition('_')[2] for key in rows[0] if key.startswith('eval_top1_'))
-    resolutions = sorted((int(name) for name in names if name.isdigit()), reverse=True)
-    return RunHistory(os.path.basename(os.path.normpath(folder)), resolutions, rows, args)
+    args = check_run(read_yaml(paths[1]), paths[1])
+    if ':' in (args.get('model') or ''):  # the checkpoint records the network itself
+        args = read_checkpoint(folder).args
+    return RunHistory(os.path.basename(os.path.normpath(folder)), sorted(sizes, reverse=True), rows, args)
 
 
 def plot_curves(runs: Sequence[RunHistory], path: str, overwrite: bool = False) -> None:

@@ -32,10 +32,10 @@ def add_packed(parser: argparse.ArgumentParser) -> None:
 
 def load(args: argparse.Namespace) -> Any:
     """Load the checkpoint that the arguments of add_source name."""
-    from timm_rs.hub.convert import load_model
+    from timm_rs.load import load_model
 
     data = {k: getattr(args, k) for k in ('mean', 'std', 'interpolation', 'crop_pct')}
-    return load_model(
+    loaded = load_model(
         args.checkpoint,
         args.model,
         args.resolutions,
@@ -44,23 +44,23 @@ def load(args: argparse.Namespace) -> Any:
         model_kwargs=args.model_kwargs,
         data_config={k: v for k, v in data.items() if v},
     )
+    if loaded.source != args.checkpoint:  # of the output folder of a run
+        print(f'{args.checkpoint}: {os.path.basename(loaded.source)} is read')
+    return loaded
 
 
 def read_labels(args: argparse.Namespace) -> Optional[List[str]]:
     """Return the names of the classes, of --label-names or of the file that training left beside the checkpoint."""
-    from timm_rs.hub.push import LABEL_FILE
+    from timm_rs.records import labels_beside, read_label_names
 
-    path = args.label_names
-    beside = os.path.join(os.path.dirname(args.checkpoint), LABEL_FILE)
-    if path is None and os.path.isfile(args.checkpoint) and os.path.isfile(beside):
-        path = beside
-    if path is None:
-        return None
-    with open(path, encoding='utf-8-sig') as f:
-        return f.read().rstrip().splitlines()
+    path = args.label_names or labels_beside(args.checkpoint)
+    return read_label_names(path) if path else None
 
 
 def print_saved(output: str, model: Any, resolutions: Any) -> None:
     """Print what was written and how to load it."""
+    from timm_rs.switchable import SwitchableMixin
+
+    first = 'import timm_rs; ' if isinstance(model, SwitchableMixin) else ''  # which registers the architecture
     print(f"{output}: {model.pretrained_cfg['architecture']} at {resolutions}, loaded by "
-          f"timm.create_model('local-dir:{output}', pretrained=True)")
+          f"{first}timm.create_model('local-dir:{output}', pretrained=True)")

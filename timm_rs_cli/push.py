@@ -26,11 +26,12 @@ def run(args: argparse.Namespace) -> None:
     from huggingface_hub.utils import disable_progress_bars
 
     from timm_rs.hub.push import HubError, push_to_hub, read_metrics
+    from timm_rs.records import SUMMARY_FILE
 
     labels = read_labels(args)
     loaded = load(args)
     results = args.results
-    beside = os.path.join(os.path.dirname(args.checkpoint), 'summary.csv')
+    beside = os.path.join(os.path.dirname(loaded.source), SUMMARY_FILE)
     if results is None and loaded.epoch is not None and os.path.isfile(beside):
         results = beside
     metrics = read_metrics(results, loaded.epoch) if results else None

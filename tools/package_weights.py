@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 
 import timm_rs
-from timm_rs.checkpoint import read_weights
+from timm_rs.checkpoint import read_checkpoint
 from timm_rs.evaluate import ENSEMBLE, count_madds, count_parameters
 from timm_rs.hub.push import read_metrics
 from timm_rs_runtime.files import atomic_path, atomic_write
@@ -43,7 +43,7 @@ def main():
     name = f'{args.model}.{args.tag}'
     info, synsets = ImageNetInfo(), sorted(p.name for p in Path(args.data_dir, 'train').iterdir())
     labels = [info.label_name_to_description(s).split(',')[0] for s in synsets]
-    weights = read_weights(args.weights)
+    weights = read_checkpoint(args.weights).state_dict
     model = timm.create_model(args.model, num_classes=len(labels), resolutions=args.resolutions)
     place = {k: model.pretrained_cfg[k] for k in ('first_conv', 'classifier')}
     FOLDER.mkdir(exist_ok=True)

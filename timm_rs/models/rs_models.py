@@ -8,8 +8,7 @@ weights holds trained networks that come with the package, each with the configu
 """
 import csv
 import difflib
-import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Union
@@ -26,14 +25,16 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
-from timm.models._hub import load_state_dict_from_path
 from timm.models._pretrained import PretrainedCfg
 
+from timm_rs_runtime import fields
 from timm_rs_runtime.errors import UserError
 
-from ..checkpoint import extract_resolution, has_taken, read_weights, state_dict_resolutions
+from ..checkpoint import check_tensors, extract_resolution, has_taken, read_checkpoint, state_dict_resolutions
 from ..private_bn import PrivateBN
+from ..quant.config import QuantConfig
 from ..quant.quantize import load_bases, quantize, split_bases
+from ..records import PRETRAINED_CFG
 from ..switchable import make_switchable
 from . import preresnet  # noqa: F401  registers the plain networks
 
@@ -41,14 +42,14 @@ PREFIX = 'rs_'
 RESOLUTIONS = (224, 192, 160, 128, 96)  # section 4.1
 __all__ = ['OTHER_MODELS', 'PREFIX', 'RESOLUTIONS', 'RS_MODELS', 'explain_unknown_model']
 
-# Plain architecture, its arguments and those of timm_rs.quant.quantize.
+# Plain architecture, its arguments, and how it is quantized.
 OTHER_MODELS = {
     'preresnet18': ('preresnet18', {}, None),
     'preresnet50': ('preresnet50', {}, None),
-    'resnet18_w2a32': ('resnet18', dict(zero_init_last=True), dict(weight_bits=2, activation_bits=32)),
-    'resnet50_w2a32': ('resnet50', dict(zero_init_last=True), dict(weight_bits=2, activation_bits=32)),
-    'preresnet18_w2a2': ('preresnet18', {}, dict(weight_bits=2, activation_bits=2)),
-    'preresnet50_w2a2': ('preresnet50', {}, dict(weight_bits=2, activation_bits=2)),
+    'resnet18_w2a32': ('resnet18', dict(zero_init_last=True), QuantConfig(weight_bits=2, activation_bits=32)),
+    'resnet50_w2a32': ('resnet50', dict(zero_init_last=True), QuantConfig(weight_bits=2, activation_bits=32)),
+    'preresnet18_w2a2': ('preresnet18', {}, QuantConfig(weight_bits=2, activation_bits=2)),
+    'preresnet50_w2a2': ('preresnet50', {}, QuantConfig(weight_bits=2, activation_bits=2)),
 }
 
 _SOURCES = ('state_dict', 'source', 'file', 'url', 'hf_hub_id', 'hf_hub_filename')  # where a cfg has its weights
@@ -87,7 +88,7 @@ def _create_rs(
         name: str,
         pretrained: bool = False,
         resolutions: Optional[Sequence[int]] = None,
-        quantization: Optional[Mapping[str, Any]] = None,
+        quantization: Optional[Union[QuantConfig, Mapping[str, Any]]] = None,
         pretrained_cfg: Optional[Union[str, Dict[str, Any], PretrainedCfg]] = None,
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
         cache_dir: Optional[str] = None,
@@ -121,20 +122,23 @@ def _create_rs(
     model.pretrained_cfg.update(sources, architecture=PREFIX + name)
     model._model_args = dict(resolutions=model.resolutions)  # timm does not store defaults, config.json needs them
     if quantization:
-        quantize(model, **dict(quantization, trained=pretrained))
+        config = quantization if isinstance(quantization, QuantConfig) else QuantConfig(**quantization)
+        quantize(model, **asdict(config), trained=pretrained)
     load_bases(model, bases)
     return model
 
 
 def _foreign_weights(cfg: PretrainedCfg, cache_dir: Optional[str]) -> Optional[Mapping[str, Any]]:
     """Return weights that may be those of a switchable network; None for timm's own, which its entrypoint reads."""
-    if cfg.source == 'local-dir':
-        return load_state_dict_from_path(cfg.file)
-    if cfg.state_dict or (cfg.file and not cfg.custom_load):
-        return cfg.state_dict or read_weights(cfg.file)
+    if cfg.state_dict:
+        return cfg.state_dict
+    if cfg.file and (cfg.source == 'local-dir' or not cfg.custom_load):
+        return read_checkpoint(cfg.file).state_dict
     if cfg.hf_hub_id and not cfg.hf_hub_id.startswith('timm/') and not cfg.custom_load:
         filename = {'filename': cfg.hf_hub_filename} if cfg.hf_hub_filename else {}
-        return load_state_dict_from_hf(cfg.hf_hub_id, cache_dir=cache_dir, **filename)
+        weights = load_state_dict_from_hf(cfg.hf_hub_id, cache_dir=cache_dir, **filename)
+        check_tensors(weights, cfg.hf_hub_id)
+        return weights
     return None
 
 
@@ -183,12 +187,11 @@ def _pretrained_cfgs(base: str) -> Dict[str, PretrainedCfg]:
 
 def _read_packaged() -> Dict[str, Dict[str, Any]]:
     """Return sizes and configuration of the networks that come with the package, by `<model>.<tag>`."""
-    found = {}
-    for path in sorted(Path(__file__).with_name('weights').glob('*.json')):
-        entry = json.loads(path.read_text(encoding='utf-8'))
+    check = fields.record(dict(resolutions=fields.resolutions(), pretrained_cfg=PRETRAINED_CFG))
+    found = {path: fields.read_json(path, check) for path in sorted(Path(__file__).with_name('weights').glob('*.json'))}
+    for path, entry in found.items():
         entry['pretrained_cfg'].update(file=str(path.with_suffix('.safetensors')))
-        found[path.stem] = entry
-    return found
+    return {path.stem: entry for path, entry in found.items()}
 
 
 def _entrypoint(base: str, name: str, **defaults: Any) -> Callable[..., nn.Module]:
@@ -197,8 +200,8 @@ def _entrypoint(base: str, name: str, **defaults: Any) -> Callable[..., nn.Modul
 
     entrypoint.__name__ = entrypoint.__qualname__ = PREFIX + name
     entrypoint.__doc__ = (
-        f'Resolution Switchable {name}: takes `resolutions`, `quantization` (arguments of timm_rs.quant.quantize) and '
-        f'every argument of timm for {base}.')
+        f'Resolution Switchable {name}: takes `resolutions`, `quantization` (timm_rs.quant.QuantConfig or its fields) '
+        f'and every argument of timm for {base}.')
     return entrypoint
 
 

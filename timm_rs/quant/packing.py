@@ -11,7 +11,8 @@ import torch
 
 from timm_rs_runtime.errors import UserError
 
-from .quantizers import BITS, QuantConv2d, code_table, level_index
+from .config import BITS
+from .quantizers import QuantConv2d, code_table, level_index
 
 __all__ = ['is_packed', 'pack_state_dict', 'unpack_state_dict']
 
@@ -80,7 +81,7 @@ def _unpack(state_dict: Mapping[str, torch.Tensor]) -> Iterator:
         basis, shape = state_dict.get(name + _BASIS), state_dict.get(name + _SHAPE)
         if basis is None or shape is None:
             raise UserError(f'{key} is there, but {name}{_SHAPE if shape is None else _BASIS} is missing.')
-        shape = shape.tolist() if shape.ndim == 1 else []
+        shape = shape.tolist() if shape.ndim == 1 and shape.dtype == torch.int32 else []
         if basis.ndim != 2 or basis.shape[1] not in BITS or len(shape) != 4 or shape[0] != len(basis) or min(shape) < 1:
             raise UserError(f'{name} has a basis {tuple(basis.shape)} for packed weights of shape {tuple(shape)}.')
         bits = basis.shape[1]

@@ -5,6 +5,7 @@ share the weights; only the BatchNorms stay private.
 """
 import copy
 import fnmatch
+from dataclasses import asdict
 from typing import Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import torch
@@ -15,13 +16,13 @@ from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookN
 from timm_rs_runtime.errors import UserError
 
 from ..switchable import SwitchableMixin
+from .config import FLOAT_BITS, QuantConfig
 from .packing import unpack_state_dict
 from .quantizers import (
     ActivationQuantizer,
     ActivationSite,
     QuantConv2d,
     QuantConv2dSame,
-    check_bits,
     weight_basis,
 )
 
@@ -36,7 +37,7 @@ _PLAIN = {quantized: plain for plain, quantized in _QUANTIZED.items()}
 def quantize(
         model: nn.Module,
         weight_bits: int = 2,
-        activation_bits: int = 32,
+        activation_bits: int = FLOAT_BITS,
         skip: Union[str, Sequence[str]] = (),
         fixed_activation_basis: bool = False,
         trained: bool = False,
@@ -48,10 +49,7 @@ def quantize(
 
     Args:
         model: A switchable network.
-        weight_bits: Bits of each weight, 1 to 8.
-        activation_bits: Bits of each activation, 1 to 8, or 32 to leave them alone.
-        skip: Names of further layers to leave alone, with wildcards.
-        fixed_activation_basis: Learn the bases of activations only from the largest resolution.
+        weight_bits, activation_bits, skip, fixed_activation_basis: See QuantConfig.
         trained: Start each basis at the deviation of its channel's weights, not at that of He's initialization.
             Trained weights can be so much smaller that they never leave the inner levels of the latter.
 
@@ -73,27 +71,20 @@ def quantize(
         raise UserError(f'{name} is a plain network, expected a switchable one (make_switchable).')
     if is_quantized(model):
         raise UserError(f'{name} is quantized already.')
-    check_bits(weight_bits, 'weight_bits')
-    if activation_bits != 32:
-        check_bits(activation_bits, 'activation_bits')
-    elif fixed_activation_basis:
-        raise UserError('fixed_activation_basis needs activation_bits from 1 to 8.')
-    skip = [skip] if isinstance(skip, str) else list(skip)
-    layers = _select(model, skip)
+    config = QuantConfig(weight_bits, activation_bits, skip, fixed_activation_basis)
+    layers = _select(model, config.skip)
 
     for layer in layers:
         layer.__class__ = _QUANTIZED[type(layer)]
-        layer.setup(weight_bits, model._switch)
+        layer.setup(config.weight_bits, model._switch)
     if trained:
         bases = _bases_of(model, model.state_dict())
         model.load_state_dict(dict(model.state_dict(), **bases))
-    if activation_bits != 32:
-        _quantize_activations(model, layers, activation_bits, fixed_activation_basis)
-    model._quantization = dict(weight_bits=weight_bits, activation_bits=activation_bits, skip=skip)
-    if fixed_activation_basis:
-        model._quantization.update(fixed_activation_basis=True)
+    if config.activation_bits != FLOAT_BITS:
+        _quantize_activations(model, layers, config)
+    model._quantization = config
     if hasattr(model, '_model_args'):
-        model._model_args['quantization'] = model._quantization
+        model._model_args['quantization'] = asdict(config)  # as timm writes it into config.json
     return model
 
 
@@ -296,9 +287,11 @@ def _flat(name: str) -> str:
     return name.removeprefix('model.').replace('.', '_')
 
 
-def _quantize_activations(model: nn.Module, layers: Sequence[QuantConv2d], bits: int, fixed: bool) -> None:
+def _quantize_activations(model: nn.Module, layers: Sequence[QuantConv2d], config: QuantConfig) -> None:
     def create(weight: torch.Tensor) -> ActivationQuantizer:
-        quantizer = ActivationQuantizer(bits, model._switch, fixed, device=weight.device, dtype=weight.dtype)
+        quantizer = ActivationQuantizer(
+            config.activation_bits, model._switch, config.fixed_activation_basis, device=weight.device,
+            dtype=weight.dtype)
         return quantizer.train(model.training)
 
     places = [(p, n) for p in model.modules() for n, m in p._modules.items() if isinstance(m, ActivationSite)]

@@ -15,44 +15,25 @@ import torch.distributed as dist
 import torch.nn as nn
 from timm.layers.padding import pad_same
 
-from timm_rs_runtime.errors import UserError
-
 from ..private_bn import is_recomputing
 from ..resolutions import Switch
+from .config import check_bits
 
 __all__ = [
     'ActivationSite',
-    'BITS',
     'ActivationQuantizer',
     'QuantConv2d',
     'QuantConv2dSame',
-    'check_bits',
     'code_table',
     'level_index',
     'weight_basis',
 ]
 
-BITS = range(1, 9)
 RETENTION = 0.9  # of the moving average of bases, per update
 NORMAL_QUANTILE = 0.6745  # a quarter of a normal distribution lies above
 
 _MAX_COMPARED = 32  # levels; with more of them each value is searched
 _CHUNK = {'cpu': 2 ** 16, None: 2 ** 24}  # elements at a time: what fits into a cache, or bounds the memory elsewhere
-
-
-def check_bits(bits: Any, what: str) -> int:
-    """Return a number of bits.
-
-    Raises:
-        ValueError: It is not an integer from 1 to 8.
-
-    Example:
-        >>> check_bits(2, 'weight_bits')
-        2
-    """
-    if not isinstance(bits, int) or isinstance(bits, bool) or bits not in BITS:
-        raise UserError(f'{what} is {bits!r}, expected an integer from {BITS[0]} to {BITS[-1]}.')
-    return bits
 
 
 def code_table(basis: torch.Tensor, low: int) -> Tuple[torch.Tensor, torch.Tensor]:

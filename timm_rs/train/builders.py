@@ -40,11 +40,11 @@ from ..data.datasets import (
 )
 from ..data.readers import ReadableDataset, skip_unreadable
 from ..evaluate import ENSEMBLE, count_madds
-from ..hub.convert import load_weights
+from ..load import load_weights, read_source
 from ..models.rs_models import PREFIX, explain_unknown_model
 from ..private_bn import tie_affine
+from ..records import find_checkpoint
 from ..resolutions import check_resolutions
-from ..switchable import SwitchableMixin
 from .loss import EnsembleDistillationLoss
 from .options import is_mixing, largest_size_conflict
 from .pyramid import ResolutionPyramid
@@ -109,44 +109,40 @@ def select_device(args: argparse.Namespace) -> torch.device:
 
 def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
     """Build the model and settle args.resolutions, args.num_classes and args.in_chans by it."""
-    if ':' not in args.model and (not args.model.startswith(PREFIX) or not is_model(args.model)):
-        raise UserError(explain_unknown_model(args.model))
+    name, kwargs = read_source(args.model, args.pretrained)
+    if not name.startswith(PREFIX) or not is_model(name):
+        raise UserError(_PLAIN.format(args.model) if kwargs else explain_unknown_model(name))
     for flag in ('initial_checkpoint', 'pretrained_path'):
-        path = getattr(args, flag)
-        if path and not os.path.isfile(path):
-            raise UserError(f"--{flag.replace('_', '-')} {path}: there is no such file.")
+        if getattr(args, flag):
+            setattr(args, flag, find_checkpoint(getattr(args, flag)))
     if args.fast_norm:
         set_fast_norm()
     if args.in_chans is None:
         args.in_chans = args.input_size[0] if args.input_size else 3
-    kwargs = dict(args.model_kwargs)
-    if args.resolutions is not None:
-        kwargs['resolutions'] = tuple(args.resolutions)
+    if ':' in args.model:  # the checkpoints record the network itself, and open nothing else
+        own = {k: v for k, v in kwargs.items() if not k.startswith('pretrained') and k != 'resolutions'}
+        args.model, args.model_kwargs = name, {**own, **args.model_kwargs}
+    chosen = dict(
+        resolutions=tuple(args.resolutions) if args.resolutions else None,
+        in_chans=args.in_chans,
+        num_classes=args.num_classes,
+        drop_rate=args.drop or None,
+        drop_path_rate=args.drop_path,
+        drop_block_rate=args.drop_block,
+        global_pool=args.gp,
+        bn_momentum=args.bn_momentum,
+        bn_eps=args.bn_eps,
+    )
+    kwargs = {**kwargs, **args.model_kwargs, **{k: v for k, v in chosen.items() if v is not None}}
     if args.pretrained_path:
         kwargs['pretrained_cfg_overlay'] = dict(file=args.pretrained_path, num_classes=-1)  # a new classifier
     try:
-        model = timm.create_model(
-            args.model,
-            pretrained=args.pretrained or bool(args.pretrained_path),
-            in_chans=args.in_chans,
-            num_classes=args.num_classes,
-            drop_rate=args.drop or None,
-            drop_path_rate=args.drop_path,
-            drop_block_rate=args.drop_block,
-            global_pool=args.gp,
-            bn_momentum=args.bn_momentum,
-            bn_eps=args.bn_eps,
-            **kwargs,
-        )
+        model = timm.create_model(args.model, pretrained=args.pretrained or bool(args.pretrained_path), **kwargs)
     except TypeError as e:
-        if ':' in args.model and "'resolutions'" in str(e):  # which only switchable networks take
-            raise UserError(_PLAIN.format(args.model)) from e
         _, unexpected, argument = str(e).partition('unexpected keyword argument ')
         if unexpected:  # such as --bn-momentum for the ResNets of timm
             raise UserError(f'{args.model} does not take the argument {argument}.') from e
         raise
-    if not isinstance(model, SwitchableMixin):
-        raise UserError(_PLAIN.format(args.model))
     if args.initial_checkpoint:
         load_weights(model, args.initial_checkpoint)
     args.resolutions = list(check_resolutions(model.resolutions))

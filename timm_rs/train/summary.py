@@ -5,28 +5,26 @@ from typing import Any, Dict, List
 
 from timm_rs_runtime.files import atomic_write
 
-__all__ = ['append_summary', 'read_summary', 'trim_summary']
+from ..records import read_summary
 
-
-def read_summary(path: str) -> List[Dict[str, str]]:
-    """Return the rows of a summary, none if there is no file."""
-    if not os.path.exists(path):
-        return []
-    with open(path, newline='') as f:
-        return list(csv.DictReader(f))
+__all__ = ['append_summary', 'trim_summary']
 
 
 def append_summary(path: str, row: Dict[str, Any]) -> None:
     """Add a row."""
-    _write(path, [*read_summary(path), row])
+    _write(path, [*_read(path), row])
 
 
 def trim_summary(path: str, epoch: int) -> None:
     """Drop the rows of an epoch and of all later ones, which will be trained again."""
-    rows = read_summary(path)
-    kept = [row for row in rows if int(row['epoch']) < epoch]
+    rows = _read(path)
+    kept = [row for row in rows if row['epoch'] < epoch]
     if len(kept) < len(rows):
         _write(path, kept)
+
+
+def _read(path: str) -> List[Dict[str, Any]]:
+    return read_summary(path) if os.path.exists(path) else []
 
 
 def _write(path: str, rows: List[Dict[str, Any]]) -> None:

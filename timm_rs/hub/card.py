@@ -1,0 +1,135 @@
+"""The card of a switchable network on the Hub: card.md, filled in"""
+import os
+from pathlib import Path
+from string import Template
+from typing import Any, Dict, Mapping, Optional, Tuple, Union
+
+import torch.nn as nn
+import yaml
+from timm.models._input import get_model_input_config
+
+from timm_rs_runtime.errors import UserError
+
+from ..evaluate import ENSEMBLE, count_madds, count_parameters
+from ..train.options import create_parser
+from .convert import architecture_of
+
+__all__ = ['MARK', 'Metrics', 'model_card']
+
+MARK = '<!-- timm_rs wrote this card and updates it with every push. Remove this line to keep what you change. -->'
+Metrics = Mapping[Union[int, str], Mapping[str, float]]
+
+_TRAINING = """\
+## Training
+
+Flags of `train_rs.py` that are not its defaults:
+
+```yaml
+{}```
+
+"""
+# Flags of a run that describe the machine and not the training.
+_MACHINE = (
+    'checkpoint_hist', 'config', 'data', 'data_dir', 'dataset_download', 'device', 'device_modules', 'distributed',
+    'class_map', 'experiment', 'hub_private', 'initial_checkpoint', 'local_rank', 'log_interval', 'log_tensorboard',
+    'log_wandb', 'max_unreadable', 'no_prefetcher', 'output', 'pin_mem', 'pretrained_path', 'push_interval',
+    'push_to_hub', 'recovery_interval', 'resume', 'save_epochs', 'save_images', 'workers',
+)
+
+
+def model_card(
+        model: nn.Module,
+        repo_id: str,
+        metrics: Optional[Metrics] = None,
+        recipe: Optional[Mapping[str, Any]] = None,
+        dataset: Optional[str] = None,
+        license: str = 'apache-2.0',
+) -> Tuple[str, Any]:
+    """Return the text of a model card and its metadata, a huggingface_hub.ModelCardData; see push_to_hub."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    architecture = architecture_of(model)
+    metrics, recipe = metrics or {}, recipe or {}
+    folder = os.path.basename(os.path.normpath(recipe.get('data_dir') or 'unknown'))
+    dataset = dataset or recipe.get('dataset') or folder
+    in_chans = get_model_input_config(model)['input_size'][0]
+    madds: Dict[Any, Optional[int]] = {r: _count_madds(model, r, in_chans) for r in model.resolutions}
+    madds[ENSEMBLE] = sum(madds.values()) if None not in madds.values() else None
+    rows = [key for key in madds if key != ENSEMBLE or key in metrics]
+
+    results = [
+        EvalResult(
+            task_type='image-classification',
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type='accuracy',
+            metric_name=f"{title} {'of the ensemble' if key == ENSEMBLE else f'at {key} px'}",
+            metric_value=round(metrics[key][name], 3),
+        )
+        for key in rows if key in metrics
+        for name, title in (('top1', 'Top-1'), ('top5', 'Top-5')) if name in metrics[key]
+    ]
+    metadata = ModelCardData(
+        library_name='timm',
+        license=license,
+        pipeline_tag='image-classification',
+        tags=['image-classification', 'timm', 'timm_rs', 'resolution-switchable'],
+        model_name=repo_id.split('/')[-1],
+        eval_results=results or None,
+    )
+
+    def cell(key: Any, name: str) -> str:
+        return f'{metrics[key][name]:.2f}' if name in metrics.get(key, {}) else ''
+
+    table = [
+        '| resolution | top-1 (%) | top-5 (%) | MAdds |',
+        '|---|---|---|---|',
+        *(f"| {'ensemble' if r == ENSEMBLE else r} | {cell(r, 'top1')} | {cell(r, 'top5')} | {_giga(madds[r])} |"
+          for r in rows),
+    ]
+    shown = _recipe(recipe)
+    text = Template(Path(__file__).with_name('card.md').read_text(encoding='utf-8')).substitute(
+        mark=MARK,
+        architecture=architecture,
+        num_classes=model.num_classes,
+        sizes=', '.join(map(str, model.resolutions)),
+        smallest=model.resolutions[-1],
+        quantization=_quantization(model),
+        dataset=f' on {dataset}' if results else '',
+        table='\n'.join(table),
+        parameters=f'{count_parameters(model):,}',
+        repo_id=repo_id,
+        training=_TRAINING.format(shown) if shown else '',
+    )
+    return text, metadata
+
+
+def _recipe(args: Mapping[str, Any]) -> str:
+    """Return the flags that are not the defaults of train_rs.py as YAML, without those that describe the machine."""
+    defaults = vars(create_parser().parse_args([]))
+    shown = {k: v for k, v in args.items() if k in defaults and v != defaults[k] and k not in _MACHINE}
+    shown = {k: list(v) if isinstance(v, tuple) else v for k, v in shown.items() if not k.startswith('wandb')}
+    return yaml.safe_dump(shown, sort_keys=True) if shown else ''
+
+
+def _count_madds(model: nn.Module, resolution: int, in_chans: int) -> Optional[int]:
+    try:
+        return count_madds(model, resolution, in_chans)
+    except UserError:  # no reason to keep the weights back
+        return None
+
+
+def _quantization(model: nn.Module) -> str:
+    """Return a sentence on the bits of a quantized network."""
+    config = getattr(model, '_quantization', None)
+    if config is None:
+        return ''
+    activations = f', activations of {config.activation_bits}' if config.activation_bits < 32 else ''
+    return (f' Its convolutions, except the first one, have weights of {config.weight_bits} bits{activations} '
+            '([arXiv:1807.10029](https://arxiv.org/abs/1807.10029)).')
+
+
+def _giga(madds: Optional[int]) -> str:
+    if madds is None:
+        return ''
+    return f'{madds / 1e9:.2f} G' if madds >= 1e9 else f'{madds / 1e6:.1f} M'
