@@ -34,7 +34,7 @@ import timm_rs
 from timm_rs.calibrate import METHODS, measure_statistics
 from timm_rs.data.datasets import PyramidNormalizer, create_dataset, create_eval_loader
 from timm_rs.evaluate import evaluate
-from timm_rs.hub.convert import load_model
+from timm_rs.load import load_model
 from timm_rs.resolutions import nearest_resolution
 
 

@@ -23,7 +23,7 @@ from timm.data import resolve_model_data_config
 
 from timm_rs.data.datasets import PyramidNormalizer, create_dataset, create_eval_loader
 from timm_rs.evaluate import evaluate
-from timm_rs.hub.convert import load_model
+from timm_rs.load import load_model
 from timm_rs.train import ResolutionPyramid
 
 

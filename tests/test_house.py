@@ -15,12 +15,12 @@ SCRIPTS = ('train_rs', 'validate_rs')
 # From the ground up. A room imports rooms of lower floors and itself, never one of its own floor.
 FLOORS = (
     ('timm_rs_runtime',),
-    ('timm_rs._compat', 'timm_rs.version', 'timm_rs.resolutions'),
+    ('timm_rs._compat', 'timm_rs.version', 'timm_rs.resolutions', 'timm_rs.records'),
     ('timm_rs.private_bn', 'timm_rs.checkpoint'),
     ('timm_rs.switchable',),
     ('timm_rs.quant', 'timm_rs.data'),
     ('timm_rs.models', 'timm_rs.evaluate', 'timm_rs.calibrate'),
-    ('timm_rs.hub.convert',),
+    ('timm_rs.load',),
     ('timm_rs.train', 'timm_rs.export', 'timm_rs.plot'),
     ('timm_rs.hub',),
     ('timm_rs',),  # the list of what is public

@@ -163,8 +163,8 @@ def test_validation_compares_the_classes_that_are_named_beside_the_checkpoint(im
     (['--results-file', 'x.txt'], 'expected a name that ends in .csv or .json'),
     ([], 'give --checkpoint, --model, or both'),
     (['--model', 'rs_resnet10t.imagenette'], 'has 2 classes, the model has 10'),
-    (['--model', 'rs_preresnet18'], 'Cannot load the pretrained weights of rs_preresnet18, give --checkpoint: There'),
-    (['--model', MODEL], f'Cannot load the pretrained weights of {MODEL}, give --checkpoint: '),  # there is no network
+    (['--model', 'rs_preresnet18'], 'Cannot load rs_preresnet18: There are no pretrained weights'),
+    (['--model', MODEL], f'Cannot load {MODEL}: '),  # there is no network
     (['--model', 'rs_resnet10t.imagenette', '--split', ''], "as the split instead of ''"),
     (['--model', 'rs_resnet10t.imagenette', '--reparam'], '--reparam is for plain models'),
     (['--model', MODEL, '--input-size', '3', '32', '16'], '--input-size 3 32 16: expected a square'),

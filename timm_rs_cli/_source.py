@@ -59,8 +59,6 @@ def read_labels(args: argparse.Namespace) -> Optional[List[str]]:
 
 def print_saved(output: str, model: Any, resolutions: Any) -> None:
     """Print what was written and how to load it."""
-    from timm_rs.switchable import SwitchableMixin
-
-    first = 'import timm_rs; ' if isinstance(model, SwitchableMixin) else ''  # which registers the architecture
+    first = 'import timm_rs; ' if hasattr(model, 'resolutions') else ''  # which registers the architecture
     print(f"{output}: {model.pretrained_cfg['architecture']} at {resolutions}, loaded by "
           f"{first}timm.create_model('local-dir:{output}', pretrained=True)")
