@@ -398,7 +398,7 @@ def of_ours():
 
 
 def of_others():
-    raise ImportError("Figures need matplotlib: pip install './runtime' '.[plot]'.")
+    raise ImportError("Figures need matplotlib: pip install ./runtime '.[plot]'.")
 
 
 def of_nobody():
@@ -409,7 +409,7 @@ def of_nobody():
     (KeyError('input_size'), 70, 'timm-rs convert: this is a bug, please report it with the lines above.'),
     (AssertionError(), 70, 'timm-rs convert: this is a bug, please report it with the lines above.'),
     (of_ours, 70, 'timm-rs convert: this is a bug, please report it with the lines above.'),
-    (of_others, 1, "timm-rs convert: error: Figures need matplotlib: pip install './runtime' '.[plot]'."),
+    (of_others, 1, "timm-rs convert: error: Figures need matplotlib: pip install ./runtime '.[plot]'."),
     (of_nobody, 1, "timm-rs convert: error: cannot import name 'Nobody'"),
     (FileNotFoundError(2, 'No such file', 'a\x1b[31m.pth'), 1,
         "timm-rs convert: error: [Errno 2] No such file: 'a\\x1b[31m.pth'"),

@@ -212,4 +212,4 @@ def test_shards_without_images(flags, tmp_path, capfd):
 def test_missing_package(dataset, package, capfd, monkeypatch, tmp_path):
     monkeypatch.setattr(timm_rs.data.datasets, 'find_spec', lambda name: None)
     line = fails(['--dataset', dataset, '--data-dir', str(tmp_path), *TINY], capfd)
-    assert f"--dataset {dataset} needs the package {package}: pip install 'timm_rs[stream]'" in line
+    assert f"--dataset {dataset} needs the package {package}: pip install ./runtime '.[stream]'" in line

@@ -117,7 +117,7 @@ def _figure(panels: int):
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
-        raise ImportError("Figures need matplotlib: pip install 'timm_rs[plot]'.") from e
+        raise ImportError("Figures need matplotlib: pip install ./runtime '.[plot]'.") from e
     figure = Figure(figsize=(1.5 + 4.5 * panels, 4), layout='constrained')
     axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
     for axis in axes:

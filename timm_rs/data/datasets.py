@@ -60,7 +60,7 @@ class DigitsDataset(torch.utils.data.Dataset):
         try:
             from sklearn.datasets import load_digits
         except ImportError as e:
-            raise ImportError("--dataset digits needs scikit-learn: pip install 'timm_rs[demo]'.") from e
+            raise ImportError("--dataset digits needs scikit-learn: pip install ./runtime '.[demo]'.") from e
         digits = load_digits()
         is_validation = np.arange(len(digits.target)) % 4 == 0
         chosen = ~is_validation if split.startswith('train') else is_validation
@@ -107,7 +107,7 @@ def create_dataset(name: str, root: Optional[str], split: str, **kwargs: Any) ->
         return dataset
     kind, _, _ = name.lower().partition('/')
     if kind in _PACKAGES and find_spec(_PACKAGES[kind]) is None:
-        how = 'tensorflow tensorflow_datasets' if kind == 'tfds' else "'timm_rs[stream]'"
+        how = 'tensorflow tensorflow_datasets' if kind == 'tfds' else "./runtime '.[stream]'"
         raise ImportError(f'--dataset {name} needs the package {_PACKAGES[kind]}: pip install {how}.')
     if kind == 'wds' and not root:
         raise UserError(f'No data: --dataset {name} needs the folder of the shards as DIR or --data-dir.')

@@ -299,7 +299,7 @@ def trace_onnx(network: nn.Module, resolution: int, batch_size: Optional[int] = 
     try:
         import onnx
     except ImportError as e:
-        raise ImportError("Exporting to ONNX needs the packages of: pip install 'timm_rs[export]'.") from e
+        raise ImportError("Exporting to ONNX needs the packages of: pip install ./runtime '.[export]'.") from e
     file = io.BytesIO()
     mode = torch.onnx.TrainingMode.EVAL if fold else torch.onnx.TrainingMode.PRESERVE  # the latter folds nothing
     options = {} if batch_size else dict(dynamic_axes={'images': {0: 'batch'}, 'logits': {0: 'batch'}})
