@@ -1,10 +1,10 @@
 """timm-rs calibrate"""
 import argparse
 
+from timm_rs_runtime.commands.images import add_images, print_read
 from timm_rs_runtime.errors import UserError
 from timm_rs_runtime.files import check_new_folder
 
-from ._images import add_images, print_read
 from ._source import add_source, load, print_saved, read_labels
 
 METHODS = ('copy', 'statistics', 'tune_bn', 'tune_bn_head')  # of timm_rs.calibrate, which takes seconds to import

@@ -2,10 +2,10 @@
 import argparse
 import os
 
+from timm_rs_runtime.commands.images import add_images, print_read
 from timm_rs_runtime.errors import UserError
 from timm_rs_runtime.files import check_new_file
 
-from ._images import add_images, print_read
 from ._source import add_source, load, read_labels
 
 

@@ -1,5 +1,7 @@
-"""timm-rs demo"""
+"""demo"""
 import argparse
+
+from ..web import serve
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -11,6 +13,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from timm_rs_runtime.web import serve
-
     serve(args.file, args.host, args.port, args.threads)

@@ -1,9 +1,9 @@
-"""timm-rs fit-cascade"""
+"""fit-cascade"""
 import argparse
 
-from timm_rs_runtime.errors import UserError
-
-from ._images import add_images, print_read
+from ..errors import UserError
+from ..fitting import fit_cascade
+from .images import add_images, print_read
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from timm_rs_runtime.fitting import fit_cascade
-
     if args.data_dir is None:
-        raise UserError('timm-rs fit-cascade needs --data-dir, labelled images.')
+        raise UserError('Expected --data-dir, labelled images.')
     found = fit_cascade(
         args.file,
         args.data_dir,

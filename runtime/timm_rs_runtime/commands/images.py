@@ -2,6 +2,10 @@
 import argparse
 from typing import Optional
 
+from ..unreadable import MAX_UNREADABLE
+
+__all__ = ['add_images', 'print_read']
+
 
 def add_images(parser: argparse.ArgumentParser, what: str, split: str, most: Optional[int]) -> None:
     """Add the flags that say which images to read.
@@ -12,8 +16,6 @@ def add_images(parser: argparse.ArgumentParser, what: str, split: str, most: Opt
         split: Split that is read by default.
         most: Number of images that are read by default, all if None.
     """
-    from timm_rs_runtime.unreadable import MAX_UNREADABLE
-
     add = parser.add_argument
     add('--data-dir', metavar='DIR', help=f'{what}: a folder, or one that holds its splits')
     add('--split', default=split, metavar='NAME', help='split to read, where DIR holds splits (default: %(default)s)')

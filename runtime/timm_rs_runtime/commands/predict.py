@@ -1,9 +1,12 @@
-"""timm-rs predict"""
+"""predict"""
 import argparse
 import sys
 import warnings
 
-from timm_rs_runtime.errors import UserError
+from ..checks import check_count
+from ..predict import Predictor, predict_all
+
+MAX_TOP = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,16 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from timm_rs_runtime.predict import Predictor, predict_all
-
-    if args.top < 1:
-        raise UserError(f'--top is {args.top}, expected a positive number.')
+    check_count('--top', args.top, 1, MAX_TOP)
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f'timm-rs predict: {message}', file=sys.stderr)
+        warnings.showwarning = lambda message, *_: print(f'{args.program}: {message}', file=sys.stderr)
         warnings.simplefilter('always', RuntimeWarning)
         predictor = Predictor(args.model, args.resolution, args.budget_ms, args.cascade, args.threads, args.mode)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Palette images with Transparency')  # by Pillow
-        failed = predict_all(predictor, args.images, args.top, args.json)
+        failed = predict_all(predictor, args.images, args.top, args.json, args.program)
     if failed:
         raise SystemExit(1)
