@@ -376,7 +376,7 @@ for argv in (['--help'], ['fly'], *([name, flag] for name in COMMANDS for flag i
         main(argv)
     except SystemExit as e:
         assert e.code == (0 if '--help' in argv else 2), argv
-slow = {'timm', 'timm_rs', 'torch', 'onnx', 'onnxruntime', 'matplotlib', 'gradio', 'huggingface_hub', 'asyncio'}
+slow = {'timm', 'timm_rs', 'torch', 'onnx', 'matplotlib', 'gradio', 'huggingface_hub', 'asyncio'}
 sys.exit(str(slow & set(sys.modules)) if slow & set(sys.modules) else 0)
 """
 
