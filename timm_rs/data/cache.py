@@ -121,6 +121,9 @@ def _decode(folder: str, title: str, count: int, shapes: Sequence, batches: Iter
     arrays = [
         np.lib.format.open_memmap(name, 'w+', dtype, (count, *shape))
         for name, (shape, dtype) in zip(_array_files(folder, shapes), (*shapes, ((), 'int64')))]
+    for array in arrays if hasattr(os, 'posix_fallocate') else ():  # a full disk kills who writes into a mapped file
+        with open(array.filename, 'r+b') as f:
+            os.posix_fallocate(f.fileno(), 0, os.path.getsize(array.filename))
     done = 0
     with tqdm(desc=f'Decode {title}', total=count, unit='images', disable=None) as bar:
         for parts, targets in batches:
