@@ -14,7 +14,7 @@ import yaml
 from _shared import ROOT
 
 from timm_rs.train.options import parse_args
-from timm_rs.train.summary import read_summary
+from timm_rs.train.summary import read_rows
 
 __all__ = ['Run', 'hold_out', 'train_all']
 
@@ -52,14 +52,14 @@ class Run:
 
     def result(self) -> Optional[Dict[str, Dict[str, float]]]:
         """Return top1, top5 and loss after the last epoch by size, None if it has not finished."""
-        rows = read_summary(str(self.folder / 'summary.csv'))
-        if not rows or int(rows[-1]['epoch']) + 1 < parse_args(self.flags).epochs:
+        rows = read_rows(str(self.folder / 'summary.csv'))
+        if not rows or rows[-1]['epoch'] + 1 < parse_args(self.flags).epochs:
             return None
         found = {}
         for key, value in rows[-1].items():
             if key.startswith('eval_') and not key.endswith('_mean'):
                 _, metric, size = key.split('_')
-                found.setdefault(metric, {})[size] = float(value)
+                found.setdefault(metric, {})[size] = value
         return found
 
 
