@@ -113,7 +113,7 @@ def test_extract_resolution(resolution):
     (plain_model, 'no private BatchNorm'),
 ])
 def test_extract_unknown_resolution(build, held):
-    with pytest.raises(ValueError, match=f'resolution 40 out of a state dict that holds {held}'):
+    with pytest.raises(ValueError, match=f'resolution 40 from a state dict that holds {held}'):
         extract_resolution(build().state_dict(), 40)
 
 

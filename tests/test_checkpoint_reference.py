@@ -224,8 +224,8 @@ def test_without_data_parallel_and_without_alpha(tmp_path):
 
 
 @pytest.mark.parametrize('flags, message', [
-    (['--model', 'rs_resnet18'], 'holds 3 sizes and --resolutions are 5 (224 192 160 128 96)'),
-    (['--model', 'rs_resnet18', '--resolutions', '64', '32'], 'holds 3 sizes and --resolutions are 2 (64 32)'),
+    (['--model', 'rs_resnet18'], 'holds 3 sizes, but --resolutions are 5 (224 192 160 128 96)'),
+    (['--model', 'rs_resnet18', '--resolutions', '64', '32'], 'holds 3 sizes, but --resolutions are 2 (64 32)'),
     (['--model', 'rs_resnet34', '--resolutions', '64', '48', '32'], 'layer1.2.conv1.weight, layer1.2.bn1.64.weight'),
     (['--model', 'rs_mobilenetv2_100', '--resolutions', '64', '48', '32'], 'rs_mobilenetv2_100: conv_stem.weight, '),
     (['--resolutions', '64', '48', '32'], 'does not record its model, give --model'),
@@ -245,5 +245,5 @@ def test_what_does_not_fit_is_one_line(flags, message, checkpoint, tmp_path, cap
 def test_loading_without_conversion_says_so(flag, checkpoint):
     args = parse_args(['--model', 'rs_resnet18', '--resolutions', '64', '48', '32', '--num-classes', '10',
                        flag, checkpoint])
-    with pytest.raises(ValueError, match='mean 0 and std 1: convert them first, timm-rs convert'):
+    with pytest.raises(ValueError, match='mean 0 and std 1: convert them first by timm-rs convert'):
         build_model(args, torch.device('cpu'))

@@ -203,7 +203,7 @@ def test_label_names(trained, tmp_path, capsys):
     assert list(create(tmp_path / 'out').pretrained_cfg['label_names']) == list('abcdefghij')
     labels.write_text('cat\ndog\n')
     line = run('convert', trained[1], '--output', tmp_path / 'two', '--label-names', labels, code=1, capsys=capsys)
-    assert line.endswith('There are 2 label names, the model has 10 classes.')
+    assert line.endswith('There are 2 label names, expected one for each of 10 classes.')
 
 
 class Code:
@@ -449,7 +449,7 @@ def test_save_model_of_make_switchable(tmp_path):
     save_model(model, str(tmp_path / 'out'))
     assert_equal(dict(create(tmp_path / 'out').state_dict()), dict(model.state_dict()))
     own = timm_rs.make_switchable(torch.nn.Sequential(torch.nn.BatchNorm2d(3)), RESOLUTIONS)
-    with pytest.raises(ValueError, match='not a model that timm.create_model could build'):
+    with pytest.raises(ValueError, match='not a model that timm.create_model can build'):
         save_model(own, str(tmp_path / 'own'))
     assert not (tmp_path / 'own').exists()
 

@@ -138,7 +138,7 @@ def test_card(hub, model):
         'Top-1 at 64 px': 70.123, 'Top-5 at 64 px': 90., 'Top-1 at 48 px': 65., 'Top-5 at 48 px': 85.,
         'Top-1 at 32 px': 60., 'Top-5 at 32 px': 80., 'Top-1 of the ensemble': 71., 'Top-5 of the ensemble': 91.,
     }
-    assert '| 64 | 70.12 | 90.00 | 4.1 M |' in body and '| ensemble | 71.00 | 91.00 | 7.4 M |' in body
+    assert '| 64 | 70.12 | 90.00 | 4.1 |' in body and '| ensemble | 71.00 | 91.00 | 7.4 |' in body
     assert f"timm.create_model('hf-hub:{REPO}', pretrained=True)" in body
     assert yaml.safe_load(re.search('```yaml\n(.*?)```', body, re.DOTALL)[1]) == dict(model=NAME, lr=0.3, epochs=5)
     assert 'of/me' not in body
@@ -146,7 +146,7 @@ def test_card(hub, model):
 
 def test_madds_in_the_card(model):
     body, _ = model_card(model, REPO)
-    assert f"| 48 |  |  | {count_madds(timm.create_model(NAME[3:], **TINY, num_classes=10), 48) / 1e6:.1f} M |" in body
+    assert f"| 48 |  |  | {count_madds(timm.create_model(NAME[3:], **TINY, num_classes=10), 48) / 1e6:.1f} |" in body
 
 
 def test_use_in_the_card_runs(hub, model):
@@ -193,7 +193,7 @@ def test_private(hub, model):
 
 def test_private_never_goes_to_a_public_repository(hub, model):
     huggingface_hub.HfApi().create_repo(REPO)
-    with pytest.raises(ValueError, match='user/net exists and is public, nothing was pushed'):
+    with pytest.raises(ValueError, match='user/net is public, expected a private repository; nothing was pushed'):
         push_to_hub(model, REPO, private=True)
     assert hub.repos[REPO].messages == ['initial commit']
 
@@ -221,7 +221,7 @@ def test_pull_request(hub, model):
 def test_label_names(hub, model):
     push_to_hub(model, REPO, label_names=list('abcdefghij'))
     assert list(create().pretrained_cfg['label_names']) == list('abcdefghij')
-    with pytest.raises(ValueError, match='There are 2 label names, the model has 10 classes'):
+    with pytest.raises(ValueError, match='There are 2 label names, expected one for each of 10 classes'):
         push_to_hub(model, REPO, label_names=['cat', 'dog'])
 
 
@@ -241,13 +241,13 @@ def test_plain_network_is_refused(hub):
 DROPPED = 'Server disconnected' if hasattr(huggingface_hub, 'set_client_factory') else "(ProtocolError('Connection"
 FAULTS = [
     ('POST', '/api/repos/create', 401, 'the Hub does not accept the token (401, Denied.), set HF_TOKEN or log in'),
-    ('POST', '/api/repos/create', 403, 'the token may not write there (403, Denied.).'),
-    ('POST', '/preupload/', 404, 'there is no such repository or revision, or the token may not see it (404'),
-    ('POST', '/commit/', 403, 'the token may not write there (403, Denied.).'),
+    ('POST', '/api/repos/create', 403, 'the token has no permission to write there (403, Denied.).'),
+    ('POST', '/preupload/', 404, 'no such repository or revision, or the token has no permission to see it (404'),
+    ('POST', '/commit/', 403, 'the token has no permission to write there (403, Denied.).'),
     ('POST', '/commit/', 409, 'the Hub is busy with another change of this repository (409, Conflict.).'),
     ('POST', '/api/repos/create', 'drop', DROPPED),
     ('POST', '/commit/', 'drop', DROPPED),
-    ('PUT', '/lfs/', 403, 'the token may not write there (403, Denied.).'),
+    ('PUT', '/lfs/', 403, 'the token has no permission to write there (403, Denied.).'),
     ('PUT', '/lfs/', 'drop', f"Error while uploading 'model.safetensors' to the Hub: {DROPPED}"),
     ('POST', '/commit/', 500, 'the Hub answers 500'),
 ]
@@ -306,7 +306,7 @@ def test_no_server(hub, model, monkeypatch):
 
 def test_no_hub(hub, model, monkeypatch):
     monkeypatch.setattr('hub_server._Handler.create_repo', lambda self: self.answer(200, b'<html>log in first</html>'))
-    with pytest.raises(HubError, match='the answer is not one of the Hub'):
+    with pytest.raises(HubError, match='the answer does not come from the Hub'):
         push_to_hub(model, REPO)
 
 
@@ -349,10 +349,10 @@ def test_read_metrics(tmp_path):
     path.write_text('resolution,top1,top5,loss\n64,1,2,3\nens,4,5,6\n')
     assert read_metrics(str(path)) == {64: dict(top1=1., top5=2., loss=3.), 'ens': dict(top1=4., top5=5., loss=6.)}
     for content, message in (
-        ('a,b\n1,2\n', 'bad.csv holds no results of'),
+        ('a,b\n1,2\n', 'bad.csv does not hold results of'),
         ('resolution,top1\n64,high\n', "bad.csv: top1 of 64 is 'high', expected a number"),
         ('resolution,top1\n64,nan\n', 'bad.csv: 64.top1 is nan, expected a finite number'),
-        ('resolution,top1\n64\n', 'a row has another number of values than the header'),
+        ('resolution,top1\n64\n', 'a row and the header have different numbers of values'),
         ('epoch,eval_top1_99999\n1,2\n', "bad.csv: 99999 is '99999', expected an integer from 1 to 4096"),
         ('{"a": 1}', "bad.json: the content is {'a': 1}, expected a list"),
         ('[1]', 'is 1, expected a dict'),
@@ -400,9 +400,9 @@ def test_label_names_beside_checkpoints(tmp_path):
 
 
 @pytest.mark.parametrize('content, message', [
-    (b'cat\n\ndog\n', 'labels.txt: line 2 is of 0 characters, expected the name of a class'),
-    (b'', 'line 1 is of 0 characters'),
-    (b'x' * 1001, 'line 1 is of 1001 characters'),
+    (b'cat\n\ndog\n', 'labels.txt: line 2 has 0 characters, expected the name of a class'),
+    (b'', 'line 1 has 0 characters'),
+    (b'x' * 1001, 'line 1 has 1001 characters'),
     (b'cat\n\xff\n', 'labels.txt is not text in UTF-8: invalid start byte at byte 4'),
 ])
 def test_bad_label_names(content, message, tmp_path):

@@ -111,7 +111,7 @@ def test_file_size(tmp_path):
 
 
 def test_extract(trained, tmp_path):
-    with pytest.raises(ValueError, match='quantizes its activations, which no network of timm does'):
+    with pytest.raises(ValueError, match='quantizes its activations, but networks of timm do not'):
         save_model(trained.at(32), str(tmp_path / 'plain'))
     assert not os.listdir(tmp_path)
     model = settle(timm.create_model('rs_test_resnet', resolutions=RESOLUTIONS, quantization=dict(weight_bits=2)))

@@ -79,9 +79,9 @@ def test_arguments_of_a_checkpoint_open_nothing(kwargs, tmp_path, watched, caplo
 
 
 @pytest.mark.parametrize('args, message', [
-    (dict(model='hf-hub:user/name'), 'a.pth records the model hf-hub:user/name, which is not opened for it'),
-    (dict(model='local-dir:/nowhere'), 'a.pth records the model local-dir:/nowhere, which is not opened for it'),
-    (dict(model='https://example.org/a'), 'which is not opened for it: give --model'),
+    (dict(model='hf-hub:user/name'), 'a.pth records the model hf-hub:user/name, which is not opened'),
+    (dict(model='local-dir:/nowhere'), 'a.pth records the model local-dir:/nowhere, which is not opened'),
+    (dict(model='https://example.org/a'), 'which is not opened: give --model'),
     (dict(model='/etc/passwd'), "Unknown model '/etc/passwd'"),
     (dict(model=7), 'a.pth: flags: model is 7, expected text'),
     (dict(num_classes=10 ** 9), 'a.pth: flags: num_classes is 1000000000, expected an integer from 0 to 1000000'),
@@ -232,7 +232,7 @@ def test_finite_in_any_precision(dtype):
 
 
 @pytest.mark.parametrize('weights, message', [
-    ({'a': torch.zeros(1).expand(10 ** 6, 10 ** 6)}, 'a is (1000000, 1000000), more values than the file holds of it'),
+    ({'a': torch.zeros(1).expand(10 ** 6, 10 ** 6)}, 'a is (1000000, 1000000), but the file holds fewer values for it'),
     ({'a': torch.zeros(3).to_sparse()}, 'a is a torch.sparse_coo tensor on cpu, expected a dense one'),
     ({'a': torch.zeros(3, device='meta')}, 'a is a torch.strided tensor on meta, expected a dense one'),
     ({3: torch.zeros(3)}, 'There are no weights in it'),
@@ -297,8 +297,8 @@ def test_summary(tmp_path):
 
 @pytest.mark.parametrize('content, message', [
     ('epoch,lr\n0,fast\n', "summary.csv: line 2: lr is 'fast', expected a number"),
-    ('epoch,lr\n0\n', 'summary.csv: a row has another number of values than the header'),
-    ('epoch,lr\n0,1,2\n', 'a row has another number of values than the header'),
+    ('epoch,lr\n0\n', 'summary.csv: a row and the header have different numbers of values'),
+    ('epoch,lr\n0,1,2\n', 'a row and the header have different numbers of values'),
     ('epoch,"lr\n', 'summary.csv is not valid CSV: unexpected end of data'),
     (f'epoch,lr\n0,{"1" * 200000}\n', 'is not valid CSV: field larger than field limit'),
 ])

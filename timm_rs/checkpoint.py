@@ -1,7 +1,7 @@
 """Checkpoint files, and state-dict adapters between plain timm networks, switchable ones and the authors' code
 
-A switchable network names the resolution behind the layer that it belongs to (`bn1.weight` becomes `bn1.224.weight`,
-`bn1.192.weight`, ...) and adds its ensemble weights as `alpha`. Everything else keeps timm's key.
+In the keys of a switchable network the resolution follows the layer (`bn1.weight` becomes `bn1.224.weight`,
+`bn1.192.weight`, ...), and the ensemble weights are `alpha`. Everything else keeps timm's key.
 
 The authors' code wraps shared layers in a `module` and numbers the BN layers, the largest size first: `conv1.weight`
 is `conv1.module.weight`, `bn1.224.weight` is `bn1.bn_0.weight`.
@@ -59,7 +59,7 @@ def read_checkpoint(path: str, use_ema: Optional[bool] = None) -> Checkpoint:
 
     Args:
         path: Name of the file, which ends in .safetensors if it is one, or the output folder of a run.
-        use_ema: Take the moving average, or never; None takes it if there is one, as timm does.
+        use_ema: Take the moving average (True) or not (False); None takes it if there is one, as timm does.
 
     Raises:
         UserError: There is no such file, it is damaged or not a checkpoint, reading it would run code that it holds,
@@ -108,7 +108,7 @@ def check_tensors(state_dict: Mapping[str, torch.Tensor], source: str) -> None:
         if value.layout != torch.strided or value.device.type != 'cpu' or value.is_quantized:
             raise UserError(f'{source}: {key} is a {value.layout} tensor on {value.device}, expected a dense one.')
         if value.numel() * value.itemsize > value.untyped_storage().nbytes():
-            raise UserError(f'{source}: {key} is {tuple(value.shape)}, more values than the file holds of it.')
+            raise UserError(f'{source}: {key} is {tuple(value.shape)}, but the file holds fewer values for it.')
     sizes = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in state_dict.values()}
     if sum(v.numel() * v.itemsize for v in state_dict.values()) > 16 * sum(sizes.values()):
         raise UserError(f'{source}: the weights share their memory more than 16 times.')
@@ -139,19 +139,19 @@ def _read(path: str) -> Any:
 
 
 def check_archive(path: str) -> None:
-    """Raise an exception if a file of torch.save is not as it was written: torch does not compare its checksums."""
+    """Raise an exception if a file of torch.save has changed since it was written: torch does not check checksums."""
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             if info.compress_type != zipfile.ZIP_STORED:
                 raise zipfile.BadZipFile(f'{info.filename} is compressed')
-            if info.CRC:  # torch can be told to leave the checksums out
+            if info.CRC:  # torch can leave the checksums out
                 with archive.open(info) as f:
                     while f.read(2 ** 22):
                         pass
 
 
 def _pick_state_dict(checkpoint: Any, use_ema: Optional[bool] = None) -> Dict[str, torch.Tensor]:
-    """Return the weights that a checkpoint holds, alone or among the state of a training run, under clean keys."""
+    """Return the weights under clean keys, from a state dict or from the state of a training run."""
     names = () if use_ema is False else ('state_dict_ema', 'model_ema')
     names += () if use_ema else ('state_dict', 'model')
     state_dict = None
@@ -171,7 +171,7 @@ def state_dict_resolutions(state_dict: Mapping[str, Any]) -> Optional[Tuple[int,
     """Return the resolutions that a switchable network's state dict holds, largest first, None if it is a plain one.
 
     Raises:
-        ValueError: It is one of the authors' code, which needs images of another normalization and is converted first.
+        ValueError: It is from the authors' code, needs images of another normalization and must be converted first.
 
     Example:
         >>> state_dict_resolutions({'alpha': 0, 'bn1.160.running_mean': 0, 'bn1.224.running_mean': 0})
@@ -180,7 +180,7 @@ def state_dict_resolutions(state_dict: Mapping[str, Any]) -> Optional[Tuple[int,
     if is_reference(state_dict):
         raise UserError(
             "These are weights of the authors' code, which need images of mean 0 and std 1: "
-            'convert them first, timm-rs convert FILE --model MODEL --output DIR.')
+            'convert them first by timm-rs convert FILE --model MODEL --output DIR.')
     if 'alpha' not in state_dict:
         return None
     matches = [_RUNNING_MEAN.search(k) for k in state_dict if k.endswith('running_mean')]
@@ -190,7 +190,7 @@ def state_dict_resolutions(state_dict: Mapping[str, Any]) -> Optional[Tuple[int,
 
 
 def extract_resolution(state_dict: Mapping[str, Any], resolution: int) -> Dict[str, Any]:
-    """Return the plain timm state dict of one resolution out of a switchable network's.
+    """Return the plain timm state dict of one resolution of a switchable network.
 
     Args:
         state_dict: State dict of a switchable network.
@@ -202,7 +202,7 @@ def extract_resolution(state_dict: Mapping[str, Any], resolution: int) -> Dict[s
     resolutions = state_dict_resolutions(state_dict)
     if resolutions is None or resolution not in resolutions:
         held = f'the resolutions {resolutions}' if resolutions else 'no private BatchNorm'
-        raise UserError(f'Cannot take resolution {resolution} out of a state dict that holds {held}.')
+        raise UserError(f'Cannot take resolution {resolution} from a state dict that holds {held}.')
     private = {k[:m.start()] for k in state_dict if (m := _RUNNING_MEAN.search(k))}
     plain = {}
     for key, value in state_dict.items():
@@ -230,21 +230,21 @@ def is_reference(state_dict: Mapping[str, Any]) -> bool:
 def adapt_reference(state_dict: Mapping[str, torch.Tensor], resolutions: Tuple[int, ...]) -> Dict[str, torch.Tensor]:
     """Return the state dict of the authors' code with the keys of a switchable network.
 
-    All of their networks are known: ResNet and ResNeXt name their layers as timm does, MobileNetV2 is renamed. Keys
-    that do not belong stay as they are.
+    All of their networks are supported: ResNet and ResNeXt name their layers as timm does, MobileNetV2 is renamed.
+    Unknown keys stay as they are.
 
     Args:
         state_dict: Weights, without the `module.` that DataParallel puts before each key.
         resolutions: The sizes that they were trained at, largest first.
 
     Raises:
-        ValueError: The state dict is of another number of sizes.
+        ValueError: The state dict has another number of sizes.
     """
     matches = list(_match_reference(state_dict))
     indices = {int(match['index']) for _, match in matches if match['index']}
     if indices != set(range(len(resolutions))):
         raise UserError(
-            f'It holds {len(indices)} sizes and --resolutions are {len(resolutions)} '
+            f'It holds {len(indices)} sizes, but --resolutions are {len(resolutions)} '
             f"({' '.join(map(str, resolutions))}): give the {len(indices)} that it was trained at.")
     names = _mobilenetv2_names(match['layer'] for _, match in matches)
     adapted = {k: v for k, v in state_dict.items() if k not in {key for key, _ in matches}}
@@ -274,22 +274,22 @@ def explain_mismatch(state_dict: Mapping[str, torch.Tensor], expected: Mapping[s
         ([k for k in expected if k not in state_dict and not k.endswith('num_batches_tracked')], 'missing'),
         ([k for k in state_dict if k not in expected], 'unexpected'),
     ]
-    told = [
+    parts = [
         f"{', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''} "
         f"{'are' if len(keys) > 1 else 'is'} {what}"
         for keys, what in found if keys
     ]
-    told += [f'{k} is {tuple(state_dict[k].shape)}, expected {tuple(expected[k].shape)}' for k in differ[:3]]
-    return '; '.join(told) or None
+    parts += [f'{k} is {tuple(state_dict[k].shape)}, expected {tuple(expected[k].shape)}' for k in differ[:3]]
+    return '; '.join(parts) or None
 
 
 def has_taken(state_dict: Mapping[str, torch.Tensor], loaded: Mapping[str, torch.Tensor]) -> bool:
     """Return whether a network holds any weights of a state dict, whatever their names.
 
-    timm adapts keys as well as weights, and loads what fits where a network has another classifier: it can be nothing.
+    timm adapts keys as well as weights, and loads what fits if the classifier differs: that can be nothing.
 
     Args:
-        state_dict: Weights that were to be loaded.
+        state_dict: Weights that were meant to be loaded.
         loaded: The network's state dict.
 
     Example:
@@ -308,14 +308,14 @@ def adapt_state_dict(
 ) -> Mapping[str, Any]:
     """Return the state dict with the keys of a network of these resolutions.
 
-    A plain one is copied to every resolution. Of a switchable network's, the shared resolutions are taken and a new one
-    starts from the nearest by area, named in one warning.
+    A plain one is copied to every resolution. From that of a switchable network the resolutions in common are taken; a
+    new one starts from the nearest by area, and one warning says so.
 
     Args:
         state_dict: State dict of a plain or a switchable network.
         private_names: Names of the network's PrivateBN modules.
         resolutions: The network's resolutions, largest first.
-        alpha: The network's own ensemble weights [S], kept where the state dict has none.
+        alpha: The network's own ensemble weights [S], kept if the state dict has none.
     """
     found = state_dict_resolutions(state_dict)
     if found == resolutions:
@@ -376,7 +376,7 @@ def _match_reference(state_dict: Mapping[str, Any]) -> Iterator[Tuple[str, 're.M
 
 
 def _mobilenetv2_names(layers: Iterable[str]) -> Dict[str, str]:
-    """Return timm's names of the layers of torchvision's first MobileNetV2, none for another network."""
+    """Return timm's names for the layers of torchvision's first MobileNetV2, nothing for another network."""
     layers = set(layers)
     if not {'features.0.0', 'features.0.1', 'conv.0', 'conv.1'} <= layers:
         return {}

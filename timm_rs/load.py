@@ -39,7 +39,7 @@ __all__ = ['LoadedModel', 'create', 'load_model', 'load_weights', 'model_args', 
 
 # The authors' code feeds images in [0, 1] and validates on the central crop of images resized to size / 0.875.
 _REFERENCE_DATA = dict(mean=(0., 0., 0.), std=(1., 1., 1.), interpolation='bilinear', crop_pct=0.875)
-# What timm records of its own weights of an architecture, which are not those that are loaded here.
+# What timm records about its own weights of an architecture, which are not those that are loaded here.
 _ORIGIN = ('tag', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes', 'label_names',
            'label_descriptions')
 
@@ -70,23 +70,23 @@ def load_model(
         data_config: Optional[Mapping[str, Any]] = None,
         keep_plain: bool = False,
 ) -> LoadedModel:
-    """Build a network from a checkpoint, which records what is left open here, as far as it can.
+    """Build a network from a checkpoint; what the arguments leave open is taken from the file, if it records it.
 
-    What a file records is checked, and bounded by the weights that it holds: nothing else is opened for it.
+    What a file records is checked, and bounded by the weights that it holds. No other file is opened.
 
     Args:
         source: A file of train_rs.py, of timm (weights or training checkpoint, plain or switchable) or of the authors'
             code; the output folder of a run; a folder with config.json, or a name for timm.create_model such as
             hf-hub:user/name or that of a pretrained model.
         name: Name of an rs_* model, or the plain architecture of a plain checkpoint.
-        resolutions: Input sizes in pixels. Of a switchable checkpoint the shared ones are taken and others start from
-            the nearest; the authors' checkpoints need as many as they hold.
+        resolutions: Input sizes in pixels. Those of a switchable checkpoint are taken from it, others start from the
+            nearest; the authors' checkpoints need as many as they hold.
         num_classes: Number of classes.
-        use_ema: Take the moving average of the weights, or never; None takes it if there is one.
+        use_ema: Take the moving average of the weights (True) or not (False); None takes it if there is one.
         model_kwargs: Further arguments of timm.create_model.
-        data_config: Preprocessing that the weights were trained with, where it is not the model's: mean, std,
+        data_config: Preprocessing that the weights were trained with, if not that of the model: mean, std,
             interpolation, crop_pct.
-        keep_plain: Leave a plain architecture as it is; it is made switchable otherwise.
+        keep_plain: Leave a plain architecture as it is; otherwise it is made switchable.
 
     Raises:
         UserError: The checkpoint cannot be read or does not fit the model.
@@ -96,7 +96,7 @@ def load_model(
     is_known = ':' in source or is_model(source.split('.')[0]) and (keep_plain or source.startswith(PREFIX))
     if is_folder or is_known and not os.path.exists(source):
         if name or use_ema or is_folder and (kwargs or num_classes is not None):
-            raise UserError(f'{source} records its model itself, leave out all that describes it but the resolutions.')
+            raise UserError(f'{source} records its model, leave out what describes it except the resolutions.')
         kwargs.update(num_classes=num_classes)
         model = _create_named(f'local-dir:{source}' if is_folder else source, resolutions, keep_plain, kwargs)
         model.pretrained_cfg.update(data_config)
@@ -123,7 +123,7 @@ def load_model(
 
     build = partial(create, path, name, **kwargs)
     with shapes_only(path, len(state_dict)), warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # they come once more below
+        warnings.simplefilter('ignore')  # they come again below
         _adapt(build(), {k: v.to('meta') for k, v in state_dict.items()}, path)
     model = build().eval()
     model.load_state_dict(_adapt(model, state_dict, path))
@@ -134,15 +134,15 @@ def load_model(
 
 
 def load_weights(model: nn.Module, path: str, use_ema: Optional[bool] = None) -> None:
-    """Load all weights of a checkpoint file into a model, plain or switchable ones as the model takes them.
+    """Load all weights of a checkpoint file, plain or switchable, into a model.
 
     Args:
         model: A network of timm.
         path: Name of the file, or the output folder of a run.
-        use_ema: Take the moving average, or never; None takes it if there is one, as timm does.
+        use_ema: Take the moving average (True) or not (False); None takes it if there is one, as timm does.
 
     Raises:
-        UserError: The file cannot be read or does not fit the model; the message names the first keys that do not.
+        UserError: The file cannot be read or does not fit the model; the message names the first keys that do not fit.
     """
     checkpoint = read_checkpoint(path, use_ema)
     model.load_state_dict(_adapt(model, checkpoint.state_dict, checkpoint.path))
@@ -159,7 +159,7 @@ def model_args(
     Args:
         name: Name of the model.
         args: Flags of the run, see timm_rs.records.check_run; empty if unknown.
-        state_dict: Its weights, which show classes and channels where the flags do not record them; may be empty.
+        state_dict: Its weights, which show classes and channels if the flags do not record them; may be empty.
         num_classes: Number of classes, if it is known.
     """
     flags = dict(
@@ -208,7 +208,8 @@ def read_source(name: str, pretrained: bool = True) -> Tuple[str, Dict[str, Any]
         expected = sum(v.numel() for v in create(name, architecture, pretrained_cfg=cfg, **args).state_dict().values())
     held = sum(v.numel() for v in weights.values())
     if expected > 2 * held + 10 ** 6:
-        raise UserError(f'{name}: config.json describes a network of {expected:,} values, its weights are {held:,}.')
+        raise UserError(
+            f'{name}: config.json describes a network of {expected:,} values, but its weights have {held:,}.')
     return architecture, dict(args, pretrained_cfg=dict(cfg, state_dict=weights), pretrained_model_args=args)
 
 
@@ -218,7 +219,7 @@ def _create_named(
         keep_plain: bool,
         kwargs: Dict[str, Any],
 ) -> nn.Module:
-    """Return a network with the weights that its folder, its repository or timm has."""
+    """Return a network with the weights of its folder, its repository or timm."""
     name, found = read_source(source)
     kwargs = {**found, **{k: v for k, v in kwargs.items() if v is not None}}
     if resolutions is not None and name.startswith(PREFIX):
@@ -233,7 +234,7 @@ def _create_named(
 
 
 def create(source: str, name: str, **kwargs: Any) -> nn.Module:
-    """Return a network of timm, whose arguments, from a file, can be wrong in as many ways as there are networks."""
+    """Return a network of timm; its arguments come from a file and can be wrong in many ways."""
     try:
         return timm.create_model(name, **kwargs)
     except Exception as e:
@@ -243,7 +244,7 @@ def create(source: str, name: str, **kwargs: Any) -> nn.Module:
 
 @contextmanager
 def shapes_only(source: str, held: int = 1000) -> Iterator[None]:
-    """Build networks without memory for their weights, and of few more tensors than a file holds.
+    """Build networks without memory for their weights, and with few more tensors than a file holds.
 
     Args:
         source: The file that describes the network, for the message.
@@ -267,7 +268,7 @@ def shapes_only(source: str, held: int = 1000) -> Iterator[None]:
 
 
 def _adapt(model: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str) -> Mapping[str, torch.Tensor]:
-    """Return weights under the names of a network, which they fit."""
+    """Return weights under the names of a network, which they must fit."""
     try:
         state_dict = adapt_bases(model, state_dict)
         if isinstance(model, SwitchableMixin):
@@ -286,7 +287,7 @@ def _model_name(source: str, name: Optional[str], keep_plain: bool) -> str:
     if not name:
         raise UserError(f'{source} does not record its model, give --model.')
     if ':' in name:  # a run that started from the Hub or a folder
-        raise UserError(f'{source} records the model {name}, which is not opened for it: give --model, an rs_* model.')
+        raise UserError(f'{source} records the model {name}, which is not opened: give --model, an rs_* model.')
     architecture = name.split('.')[0]
     if not architecture.startswith(PREFIX) and is_model(PREFIX + architecture) and not keep_plain:
         return PREFIX + name

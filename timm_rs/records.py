@@ -1,6 +1,6 @@
-"""What files record of networks and runs beside tensors, checked as it is read
+"""What files record about networks and runs beside tensors, checked when it is read
 
-Nothing that is recorded makes the reader open another file or contact anybody: arguments that would, such as
+Nothing that a file records makes the reader open another file or contact anybody: arguments that would, such as
 `pretrained_cfg_overlay` or `checkpoint_path`, are left out with a warning.
 """
 import csv
@@ -28,7 +28,7 @@ _WEIGHTS = ('model.safetensors', 'pytorch_model.bin', 'model_best.pth.tar', 'las
 
 _logger = logging.getLogger(__name__)
 
-# Arguments of timm.create_model that say where weights come from or where they go, and not what the network is.
+# Arguments of timm.create_model that say where weights come from or go to, not what the network is.
 _NOT_FROM_FILES = {
     'cache_dir', 'checkpoint_path', 'device', 'dtype', 'file', 'hf_hub_filename', 'hf_hub_id', 'pretrained',
     'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_custom_load', 'pretrained_filter_fn',
@@ -81,7 +81,7 @@ _CONFIG = fields.record(dict(
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only: a date is the text that it looks like, and what is merged stays short."""
+    """Only plain values: a date stays text, and merged mappings stay short."""
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != 'tag:yaml.org,2002:timestamp']
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -94,7 +94,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: str) -> Dict[str, Any]:
-    """Return the fields of a YAML file, none of an empty one; the values are plain, and not checked yet.
+    """Return the fields of a YAML file, none if it is empty; the values are plain, and not checked yet.
 
     Raises:
         UserError: There is no such file, or it is not YAML of fields and their values.
@@ -103,7 +103,7 @@ def read_yaml(path: str) -> Dict[str, Any]:
         values = yaml.load(fields.read_text(path, 2 ** 18), _Loader)  # noqa: S506
     except UserError:
         raise
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e:  # what a tag such as !!int makes of its text
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e:  # a tag such as !!int before other text
         raise UserError(f'{path} is not valid YAML: {one_line(e)}') from e
     return fields.check_fields({} if values is None else values, fields.table(fields.text(), lambda v: v), path)
 
@@ -145,13 +145,13 @@ def check_model_args(values: Mapping[str, Any], source: str) -> Dict[str, Any]:
     """
     left_out = sorted(_NOT_FROM_FILES & values.keys())
     if left_out:
-        _logger.warning(f'{source}: the model arguments {", ".join(left_out)} are left out, a file does not set them.')
+        _logger.warning(f'{source}: the model arguments {", ".join(left_out)} are left out, a file may not set them.')
     values = fields.check_fields(values, _arguments, f'{source}: model arguments')
     return {k: v for k, v in values.items() if k not in left_out}
 
 
 def read_config(path: str, source: str) -> Tuple[str, Dict[str, Any], Dict[str, Any]]:
-    """Return what config.json of timm records: the architecture, its pretrained_cfg and its arguments.
+    """Return what a config.json of timm records: the architecture, its pretrained_cfg and its arguments.
 
     Args:
         path: Name of the file.
@@ -176,13 +176,13 @@ def is_model_folder(path: str) -> bool:
 
 
 def find_checkpoint(path: str) -> str:
-    """Return the file to read the weights from: of a model folder its own, of a run the best checkpoint, else the last.
+    """Return the file to read weights from: that of a model folder, or the best, else the last checkpoint of a run.
 
     Args:
         path: Folder, or the file itself.
 
     Raises:
-        UserError: There is no such file, or the folder holds none.
+        UserError: There is no such file, or the folder does not hold one.
     """
     found = [path] if os.path.isfile(path) else [os.path.join(path, name) for name in _WEIGHTS]
     found += sorted(glob.glob(os.path.join(glob.escape(path), '*.safetensors')))
@@ -201,7 +201,7 @@ def read_label_names(path: str) -> List[str]:
     names = [line.rstrip('\r') for line in fields.read_text(path).rstrip('\r\n').split('\n')]
     for i, name in enumerate(names, start=1):
         if not 0 < len(name) <= 1000:
-            raise UserError(f'{path}: line {i} is of {len(name)} characters, expected the name of a class.')
+            raise UserError(f'{path}: line {i} has {len(name)} characters, expected the name of a class.')
     return names
 
 
@@ -213,11 +213,11 @@ def labels_beside(checkpoint: str) -> Optional[str]:
 
 
 def write_label_names(folder: str, numbers: Optional[Mapping[str, int]], num_classes: int) -> None:
-    """Write the names of the classes beside the checkpoints of a run, if there is one of a line for each class.
+    """Write the names of the classes beside the checkpoints of a run, if every class has a name of one line.
 
     Args:
         folder: Output folder of the run.
-        numbers: Classes by name, if the data set knows them.
+        numbers: Indices of the classes by name, if the data set records them.
         num_classes: Number of classes.
     """
     names = sorted(numbers or {}, key=(numbers or {}).get)
@@ -237,12 +237,12 @@ def read_csv(path: str) -> List[Dict[str, str]]:
     except csv.Error as e:
         raise UserError(f'{path} is not valid CSV: {e}.') from e
     if any(None in row or None in row.values() for row in rows):
-        raise UserError(f'{path}: a row has another number of values than the header.')
+        raise UserError(f'{path}: a row and the header have different numbers of values.')
     return rows
 
 
 def read_summary(path: str) -> List[Dict[str, Union[int, float]]]:
-    """Return the rows of a summary.csv of train_rs.py, an epoch each, without the cells that are empty.
+    """Return the rows of a summary.csv of train_rs.py, one per epoch, without empty cells.
 
     Raises:
         UserError: There is no such file, or it is another.

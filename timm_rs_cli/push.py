@@ -11,13 +11,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
     add = parser.add_argument
     add('repo_id', metavar='USER/NAME', help='repository on the Hub, made if there is none')
-    add('--private', action='store_true', help='make it a private one')
+    add('--private', action='store_true', help='make it private')
     add('--revision', metavar='BRANCH', help='branch to push to, made if there is none (default: main)')
     add('--create-pr', action='store_true', help='open a pull request instead')
     add_packed(parser)
     add('--message', default='Add model', metavar='TEXT', help='first line of the commit')
     add('--license', metavar='NAME', help='license of the weights (default: apache-2.0)')
-    add('--dataset', metavar='NAME', help='data set that the metrics are of (default: that of the training run)')
+    add('--dataset', metavar='NAME', help='data set of the metrics (default: that of the training run)')
     add('--results', metavar='FILE',
         help='metrics for the card, of validate_rs.py (default: summary.csv beside the checkpoint)')
 
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
         )
     except HubError as e:
         if sys.stderr.isatty():
-            print(file=sys.stderr)  # behind a progress bar that the client leaves open
+            print(file=sys.stderr)  # after a progress bar that the client leaves open
         again = shlex.join(['timm-rs', *args.argv])
-        raise HubError(f'{e} The weights are in {args.checkpoint} still; push again with: {again}') from e
+        raise HubError(f'{e} The weights are still in {args.checkpoint}; push again with: {again}') from e
     print(f'{args.checkpoint}: pushed to {url}')

@@ -82,10 +82,10 @@ def model_card(
         return f'{metrics[key][name]:.2f}' if name in metrics.get(key, {}) else ''
 
     table = [
-        '| resolution | top-1 (%) | top-5 (%) | MAdds |',
+        '| resolution | top-1 (%) | top-5 (%) | millions of MAdds |',
         '|---|---|---|---|',
-        *(f"| {'ensemble' if r == ENSEMBLE else r} | {cell(r, 'top1')} | {cell(r, 'top5')} | {_giga(madds[r])} |"
-          for r in rows),
+        *(f"| {'ensemble' if r == ENSEMBLE else r} | {cell(r, 'top1')} | {cell(r, 'top5')} | "
+          f"{'' if madds[r] is None else f'{madds[r] / 1e6:.1f}'} |" for r in rows),
     ]
     shown = _recipe(recipe)
     text = Template(Path(__file__).with_name('card.md').read_text(encoding='utf-8')).substitute(
@@ -97,7 +97,7 @@ def model_card(
         quantization=_quantization(model),
         dataset=f' on {dataset}' if results else '',
         table='\n'.join(table),
-        parameters=f'{count_parameters(model):,}',
+        parameters=f'{count_parameters(model) / 1e6:.2f}',
         repo_id=repo_id,
         training=_TRAINING.format(shown) if shown else '',
     )
@@ -115,7 +115,7 @@ def _recipe(args: Mapping[str, Any]) -> str:
 def _count_madds(model: nn.Module, resolution: int, in_chans: int) -> Optional[int]:
     try:
         return count_madds(model, resolution, in_chans)
-    except UserError:  # no reason to keep the weights back
+    except UserError:  # the weights are pushed without the count
         return None
 
 
@@ -128,8 +128,3 @@ def _quantization(model: nn.Module) -> str:
     return (f' Its convolutions, except the first one, have weights of {config.weight_bits} bits{activations} '
             '([arXiv:1807.10029](https://arxiv.org/abs/1807.10029)).')
 
-
-def _giga(madds: Optional[int]) -> str:
-    if madds is None:
-        return ''
-    return f'{madds / 1e9:.2f} G' if madds >= 1e9 else f'{madds / 1e6:.1f} M'

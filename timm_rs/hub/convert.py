@@ -41,8 +41,8 @@ def save_model(
         packed: Write the weights of a quantized network as K bits each, see timm_rs.quant.pack_state_dict.
 
     Raises:
-        UserError: The folder exists, the network is not one that timm can build again, or not one to pack, a weight is
-            not finite, or there is another number of names.
+        UserError: The folder exists, timm cannot build the network again, it has nothing to pack, a weight is not
+            finite, or the number of names is wrong.
 
     Example:
         >>> import tempfile, timm_rs
@@ -65,7 +65,7 @@ def write_model(
         label_names: Optional[Sequence[str]] = None,
         packed: bool = False,
 ) -> None:
-    """Write what save_model writes into a folder that is there."""
+    """Write what save_model writes into an existing folder."""
     if is_quantized(model) and not isinstance(model, SwitchableMixin):
         model = _fold_for_timm(model)
     architecture, args = architecture_of(model), {}
@@ -73,21 +73,22 @@ def write_model(
         args = dict(resolutions=list(model.resolutions))
         if is_quantized(model):
             args.update(quantization=asdict(model._quantization))
-    if architecture not in timm.list_models(architecture):  # it leaves those out that are registered to say why not
-        raise UserError(f'{type(model).__name__} is not a model that timm.create_model could build again.')
+    if architecture not in timm.list_models(architecture):  # which hides names that are registered to say why not
+        raise UserError(f'{type(model).__name__} is not a model that timm.create_model can build again.')
     _check_classifier(model)
     if label_names is None:
         label_names = model.pretrained_cfg.get('label_names') or ()
         label_names = label_names if len(label_names) == model.num_classes else None
     elif len(label_names) != model.num_classes:
-        raise UserError(f'There are {len(label_names)} label names, the model has {model.num_classes} classes.')
+        raise UserError(
+            f'There are {len(label_names)} label names, expected one for each of {model.num_classes} classes.')
     check_finite(model.state_dict(), architecture)
     with _ready_to_save(model, packed) as ready:
         config = dict(pretrained_cfg=dict(architecture=architecture), label_names=label_names)
         save_for_hf(ready, folder, model_config=config, model_args=args, safe_serialization=True)
     path = Path(folder, 'config.json')
     config = json.loads(path.read_text())
-    config.get('model_args', {}).pop('num_classes', None)  # stands at the top already, transformers reads no second
+    config.get('model_args', {}).pop('num_classes', None)  # is at the top already; transformers fails on a second one
     config['pretrained_cfg'].pop('label_names', None)
     path.write_text(json.dumps(config, indent=2))
 
@@ -96,12 +97,12 @@ def architecture_of(model: nn.Module) -> Optional[str]:
     """Return the name by which timm.create_model builds a network, None if it is not one of timm."""
     architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
     if isinstance(model, SwitchableMixin) and architecture and not architecture.startswith(PREFIX):
-        return PREFIX + architecture  # of make_switchable
+        return PREFIX + architecture  # made by make_switchable
     return architecture
 
 
 def _check_classifier(model: nn.Module) -> None:
-    """Raise ValueError if a classifier was put into a network that another of its num_classes would not have."""
+    """Raise UserError if a network has a classifier that timm would not build for its num_classes."""
     names = model.pretrained_cfg.get('classifier')
     modules = dict(model.named_modules())
     for name in (names,) if isinstance(names, str) else names or ():
@@ -115,8 +116,8 @@ def _check_classifier(model: nn.Module) -> None:
 
 @contextmanager
 def _ready_to_save(model: nn.Module, packed: bool = False) -> Iterator[nn.Module]:
-    """Give a network as timm can save it: the largest resolution active, whose size goes into config.json, and its
-    memory contiguous and each tensor's own, as safetensors asks for. If packed, its state dict is."""
+    """Give a network as timm can save it: with the largest resolution active, whose size goes into config.json, and, as
+    safetensors needs it, contiguous tensors that share no memory. If packed, with a packed state dict."""
     original, resolution = model, model.resolution if isinstance(model, SwitchableMixin) else None
     hooks = []
     try:
@@ -134,7 +135,7 @@ def _ready_to_save(model: nn.Module, packed: bool = False) -> Iterator[nn.Module
 
 
 def _separate(module: nn.Module, state_dict: Dict[str, torch.Tensor], *_: Any) -> None:
-    """Copy what resolutions share (tie_affine): a file holds every tensor on its own."""
+    """Copy what resolutions share (tie_affine): a file holds each tensor separately."""
     seen = set()
     for key, tensor in state_dict.items():
         if tensor.data_ptr() in seen:
@@ -152,5 +153,5 @@ def _fold_for_timm(model: nn.Module) -> nn.Module:
     folded = fold(model)
     if any(isinstance(m, StepFunction) for m in folded.modules()):
         name = type(model).__name__
-        raise UserError(f'{name} quantizes its activations, which no network of timm does: save the switchable one.')
+        raise UserError(f'{name} quantizes its activations, but networks of timm do not: save the switchable one.')
     return folded

@@ -53,23 +53,23 @@ def push_to_hub(
     """Push a switchable network as safetensors, with a config.json as timm writes it and a card.
 
     `timm.create_model('hf-hub:user/name', pretrained=True)` then restores it with its resolutions. The repository is
-    made if there is none, and so is the branch of a revision. A README that is there already is left alone, unless it
-    is one of ours: every card that we write holds a line that says so, and as long as it is there a push brings the
-    card up to date. The token comes from the argument, HF_TOKEN or `hf auth login`; it is never printed or written.
+    made if there is none, and so is the branch of a revision. An existing README is replaced only if it is one of ours:
+    every card that we write holds a line that says so, and a push updates the card as long as this line is there. The
+    token comes from the argument, HF_TOKEN or `hf auth login`; it is never printed or written.
 
     Args:
         model: Switchable network, or a wrapper of it (DistributedDataParallel, torch.compile, timm's EMA).
         repo_id: 'user/name' on the Hub.
         metrics: For each resolution, and 'ens' for the ensemble, 'top1' and 'top5' in percent, as timm_rs.evaluate
             gives them.
-        recipe: Flags of the training run; those that tell of the machine, such as paths, stay out of the card.
-        dataset: Name of the data set that the metrics are of.
+        recipe: Flags of the training run; those that describe the machine, such as paths, stay out of the card.
+        dataset: Name of the data set of the metrics.
         label_names: Names of the classes, in their order.
-        license: License of the weights, that of the pretrained weights or apache-2.0 if None.
+        license: License of the weights; if None that of the pretrained weights, or apache-2.0.
         commit_message: First line of the commit.
         token: Access token.
         revision: Branch to push to, the main one if None.
-        private: Make the repository a private one.
+        private: Make the repository private.
         create_pr: Open a pull request instead of changing the branch.
         packed: Push the weights of a quantized network as K bits each.
 
@@ -78,8 +78,8 @@ def push_to_hub(
 
     Raises:
         HubError: The Hub could not be reached or declined.
-        ValueError: The network is not switchable or not timm's, the repo_id is malformed, or the repository is public
-            although a private one was asked for.
+        ValueError: The network is not switchable or not timm's, the repo_id is malformed, or a private repository was
+            asked for and it is public.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.utils import validate_repo_id
@@ -97,7 +97,7 @@ def push_to_hub(
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if private and not api.model_info(repo_id).private:
                 raise UserError(
-                    f'{repo_id} exists and is public, nothing was pushed because a private one was asked for.')
+                    f'{repo_id} is public, expected a private repository; nothing was pushed.')
             if revision and not create_pr and not revision.startswith('refs/'):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             readme = _read_readme(api, repo_id, revision)
@@ -123,7 +123,7 @@ def read_metrics(path: str, epoch: Optional[int] = None) -> Dict[Union[int, str]
 
     Args:
         path: Name of the file, .json or .csv.
-        epoch: Epoch whose row of the summary is meant.
+        epoch: Epoch whose row of the summary is read.
 
     Raises:
         ValueError: The file holds no such metrics.
@@ -137,7 +137,7 @@ def read_metrics(path: str, epoch: Optional[int] = None) -> Dict[Union[int, str]
             columns = [re.fullmatch(rf'eval_(top1|top5|loss)_(\d+|{ENSEMBLE})', name) for name in row]
             cells = [(m[1], m[2], row[m[0]]) for m in columns if m and epoch in (None, to_number(row['epoch'], path))]
         else:
-            raise UserError(f'{path} holds no results of validate_rs.py or train_rs.py.')
+            raise UserError(f'{path} does not hold results of validate_rs.py or train_rs.py.')
         for name, key, value in cells:
             if value not in (None, ''):
                 found.setdefault(key, {})[name] = to_number(value, f'{path}: {name} of {key}')
@@ -145,7 +145,7 @@ def read_metrics(path: str, epoch: Optional[int] = None) -> Dict[Union[int, str]
 
 
 class TrainingPush:
-    """Pushes the best checkpoint of a run in a process of its own, so that training neither waits nor fails with it.
+    """Pushes the best checkpoint of a run in a separate process, so that training neither waits nor fails with it.
 
     Args:
         args: Flags of the run.
@@ -159,16 +159,16 @@ class TrainingPush:
         self.flags = [args.push_to_hub]
         if args.hub_private:
             self.flags.append('--private')
-        if args.model_ema and not args.model_ema_force_cpu:  # which the metrics are of
+        if args.model_ema and not args.model_ema_force_cpu:  # the metrics are those of the moving average
             self.flags.append('--use-ema')
         self.process: Optional[subprocess.Popen] = None
         if not get_token():
             _logger.warning('There is no token for --push-to-hub: log in with `hf auth login` before training ends.')
 
     def start(self) -> None:
-        """Begin to push, unless there is nothing yet or the last push is not done."""
+        """Start a push, unless there is nothing yet or the last push is not finished."""
         if self.process is not None and self.process.poll() is None:
-            _logger.info('The last push is under way still, this one is left out.')
+            _logger.info('The last push is still running, this one is left out.')
             return
         try:
             checkpoint = find_checkpoint(self.output_dir)
@@ -181,7 +181,7 @@ class TrainingPush:
         self.process = subprocess.Popen(command, env=env)
 
     def finish(self) -> bool:
-        """Push what is best in the end and return whether that went well."""
+        """Push the best checkpoint at the end and return whether that worked."""
         if self.process is not None:
             self.process.wait()
         self.start()
@@ -197,7 +197,7 @@ def _read_readme(api: Any, repo_id: str, revision: Optional[str]) -> Optional[st
 
 
 def _explain(error: BaseException) -> Optional[str]:
-    """Return in one line what came of talking to the Hub, None for an error of another kind."""
+    """Return in one line why the Hub failed, None for an error of another kind."""
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
@@ -207,15 +207,15 @@ def _explain(error: BaseException) -> Optional[str]:
         said = f"{response.status_code}{f', {said.splitlines()[0]}' if said else ''}"
         return {
             401: f'the Hub does not accept the token ({said}), set HF_TOKEN or log in with `hf auth login`.',
-            403: f'the token may not write there ({said}).',
-            404: f'there is no such repository or revision, or the token may not see it ({said}).',
+            403: f'the token has no permission to write there ({said}).',
+            404: f'there is no such repository or revision, or the token has no permission to see it ({said}).',
             409: f'the Hub is busy with another change of this repository ({said}).',
         }.get(response.status_code, f'the Hub answers {said}.')
     if any(type(e).__name__ == 'OfflineModeIsEnabled' for e in chain):
         return 'offline mode is on, unset HF_HUB_OFFLINE.'
     if isinstance(error, json.JSONDecodeError):
-        return 'the answer is not one of the Hub, look at HF_ENDPOINT and the proxy.'
+        return 'the answer does not come from the Hub, check HF_ENDPOINT and the proxy.'
     if isinstance(error, (AttributeError, KeyError, TypeError, ValueError)):
         return None
-    told = [' '.join(str(e).split()).rstrip('.') or type(e).__name__ for e in chain]
-    return textwrap.shorten(': '.join(dict.fromkeys(told)), 300, placeholder=' ...') + '.'
+    messages = [' '.join(str(e).split()).rstrip('.') or type(e).__name__ for e in chain]
+    return textwrap.shorten(': '.join(dict.fromkeys(messages)), 300, placeholder=' ...') + '.'
