@@ -242,7 +242,8 @@ DROPPED = 'Server disconnected' if hasattr(huggingface_hub, 'set_client_factory'
 FAULTS = [
     ('POST', '/api/repos/create', 401, 'the Hub does not accept the token (401, Denied.), set HF_TOKEN or log in'),
     ('POST', '/api/repos/create', 403, 'the token has no permission to write there (403, Denied.).'),
-    ('POST', '/preupload/', 404, 'no such repository or revision, or the token has no permission to see it (404'),
+    ('POST', '/preupload/', 404, 'there is no such repository or revision, or the token has no permission to see it '
+                                 '(404'),
     ('POST', '/commit/', 403, 'the token has no permission to write there (403, Denied.).'),
     ('POST', '/commit/', 409, 'the Hub is busy with another change of this repository (409, Conflict.).'),
     ('POST', '/api/repos/create', 'drop', DROPPED),
