@@ -3,15 +3,15 @@
 
 Two questions, of one thread, batch 1, random weights, at the largest and the smallest of five sizes:
 
-- before: does today's file take longer than that of an earlier commit, whose checkout is --before? Wanted: a ratio of
-  now to before of at most 1.02.
-- mul_add: would BatchNormalization with picked rows cost anything if it were written as Mul and Add, which MNN and tract
-  take too? Its ratio to now.
+- now/before: does today's file take longer than that of an earlier commit, whose checkout is --before? Wanted: a ratio
+  of at most 1.02.
+- mul_add/now: what would BatchNormalization with picked rows cost if it were written as Mul and Add, which MNN and
+  tract take too?
 
-Each in ONNX Runtime with fixed sides (what Session does by default) and free ones, in the form of mode='low_memory',
-and in OpenVINO reshaped to the size and dynamic. Contenders take turns (A B A B ...). A ratio is the median over loads of
-the median ratio within a round, with its range over loads. A second session of the same file is a control: its ratio to
-the first, ideally 1, shows what the machine can tell apart.
+Each in ONNX Runtime with fixed sides, as Session does, and with free ones, and in OpenVINO reshaped to the size and
+dynamic. Contenders take turns (A B A B ...). A ratio is the median over loads of the median ratio within a round, with
+its range over loads. A second session of the earlier file is a control: its ratio to the first, ideally 1, shows what
+the machine can tell apart.
 
     git worktree add --detach ../before 9522664
     python benchmarks/bench_row_pick.py --before ../before --clock cpu
@@ -27,10 +27,9 @@ import openvino
 from _common import add_timing_arguments, create_parser, measure, median, print_table, ratio, write_results
 from onnx import helper
 
-from timm_rs_runtime.low_memory import blocked_model
-from timm_rs_runtime.session import open_onnx
+from timm_rs_runtime.ort import open_onnx
 
-KINDS = ('fixed', 'free', 'low_memory', 'openvino reshaped', 'openvino dynamic')
+KINDS = ('fixed', 'free', 'openvino reshaped', 'openvino dynamic')
 COLUMNS = ('case', 'ms', 'control', 'now/before', 'mul_add/now')
 EXPORT = """
 import sys, timm, torch
@@ -76,7 +75,8 @@ def export(checkout, name, path):
     """Write a file as a checkout does and return its sizes."""
     command = [sys.executable, '-c', EXPORT, os.path.abspath(checkout), name, path]
     paths = os.pathsep.join(os.path.join(os.path.abspath(checkout), d) for d in ('', 'runtime'))
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONPATH': paths})
+    environment = dict(os.environ, PYTHONPATH=paths)
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return [int(size) for size in output.stdout.split()]
 
 
@@ -94,7 +94,8 @@ def as_mul_add(model):
             x, scale, bias = node.input[:3]
             assert scale in rows and bias in rows
             product = f'{node.output[0]}.product'
-            nodes += [helper.make_node('Mul', [x, scale], [product]), helper.make_node('Add', [product, bias], node.output)]
+            nodes.append(helper.make_node('Mul', [x, scale], [product]))
+            nodes.append(helper.make_node('Add', [product, bias], node.output))
         else:
             assert not rows.intersection(node.input)
             nodes.append(node)
@@ -111,7 +112,7 @@ def compare(args, name, files, size):
     def build():
         opened = {f'{form} {kind}': opener(file, kind, size, args.threads)
                   for kind in KINDS for form, file in {'control': files['before'], **files}.items()}
-        return {case: lambda run=run: run(images) for case, run in opened.items() if run}
+        return {case: lambda run=run: run(images) for case, run in opened.items()}
 
     runs = measure(build, args)
     rows = []
@@ -119,16 +120,15 @@ def compare(args, name, files, size):
         row = dict(case=f'{name} at {size}, {kind}', ms=median(runs, f'now {kind}'))
         for key, above, below in (('control', 'control', 'before'), ('now/before', 'now', 'before'),
                                   ('mul_add/now', 'mul_add', 'now')):
-            if f'{above} {kind}' in runs[0]:
-                found = ratio(runs, f'{above} {kind}', f'{below} {kind}')
-                row.update({key: found['ratio'], f'{key}_range': found['range']})
+            found = ratio(runs, f'{above} {kind}', f'{below} {kind}')
+            row.update({key: found['ratio'], f'{key}_range': found['range']})
         rows.append(dict(row, n=f'{args.builds} x {args.rounds}'))
     print_table(COLUMNS, rows)
     return rows
 
 
 def opener(path, kind, size, threads):
-    """Return a function of images, None if the form is not to be had."""
+    """Return a function of images."""
     if kind.startswith('openvino'):
         model = openvino.Core().read_model(path)
         if kind.endswith('reshaped'):
@@ -137,12 +137,8 @@ def opener(path, kind, size, threads):
             model, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': threads})
         request = compiled.create_infer_request()
         return lambda images: request.infer([images], share_inputs=True)
-    if kind == 'low_memory':
-        blocked = blocked_model(path)
-        session = blocked and open_onnx(blocked, threads, optimize=False)
-    else:
-        session = open_onnx(path, threads, dict(height=size, width=size) if kind == 'fixed' else None)
-    return session and (lambda images: session.run(None, {'images': images}))
+    session = open_onnx(path, threads, dict(height=size, width=size) if kind == 'fixed' else None)
+    return lambda images: session.run(None, {'images': images})
 
 
 if __name__ == '__main__':

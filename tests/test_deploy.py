@@ -156,7 +156,7 @@ def test_channels_that_are_no_image(tmp_path, photograph):
                 lambda _: CascadeSession(opened, {48: 0.})):
         with pytest.raises(ImageError, match='four.onnx takes 4 channels, so float32 arrays of them, not images'):
             use(photograph)
-    with pytest.raises(ValueError, match='int8 is calibrated on images, but .*test_resnet takes 4 channels'):
+    with pytest.raises(ValueError, match='measured on images, but .*test_resnet takes 4 channels'):
         export_int8(model, str(tmp_path / 'int8.onnx'), [photograph])
 
 

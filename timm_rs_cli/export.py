@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     batch = parser.add_mutually_exclusive_group()
     batch.add_argument('--batch-size', type=int, metavar='N', help='images of a batch, with --resolution')
     batch.add_argument('--dynamic-batch', action='store_true', help='batches of any number of images (the default)')
-    add('--tolerance', type=float, default=1e-4, metavar='X',
-        help='largest difference of logits between network and file (default: %(default)s)')
+    add('--tolerance', type=float, default=0., metavar='X',
+        help='accept differences of logits between network and file up to X (default: what float32 rounding explains)')
     add('--quantize', choices=('int8',), help='all resolutions in int8, with --data-dir')
     add_images(parser, 'images like those to come, for the ranges of activations', 'train', 128)
     add('--calibration-data', dest='data_dir', help=argparse.SUPPRESS)  # earlier names
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from timm_rs.export.export import export_int8, export_resolution, export_switchable
+    from timm_rs.export import export_int8, export_resolution, export_switchable
     from timm_rs_runtime.images import find_images, split_folder
     from timm_rs_runtime.unreadable import ReadErrors
 

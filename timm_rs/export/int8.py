@@ -18,7 +18,7 @@ from timm_rs_runtime.ort import open_onnx
 
 from .merge import SizedGraph, build
 
-__all__ = ['QuantizationError', 'calibrate', 'quantize']
+__all__ = ['Int8Error', 'measure_ranges', 'to_int8']
 
 MICROSOFT = 'com.microsoft'
 _SAME_RANGE = ('MaxPool', 'Flatten', 'Reshape', 'Transpose', 'Squeeze', 'Unsqueeze')  # hand codes on as they are
@@ -27,11 +27,11 @@ _BIAS_LIMIT = 2. ** 30  # codes of a bias, which sums of products are added to i
 Ranges = Dict[str, List[Tuple[float, float]]]
 
 
-class QuantizationError(UserError):
+class Int8Error(UserError):
     """A network has no int8 form; the message says why."""
 
 
-def calibrate(graph: SizedGraph, batches: Dict[int, Sequence[np.ndarray]]) -> Ranges:
+def measure_ranges(graph: SizedGraph, batches: Dict[int, Sequence[np.ndarray]]) -> Ranges:
     """Return the range of each activation at each size: the mean over batches of their least and greatest values.
 
     Args:
@@ -57,13 +57,13 @@ def calibrate(graph: SizedGraph, batches: Dict[int, Sequence[np.ndarray]]) -> Ra
 
 
 def _needed(graph: SizedGraph) -> List[str]:
-    """Return the names of the activations whose ranges quantize asks for."""
+    """Return the names of the activations whose ranges to_int8 asks for."""
     asked: Ranges = defaultdict(lambda: [(-1., 1.)] * len(graph.resolutions))
-    quantize(graph, asked)
+    to_int8(graph, asked)
     return list(asked)
 
 
-def quantize(graph: SizedGraph, ranges: Ranges) -> SizedGraph:
+def to_int8(graph: SizedGraph, ranges: Ranges) -> SizedGraph:
     """Return the int8 form of a graph.
 
     Args:
@@ -71,10 +71,10 @@ def quantize(graph: SizedGraph, ranges: Ranges) -> SizedGraph:
         ranges: Least and greatest value of each activation at each size.
 
     Raises:
-        QuantizationError: It has no convolution.
+        Int8Error: It has no convolution.
     """
     if not any(node.op_type == 'Conv' for node in graph.nodes):
-        raise QuantizationError('there is no convolution in it.')
+        raise Int8Error('there is no convolution in it.')
     return _Quantizer(graph, ranges).run()
 
 
@@ -291,7 +291,7 @@ class _Quantizer:
         return self._sized(f'{name}.scale', scales), self._constant(f'{name}.zero', np.uint8(zero))
 
     def _make(self, op: str, inputs: Sequence[str], output: str, domain: str = '', attributes=(), **more: Any) -> None:
-        """Add an operator whose output is codes; its scale and zero point are the last but for a bias."""
+        """Add an operator whose output is codes; its scale and zero point are the last inputs except a bias."""
         codes = f'{output}.codes'
         node = helper.make_node(op, inputs, [codes], f'{codes}.node', domain=domain, **more)
         node.attribute.extend(attributes)

@@ -1,0 +1,67 @@
+"""BatchNorm for inference: a scale and a bias, or part of the convolution before it"""
+import copy
+from typing import Any, Dict
+
+import torch
+import torch.nn as nn
+from timm.layers.conv2d_same import Conv2dSame
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ['fuse_batch_norms', 'reduce_batch_norms']
+
+
+def reduce_batch_norms(network: nn.Module) -> nn.Module:
+    """Return a copy for inference whose BatchNorms have mean 0, variance 1 and epsilon 0: a scale and a bias.
+
+    Example:
+        >>> bn = reduce_batch_norms(nn.Sequential(nn.BatchNorm2d(2, eps=0.21))).get_submodule('0')
+        >>> bn.weight.tolist(), bn.eps
+        ([0.9090909361839294, 0.9090909361839294], 0.0)
+    """
+    network = copy.deepcopy(network).eval()
+    for module in network.modules():
+        if isinstance(module, _BatchNorm) and module.track_running_stats:
+            scale = (module.running_var.double() + module.eps).rsqrt()
+            bias = torch.zeros_like(scale)
+            if module.affine:
+                scale, bias = scale * module.weight.double(), module.bias.double()
+            dtype = module.running_var.dtype
+            module.weight = nn.Parameter(scale.to(dtype), requires_grad=False)
+            module.bias = nn.Parameter((bias - module.running_mean.double() * scale).to(dtype), requires_grad=False)
+            module.running_mean = torch.zeros_like(module.running_mean)
+            module.running_var = torch.ones_like(module.running_var)
+            module.eps = 0.
+    return network
+
+
+def fuse_batch_norms(network: nn.Module, images: torch.Tensor) -> nn.Module:
+    """Return a copy for inference in which each BatchNorm that follows a convolution is part of it.
+
+    Args:
+        network: Plain network.
+        images: Batch to find out on what follows what.
+    """
+    network = reduce_batch_norms(network)
+    made: Dict[int, Any] = {}  # outputs are kept, or another could get the same id
+    pairs: Dict[nn.Module, nn.Module] = {}
+    hooks = []
+    for module in network.modules():
+        if type(module) in (nn.Conv2d, Conv2dSame):
+            hooks.append(module.register_forward_hook(lambda m, _, out: made.update({id(out): (m, out)})))
+        elif isinstance(module, _BatchNorm):
+            hooks.append(module.register_forward_pre_hook(
+                lambda m, args: pairs.update({m: made[id(args[0])][0]} if id(args[0]) in made else {})))
+    with torch.no_grad():
+        network(images)
+    for hook in hooks:
+        hook.remove()
+    for parent in list(network.modules()):
+        for name, bn in list(parent.named_children()):
+            if bn in pairs:
+                conv = pairs[bn]
+                bias = bn.bias if conv.bias is None else bn.bias + bn.weight * conv.bias
+                conv.weight = nn.Parameter(conv.weight * bn.weight[:, None, None, None], requires_grad=False)
+                conv.bias = nn.Parameter(bias.detach(), requires_grad=False)
+                rest = [m for n, m in bn.named_children() if n in ('drop', 'act') and not isinstance(m, nn.Identity)]
+                setattr(parent, name, nn.Sequential(*rest) if rest else nn.Identity())
+    return network

@@ -1,0 +1,83 @@
+"""What a file records of itself, for timm_rs_runtime.format to read"""
+import json
+from typing import Any, Dict, Optional, Sequence
+
+import torch.nn as nn
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.data.model_config import resolve_input_data_config
+
+from timm_rs_runtime.errors import UserError
+from timm_rs_runtime.format import preprocessing_of
+from timm_rs_runtime.images import MODES
+
+from ..evaluate import count_madds
+from ..version import __version__
+
+__all__ = ['describe', 'set_metadata']
+
+
+def describe(
+        model: nn.Module,
+        resolutions: Sequence[int],
+        class_names: Optional[Sequence[str]] = None,
+) -> Dict[str, Any]:
+    """Return the metadata of a file.
+
+    Args:
+        model: Network of timm, switchable or not.
+        resolutions: Input sizes in pixels.
+        class_names: Names of the classes, in their order; if None those that the model records, or ImageNet's.
+
+    Raises:
+        UserError: There is another number of class names than classes, or the preprocessing is not one of timm.
+    """
+    config = resolve_input_data_config(model)
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    num_classes = model.num_classes
+    if class_names is None:
+        class_names = cfg.get('label_names') or ()
+        if len(class_names) != num_classes:  # of weights for other classes
+            class_names = _imagenet_names(num_classes)
+    elif list(class_names) == _wordnet_ids(num_classes):  # the folders of ImageNet
+        class_names = _imagenet_names(num_classes)
+    if class_names is not None and len(class_names) != num_classes:
+        raise UserError(f'There are {len(class_names)} class names, the model has {num_classes} classes.')
+    channels = config['input_size'][0]
+    found = dict(
+        timm_rs=__version__,
+        architecture=cfg.get('architecture') or type(model).__name__,
+        precision='float32',
+        resolutions=list(resolutions),
+        madds={str(r): count_madds(model, r, channels) for r in resolutions},
+        num_classes=num_classes,
+        class_names=None if class_names is None else list(class_names),
+        mean=[float(v) for v in config['mean']],
+        std=[float(v) for v in config['std']],
+        interpolation=config['interpolation'],
+        crop_pct=config['crop_pct'],
+        crop_mode=config['crop_mode'],
+    )
+    if channels in MODES:  # others take no images, but batches
+        preprocessing_of(found)
+    return found
+
+
+def set_metadata(model: Any, metadata: Dict[str, Any]) -> None:
+    """Write metadata into an ONNX model, values as JSON."""
+    from onnx import helper
+
+    helper.set_model_props(model, {k: json.dumps(v, ensure_ascii=False) for k, v in metadata.items()})
+    model.producer_name, model.producer_version = 'timm_rs', __version__
+
+
+def _imagenet_names(num_classes: int) -> Optional[Sequence[str]]:
+    subset = infer_imagenet_subset(dict(num_classes=num_classes))
+    if subset is None:
+        return None
+    info = ImageNetInfo(subset)
+    return [info.index_to_description(i) for i in range(num_classes)]
+
+
+def _wordnet_ids(num_classes: int) -> Optional[Sequence[str]]:
+    subset = infer_imagenet_subset(dict(num_classes=num_classes))
+    return None if subset is None else list(ImageNetInfo(subset).label_names())

@@ -1,0 +1,112 @@
+"""Files against the networks they were made of"""
+import copy
+from typing import Callable, Dict, Sequence
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from ..quant.quantize import StepFunction
+from .trace import ExportError, example_images
+
+__all__ = ['compare_int8', 'verify']
+
+_SEEDS = (0, 1, 2)
+_ROUNDING = 5  # times the network's own; 2.1 was the most of the files of 38 families
+_LEAST_ROUNDING = 5e-7  # of the largest logit
+_STEP_TOLERANCE = 0.15
+_INT8_TOLERANCE = 0.5
+
+Run = Callable[[torch.Tensor], torch.Tensor]
+
+
+def verify(
+        run: Run,
+        plain: Dict[int, nn.Module],
+        name: str,
+        tolerance: float = 0.,
+        batch_sizes: Sequence[int] = (1, 3),
+) -> Dict[int, float]:
+    """Return the largest difference between logits of a file and of networks in float64, over a few batches.
+
+    What float32 rounding explains is accepted: 5 times the largest difference of the network itself in float32. Where
+    activations are quantized, rounding moves some of them by a whole level: there the network in float32 is the
+    reference, and the root mean square of the differences may be 15 % of that of the logits (less their mean).
+
+    Args:
+        run: Computes the file's logits.
+        plain: The network of each resolution.
+        name: Of the network, for the message.
+        tolerance: Largest difference that is accepted in any case.
+        batch_sizes: Taken in turns.
+
+    Raises:
+        ExportError: A difference is larger, or not a number.
+    """
+    errors = {}
+    for resolution, network in plain.items():
+        batches = [example_images(network, resolution, batch_sizes[s % len(batch_sizes)], s) for s in _SEEDS]
+        has_steps = any(isinstance(m, StepFunction) for m in network.modules())
+        rounded = _logits(network, batches)
+        exact = rounded if has_steps else _logits_in_float64(network, batches)
+        difference = _logits(run, batches) - exact
+        error = errors[resolution] = _largest(difference)
+        explained = _ROUNDING * max(_largest(rounded - exact), _LEAST_ROUNDING * _largest(exact))
+        if error <= max(tolerance, explained) or (has_steps and _relative_error(difference, exact) <= _STEP_TOLERANCE):
+            continue
+        raise ExportError(
+            f'The exported {name} differs from the network by {error:.2g} at {resolution} px, rounding explains '
+            f'{explained:.2g}; no file was written. --tolerance accepts more.')
+    return errors
+
+
+def compare_int8(
+        run: Run,
+        plain: Dict[int, nn.Module],
+        batches: Dict[int, Sequence[np.ndarray]],
+        name: str,
+) -> Dict[int, Dict[str, float]]:
+    """Return for each resolution how an int8 file does beside the network, see export_int8.
+
+    Args:
+        run: Computes the file's logits.
+        plain: The network of each resolution.
+        batches: Preprocessed images of each resolution.
+        name: Of the network, for the message.
+
+    Raises:
+        ExportError: The error is more than a half, or not a number.
+    """
+    found = {}
+    for resolution, network in plain.items():
+        images = [torch.from_numpy(batch) for batch in batches[resolution]]
+        expected, actual = (_logits(f, images).double() for f in (network, run))
+        agreement = (expected.argmax(-1) == actual.argmax(-1)).double().mean().item()
+        found[resolution] = dict(agreement=agreement, error=_relative_error(actual - expected, expected))
+        if not found[resolution]['error'] <= _INT8_TOLERANCE:
+            raise ExportError(
+                f"The int8 form of {name} is {found[resolution]['error']:.0%} off at {resolution} px, "
+                f'expected at most {_INT8_TOLERANCE:.0%}; no file was written.')
+    return found
+
+
+def _logits(run: Run, batches: Sequence[torch.Tensor]) -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.cat([run(images) for images in batches])
+
+
+def _logits_in_float64(network: nn.Module, batches: Sequence[torch.Tensor]) -> torch.Tensor:
+    try:
+        return _logits(copy.deepcopy(network).double(), [images.double() for images in batches])
+    except RuntimeError:  # it makes float32 of something
+        return _logits(network, batches)
+
+
+def _largest(values: torch.Tensor) -> float:
+    return values.abs().max().item()
+
+
+def _relative_error(difference: torch.Tensor, logits: torch.Tensor) -> float:
+    """Return the root mean square of differences over that of logits less their mean."""
+    spread = (logits - logits.mean(-1, keepdim=True)).square().mean().sqrt()
+    return (difference.square().mean().sqrt() / spread.clamp(min=1e-12)).item()
