@@ -64,7 +64,8 @@ def build(args, losses):
     flags = parse_args([
         'noise', '--config', str(CONFIG), '--device', 'cpu', '--batch-size', str(args.batch_size), '--lr', str(LR),
         '--num-classes', '10'])
-    flags.amp, device = args.amp, builders.select_device(flags)
+    flags.amp = args.amp
+    device = builders.select_device(flags)
     model, bare = builders.build_model(flags, device), builders.build_model(flags, device)
     bare.load_state_dict(model.state_dict())
     task, optimizer = builders.build_task(flags, model, device), builders.build_optimizer(flags, model)

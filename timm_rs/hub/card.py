@@ -30,10 +30,11 @@ Flags of `train_rs.py` that are not its defaults:
 """
 # Flags of a run that describe the machine and not the training.
 _MACHINE = (
-    'checkpoint_hist', 'config', 'data', 'data_dir', 'dataset_download', 'device', 'device_modules', 'distributed',
-    'class_map', 'experiment', 'hub_private', 'initial_checkpoint', 'local_rank', 'log_interval', 'log_tensorboard',
-    'log_wandb', 'max_unreadable', 'no_prefetcher', 'output', 'pin_mem', 'pretrained_path', 'push_interval',
-    'push_to_hub', 'recovery_interval', 'resume', 'save_epochs', 'save_images', 'workers',
+    'checkpoint_hist', 'class_map', 'config', 'data', 'data_dir', 'dataset_download', 'decoded_cache',
+    'decoded_cache_gb', 'decoded_cache_side', 'device', 'device_modules', 'distributed', 'experiment', 'hub_private',
+    'initial_checkpoint', 'local_rank', 'log_interval', 'log_tensorboard', 'log_wandb', 'max_unreadable',
+    'no_prefetcher', 'output', 'pin_mem', 'pretrained_path', 'push_interval', 'push_to_hub', 'recovery_interval',
+    'resume', 'save_epochs', 'save_images', 'workers',
 )
 
 
