@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.timm_rs-installed
 INSTALLED_DEV := $(VENV)/.timm_rs-installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test zoo sweep lint clean
+.PHONY: help demo test fuzz zoo sweep lint clean
 
 help:  ## list the targets and variables
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
@@ -24,6 +24,9 @@ demo: $(INSTALLED)  ## train a small RS-Net on handwritten digits, on the CPU, i
 
 test: $(INSTALLED)  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile
+
+fuzz: $(INSTALLED)  ## run the commands on 3,000 mutated files, into results/fuzz.json
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzzing.py --cases 3000 --output results/fuzz.json
 
 zoo: $(INSTALLED)  ## list anew which of timm's architectures become rs_* models
 	$(BIN)/python tools/make_zoo.py
