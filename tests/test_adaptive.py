@@ -376,7 +376,7 @@ def test_every_request_counts_once(tmp_path):
     os.mkfifo(tmp_path / 'pipe.png')
     for images, budget_ms, message in (
         ([], None, 'Got no images'),
-        (np.zeros((1, 3, 96, 96), np.float32), None, 'Got ndarray, expected images; Session.predict takes arrays'),
+        (np.zeros((1, 3, 96, 96), np.float32), None, 'Got ndarray, expected images .Session.predict takes arrays too'),
         (None, None, 'Got NoneType, expected images'),
         (3, None, 'Got int, expected images'),
         ([None], None, 'Got NoneType, expected the name of an image'),

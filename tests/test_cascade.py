@@ -167,12 +167,12 @@ def test_unusable_images(session, photographs, tmp_path):
     cascade = CascadeSession(session, {48: 1., 64: 0.})
     with pytest.raises(ImageError, match='bad.jpg is not an image'):
         cascade.predict([*photographs.glob('*/*.png'), tmp_path / 'bad.jpg'])
-    with pytest.raises(ImageError, match='Got ndarray, expected images; Session.predict takes arrays'):
+    with pytest.raises(ImageError, match='Got ndarray, expected images .Session.predict takes arrays too'):
         cascade.predict(np.zeros((1, 3, 48, 48), np.float32))
 
 
 @pytest.mark.parametrize('thresholds, message', [
-    ({}, 'is no cascade, expected rising resolutions'),
+    ({}, 'is not a cascade, expected rising resolutions'),
     ({64: 0.5, 32: 0.}, 'expected rising resolutions'),
     ({32: 0.5, 64: 0.5}, 'the last with threshold 0'),
     ({32: 1.5, 64: 0.}, 'expected thresholds from 0 to 1'),
@@ -185,7 +185,7 @@ def test_unusable_thresholds(session, thresholds, message):
 
 def test_no_cascade_without_classes(tmp_path):
     export_switchable(rs_model(num_classes=0), str(tmp_path / 'features.onnx'))
-    with pytest.raises(ValueError, match='features.onnx has no classes to be sure of'):
+    with pytest.raises(ValueError, match='features.onnx has no classes, expected a classifier'):
         CascadeSession(str(tmp_path / 'features.onnx'), {48: 0.})
 
 
@@ -266,8 +266,8 @@ def test_start_is_kept():
 
 
 @pytest.mark.parametrize('kwargs, message', [
-    (dict(), 'one of both'),
-    (dict(target_accuracy=1., target_madds=1), 'one of both'),
+    (dict(), 'one of the two'),
+    (dict(target_accuracy=1., target_madds=1), 'one of the two'),
     (dict(target_accuracy=1.), 'No cascade reaches an accuracy of 100.00% on these images, the best has 50.00%'),
     (dict(target_madds=0.5), 'No cascade stays below 0.5 multiply-adds, the cheapest takes 1'),
     (dict(target_madds=2, start=64), 'Unknown start 64, expected one of 96, 160, 224'),

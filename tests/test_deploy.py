@@ -154,7 +154,7 @@ def test_channels_that_are_no_image(tmp_path, photograph):
     np.testing.assert_allclose(opened.predict(x.numpy()), expected(model, x), rtol=1e-5, atol=1e-5)
     for use in (opened.predict, lambda _: AdaptiveSession(opened, 100), lambda _: Predictor(opened),
                 lambda _: CascadeSession(opened, {48: 0.})):
-        with pytest.raises(ImageError, match='four.onnx takes 4 channels, so float32 arrays of them, not images'):
+        with pytest.raises(ImageError, match='four.onnx takes 4 channels, expected float32 arrays instead of images'):
             use(photograph)
     with pytest.raises(ValueError, match='measured on images, but .*test_resnet takes 4 channels'):
         export_int8(model, str(tmp_path / 'int8.onnx'), [photograph])

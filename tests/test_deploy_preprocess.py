@@ -149,7 +149,7 @@ def test_pixels_of_no_known_range_are_refused(tmp_path):
         write_tiff(folder / '12_bits.tiff', DEEP, bits=12),
         Image.fromarray(GRADIENT.astype(np.int32)),
     ):
-        with pytest.raises(ImageError, match="has pixels of Pillow's mode '(F|I|I;16)', whose range is not known"):
+        with pytest.raises(ImageError, match="has pixels of Pillow's mode '(F|I|I;16)', whose range is unknown"):
             open_image(path)
 
 
@@ -236,7 +236,7 @@ def test_a_photograph_of_a_telephone_is_read(tmp_path):
     (dict(crop_pct=0), 'crop_pct is 0'),
     (dict(crop_pct=87.5), 'crop_pct is 87.5, expected a share'),
     (dict(std=(0., 1., 1.)), 'positive deviations'),
-    (dict(mean=(math.nan,) * 3), 'are no means'),
+    (dict(mean=(math.nan,) * 3), 'expected finite means'),
 ])
 def test_unusable_settings(config, message):
     with pytest.raises(ValueError, match=message):
@@ -276,7 +276,7 @@ def test_bytes_and_what_is_no_image(tmp_path):
     for kind in (bytes, bytearray, memoryview):
         assert open_image(kind(content)).tobytes() == open_image(path).tobytes()
     for size in ((0, 5), (5, 0)):
-        with pytest.raises(ImageError, match=f'The image is {size[0]}x{size[1]}, which holds no pixels'):
+        with pytest.raises(ImageError, match=f'The image is {size[0]}x{size[1]}, expected at least one pixel'):
             Preprocessing(MEAN, STD)(Image.new('RGB', size), 32)
     for nothing in (3, None, ['a.png']):
         with pytest.raises(ImageError, match=f'Got {type(nothing).__name__}, expected the name of an image'):

@@ -121,7 +121,7 @@ def test_only_regular_files_of_a_bounded_size_are_read(tmp_path):
     import os
 
     (tmp_path / 'large').write_bytes(b'x' * 11)
-    with pytest.raises(UserError, match='large is larger than the 10 bytes'):
+    with pytest.raises(UserError, match='large is larger than 10 bytes'):
         read_text(tmp_path / 'large', most=10)
     assert read_text(tmp_path / 'large', most=11) == 'x' * 11
     os.mkfifo(tmp_path / 'pipe')
@@ -144,10 +144,10 @@ def test_metadata():
     (dict(madds={'32': -1}), 'madds.32 is -1, expected an integer from 0'),
     (dict(resolutions=[]), 'm.onnx: resolutions is [], expected'),
     (dict(resolutions=[32, '64']), "resolutions[1] is '64', expected an integer from 1 to 4096"),
-    (dict(num_classes=3), 'm.onnx: class_names are 2, num_classes is 3'),
+    (dict(num_classes=3), 'm.onnx: there are 2 class_names, but num_classes is 3'),
     (dict(num_classes=10 ** 9), 'num_classes is 1000000000, expected an integer from 0 to 1000000'),
     (dict(mean=[]), 'mean is [], expected a list of 1'),
-    (dict(mean=[.5]), 'mean is of 1 channels, std of 3'),
+    (dict(mean=[.5]), 'mean has 1 channels, but std has 3'),
     (dict(std=[.5, .5, 0]), 'std[2] is 0, expected a number above 0'),
     (dict(interpolation='best'), "interpolation is 'best', expected one of nearest"),
     (dict(crop_pct=True), 'crop_pct is True, expected a number above 0 and at most 4'),

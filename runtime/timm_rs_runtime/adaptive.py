@@ -29,7 +29,7 @@ MAX_QUEUE = 10 ** 6
 
 
 class QueueFullError(UserError, RuntimeError):
-    """A request came while as many as are allowed were waiting; it was not served."""
+    """A request came while the queue was full; it was not served."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +68,19 @@ class Estimate:
         self.deviation += (abs(error) - self.deviation) / 4
 
     def upper(self, margin: float) -> float:
-        """Return the mean and so many deviations."""
+        """Return the mean plus `margin` deviations."""
         return self.mean + margin * self.deviation
 
 
 class Controller:
-    """Chooses the size of each request; knows neither threads nor clocks.
+    """Chooses the size of each request; without threads or clocks.
 
-    A request costs what is independent of the size (reading the image) and the inference. The latter's latency at each
-    size is what was measured at the start times a slowdown that all sizes share, so that a size which was not used for
-    a while is judged by what the others see.
+    A request costs the reading of its image, which does not depend on the size, and the inference. The latency of the
+    inference at each size is what was measured at the start, times a slowdown that all sizes share, so that a size
+    which was not used for a while is judged by what the others see.
 
-    It takes the largest size at which the request in turn and all that wait behind it would be in time. It goes down
-    at once, and up only after several requests in a row had room for more.
+    It takes the largest size at which the next request and all that wait behind it would be in time. It goes down at
+    once, and up only after several requests in a row had room for more.
 
     Args:
         latency: Seconds that one image takes at each resolution.
@@ -132,7 +132,7 @@ class Controller:
 
         Args:
             left: Seconds until the deadline of each, in the order in which they are served.
-            counts: Images of each, one if None; runs of the network where it takes only whole batches.
+            counts: Images of each, one if None; runs of the network if it takes only whole batches.
         """
         counts = counts or [1] * len(left)
         fitting = self._largest(left, counts, 1.)
@@ -151,20 +151,20 @@ class Controller:
         Args:
             resolution: Its size.
             inference: Seconds that the network took.
-            overhead: Seconds that all else took.
+            overhead: Seconds that everything else took.
             count: Its images, or runs.
         """
         self._slowdown.update(inference / max(self._latency[resolution] * count, 1e-9))
         self._overhead.update(overhead / count)
 
     def expected(self, resolution: int) -> float:
-        """Return the seconds to reckon with for an image."""
+        """Return the seconds to expect for an image."""
         return (self._overhead.upper(self._margin)
                 + self._latency[resolution] * self._slowdown.upper(self._margin))
 
     @property
     def slowdown(self) -> float:
-        """How many times longer inference takes of late than it did at the start."""
+        """How many times longer inference takes recently than it did at the start."""
         return self._slowdown.mean
 
     def _largest(self, left: Sequence[float], counts: Sequence[int], factor: float) -> int:
@@ -189,15 +189,15 @@ class AdaptiveSession(Closable):
 
     Any number of threads may call predict. Requests are served one after the other, in the order in which they came,
     each in the thread that called. Files are read before a request stands in line, so that a stalled disk or a slow
-    client holds up nobody else. While one request is served the next in line decode their images, at most READ_AHEAD,
-    so that memory does not grow with the line.
+    client does not hold up others. While one request is served, the next READ_AHEAD in line decode their images; memory
+    does not grow with the line.
 
     It can be closed, is a context manager, can be pickled and copied, and works in forked processes: a copy opens the
     file and measures again; a forked process starts with an empty line and counters at 0.
 
     Args:
         path: File of `timm-rs export --format onnx`, or a Session.
-        budget_ms: Milliseconds from a call of predict to its answer; of binary files from when they are read.
+        budget_ms: Milliseconds from a call of predict to its answer; for binary files from when they are read.
         floor: Smallest resolution to use, the smallest one of the file if None.
         max_queue: Requests that may wait, at most MAX_QUEUE; one more is refused.
         threads: Threads of an inference, all cores if None.
@@ -209,10 +209,10 @@ class AdaptiveSession(Closable):
     Attributes:
         session: The Session.
         budget_ms: The budget.
-        latency: Seconds that one image takes the network at each resolution, as measured at the start; a batch where
-            the file takes no less.
+        latency: Seconds that the network takes for one image at each resolution, as measured at the start; for a batch
+            if the file takes only whole batches.
         feasible: Whether the floor, with nothing in the queue, keeps the budget. If not, requests are served at the
-            floor all the same, and a RuntimeWarning says so at the start.
+            floor anyway, and a RuntimeWarning says so at the start.
 
     Raises:
         UserError: The file is not an export of timm_rs, or an argument is not usable.
@@ -261,9 +261,9 @@ class AdaptiveSession(Closable):
         return f'{type(self).__name__}({self.session!r}, budget_ms={self.budget_ms:g})'
 
     def close(self) -> None:
-        """Answer nobody any more. What is being served is answered, what waits gets a ClosedError.
+        """Stop answering. The request that is being served is answered; those that wait get a ClosedError.
 
-        The Session is closed as well, unless it was given.
+        The Session is closed too, unless it was given.
         """
         with self._lock:
             super().close()
@@ -322,7 +322,7 @@ class AdaptiveSession(Closable):
         images = self._read(images)
         if is_sent:
             start = self._clock()
-        runs = -(-len(images) // (self.session.batch_size or 1))  # each takes as long as one of a single image
+        runs = -(-len(images) // (self.session.batch_size or 1))  # a batch takes as long as a single image there
         request = _Request(start + budget_ms / 1e3, runs)
         with self._in_line(request):
             images = [open_image(image, MODES[len(self.session.mean)]) for image in images]
@@ -333,7 +333,7 @@ class AdaptiveSession(Closable):
         return Prediction(logits, resolution, milliseconds, milliseconds <= budget_ms)
 
     def _read(self, images: Sequence[ImageSource]) -> List[ImageSource]:
-        """Read files, in a thread that is given up where one takes too long: what stalls cannot be interrupted."""
+        """Read files in a thread, which is given up if one takes too long: a stalled read cannot be interrupted."""
         if all(map(is_in_memory, images)):
             return list(images)
         found = Future()
@@ -356,7 +356,7 @@ class AdaptiveSession(Closable):
         Returns:
             'requests' (served, by resolution), 'misses' (later than their budget, among these), 'rejected' (the queue
             was full), 'failed' (ended in any other error), 'queue' (waiting now), 'resolution' (chosen last),
-            'slowdown' (of inference against the start), 'expected_ms' (to reckon with now, by resolution), 'budget_ms',
+            'slowdown' (of inference against the start), 'expected_ms' (of an image now, by resolution), 'budget_ms',
             'feasible'. Every request that has ended counts once, in 'requests', 'rejected' or 'failed'.
         """
         with self._lock:
@@ -388,7 +388,7 @@ class AdaptiveSession(Closable):
             ('resolution_pixels', 'gauge', 'Resolution chosen last.', {'': stats['resolution']}),
             ('slowdown_ratio', 'gauge', 'Recent latency of inference against that at the start.',
              {'': round(stats['slowdown'], 6)}),
-            ('expected_seconds', 'gauge', 'Time to reckon with for an image, by resolution.',
+            ('expected_seconds', 'gauge', 'Expected time of an image, by resolution.',
              {f'{{resolution="{r}"}}': round(ms / 1e3, 9) for r, ms in stats['expected_ms'].items()}),
             ('budget_seconds', 'gauge', 'Budget of a request.', {'': stats['budget_ms'] / 1e3}),
         ):
@@ -418,7 +418,7 @@ class AdaptiveSession(Closable):
             with self._lock:
                 self._check_open()
                 if len(self._line) > self.max_queue:
-                    raise QueueFullError(f'{self.max_queue} requests are waiting, as many as may; try again later.')
+                    raise QueueFullError(f'{self.max_queue} requests are waiting, the most that may; try again later.')
                 self._line.append(request)
                 self._call_up()
             request.near.wait()
@@ -432,7 +432,7 @@ class AdaptiveSession(Closable):
                 self._end_if_over()
 
     def _call_up(self) -> None:
-        """Tell the first of the line that it is their turn, and the next ones that it will be."""
+        """Let the first of the line know that it is their turn, and the next ones that it soon will be."""
         for i, request in enumerate(islice(self._line, 1 + READ_AHEAD)):
             request.near.set()
             if i == 0:
@@ -444,7 +444,7 @@ class AdaptiveSession(Closable):
 
     def _after_fork(self) -> None:
         self._lock = threading.Lock()
-        self._line: Deque[_Request] = deque()  # who is served, then who waits
+        self._line: Deque[_Request] = deque()  # the request that is served, then those that wait
         self._requests = dict.fromkeys(self._controller.resolutions, 0)
         self._misses = self._rejected = self._failed = 0
 
@@ -454,12 +454,12 @@ def measure_latency(
         rounds: int = 7,
         clock: Callable[[], float] = time.perf_counter,
 ) -> Tuple[Dict[int, float], float]:
-    """Measure what one image takes here, or a batch where the file takes no less, the sizes in turns: medians.
+    """Measure how long one image takes here, or a batch if the file takes only whole batches: medians, sizes in turn.
 
     Args:
         session: The session.
         rounds: Times that each size runs.
-        clock: Tells the time in seconds.
+        clock: Returns the time in seconds.
 
     Returns:
         Seconds of the network at each resolution, and seconds to prepare an image of 500x375 at the largest one.
@@ -474,7 +474,7 @@ def measure_latency(
         for r in session.resolutions:
             batch = np.zeros((session.batch_size or 1, len(session.mean), r, r), np.float32)
             start = clock()
-            with suppress(NotFiniteError):  # whoever asks for an answer is told
+            with suppress(NotFiniteError):  # raised when an answer is asked for
                 session.predict(batch)
             times[r].append(clock() - start)
     return {r: statistics.median(seconds) for r, seconds in times.items()}, statistics.median(overheads)

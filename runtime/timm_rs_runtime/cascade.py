@@ -1,6 +1,6 @@
 """A cascade: unsure images go on to a larger resolution
 
-A small size answers first. Where its confidence, the largest softmax probability, is below a threshold, the next size
+A small size answers first. If its confidence, the largest softmax probability, is below a threshold, the next size
 answers. timm_rs_runtime.fitting chooses sizes and thresholds.
 """
 import json
@@ -35,7 +35,7 @@ class Cascade:
         average: An answer is the mean of the logits of all sizes that an image went through, not those of the last.
 
     Raises:
-        ValueError: They are not in this order, or no probabilities.
+        ValueError: They are not in this order, or not probabilities.
 
     Example:
         >>> Cascade({96: 0.8, 224: 0.}).resolutions
@@ -48,9 +48,9 @@ class Cascade:
         sizes, values = list(self.thresholds), list(self.thresholds.values())
         if not sizes or sizes != sorted(sizes) or values[-1] != 0:
             raise UserError(
-                f'{self.thresholds} is no cascade, expected rising resolutions, the last with threshold 0.')
+                f'{self.thresholds} is not a cascade, expected rising resolutions, the last with threshold 0.')
         if not all(0 <= value <= 1 for value in values):
-            raise UserError(f'{self.thresholds} is no cascade, expected thresholds from 0 to 1.')
+            raise UserError(f'{self.thresholds} is not a cascade, expected thresholds from 0 to 1.')
 
     @property
     def resolutions(self) -> Tuple[int, ...]:
@@ -64,8 +64,8 @@ class CascadePrediction:
 
     Attributes:
         logits: Array of float32 [N, num_classes].
-        resolutions: The size that had the last word on each image [N].
-        madds: Multiply-adds that each image took, of all its sizes [N].
+        resolutions: The size that answered each image last [N].
+        madds: Multiply-adds that each image took at all its sizes [N].
     """
     logits: np.ndarray
     resolutions: np.ndarray
@@ -88,7 +88,7 @@ class CascadeSession(Closable):
         cascade: The Cascade.
 
     Raises:
-        UserError: One of the files is another, or the network lacks a resolution of the cascade.
+        UserError: A file is of another kind, or the network lacks a resolution of the cascade.
 
     Example:
         >>> session = CascadeSession('model.onnx', {96: 0.8, 160: 0.7, 224: 0.})    # doctest: +SKIP
@@ -111,7 +111,7 @@ class CascadeSession(Closable):
         for resolution in self.cascade.resolutions:
             self.session.check_resolution(resolution)
         if not self.session.num_classes:
-            raise UserError(f'{self.session.path} has no classes to be sure of, expected a classifier.')
+            raise UserError(f'{self.session.path} has no classes, expected a classifier.')
         self.session.check_takes_images()
         super().__init__(partial(
             type(self), os.path.abspath(path) if self._is_owner else path, self.cascade, threads, mode))
@@ -120,7 +120,7 @@ class CascadeSession(Closable):
         return f'{type(self).__name__}({self.session!r}, {self.cascade})'
 
     def close(self) -> None:
-        """Answer nobody any more, and close the Session unless it was given."""
+        """Stop answering, and close the Session unless it was given."""
         super().close()
         if self._is_owner:
             self.session.close()
@@ -177,9 +177,9 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum(-1, keepdims=True)
 
 
-def write_cascade(path: Union[str, os.PathLike], cascade: Cascade, overwrite: bool = False, **told: Any) -> None:
-    """Write a cascade as JSON, complete or not at all, and what else is told of it."""
-    values = dict(asdict(cascade), **told)
+def write_cascade(path: Union[str, os.PathLike], cascade: Cascade, overwrite: bool = False, **records: Any) -> None:
+    """Write a cascade and further records as JSON, complete or not at all."""
+    values = dict(asdict(cascade), **records)
     with atomic_write(path, overwrite=overwrite) as f:
         json.dump(values, f, indent=2)
         f.write('\n')
@@ -189,7 +189,7 @@ def read_cascade(path: Union[str, os.PathLike]) -> Cascade:
     """Read a file of write_cascade.
 
     Raises:
-        UserError: There is no such file, or it is another.
+        UserError: There is no such file, or it is of another kind.
     """
     found = fields.read_json(path, _CASCADE)
     try:

@@ -14,7 +14,7 @@ def check_count(name: str, value: Any, low: int, high: int) -> int:
     """Return a whole number that is within bounds.
 
     Args:
-        name: What it is, for the message.
+        name: Its name, for the message.
         value: The number.
         low: The smallest that is allowed.
         high: The largest.
@@ -36,7 +36,7 @@ def check_positive(name: str, value: Any) -> float:
     """Return a number that is above 0 and finite.
 
     Args:
-        name: What it is, for the message.
+        name: Its name, for the message.
         value: The number.
 
     Raises:

@@ -15,8 +15,8 @@ _OURS = ('timm_rs', 'timm_rs_cli', 'timm_rs_runtime')
 class UserError(ValueError):
     """What the user gave cannot be used; the message names it and says what was expected.
 
-    The only class that our code raises for a user. Whatever else a program raises is a bug of ours, except missing
-    packages (ImportError) and the operating system's errors (OSError).
+    It is the only class that our code raises for a user. Whatever else a program raises is a bug, except missing
+    packages (ImportError) and errors of the operating system (OSError).
     """
 
 
@@ -39,14 +39,14 @@ def one_line_errors(program: str, traceback: bool = False, quiet: bool = False) 
     Everything else keeps its traceback, followed by a line that asks to report it, and exits with status 70.
 
     Args:
-        program: Name that stands before the message.
+        program: Name before the message.
         traceback: Show the traceback of every error (--traceback).
         quiet: Leave UserError to another process of the same job, which prints it.
     """
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:  # who reads has seen enough, as `head` does
+    except BrokenPipeError:  # the reader has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + 13) from None  # SIGPIPE
     except KeyboardInterrupt:

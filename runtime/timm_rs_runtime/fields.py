@@ -1,7 +1,7 @@
 """Values from files, checked where they are read
 
-A check is a function that returns a value as it is used, or raises Mismatch. `check_fields` turns that into one line
-that names the file, the field, the value and what was expected.
+A check is a function that returns a value in the form in which it is used, or raises Mismatch. `check_fields` turns
+that into one line that names the file, the field, the value and what was expected.
 """
 import json
 import math
@@ -30,7 +30,7 @@ class Mismatch(Exception):
     Args:
         value: The value.
         expected: What it should be, in words.
-        place: Where it stands in what is checked, such as '.mean[1]'.
+        place: Where it is in the checked value, such as '.mean[1]'.
     """
 
     def __init__(self, value: Any, expected: str, place: str = ''):
@@ -51,7 +51,7 @@ def check_fields(value: Any, check: Check, source: str) -> Any:
 
     Args:
         value: Content of the file.
-        check: What it has to be, mostly a record.
+        check: Check of the content, usually a record.
         source: The file, for the message.
 
     Raises:
@@ -140,7 +140,7 @@ def table(key: Check, value: Check, most: int = 1000) -> Check:
 
 
 def record(fields: Mapping[str, Check], required: Sequence[str] = ()) -> Check:
-    """Expect a dict that holds some fields, each with a check of its own; whatever else it holds is left out."""
+    """Expect a dict with some fields, each with its own check; other fields are left out."""
     is_right = _check(lambda v: isinstance(v, Mapping), 'a dict of fields and their values')
 
     def check(values: Any) -> Dict[str, Any]:
@@ -152,7 +152,7 @@ def record(fields: Mapping[str, Check], required: Sequence[str] = ()) -> Check:
 
 
 def resolutions(least: int = 1) -> Check:
-    """Expect different input sizes in pixels, as a list or, of one size, a number."""
+    """Expect different input sizes in pixels, as a list, or one size as a number."""
     sizes = array(integer(1, MAX_SIZE), least, 64)
 
     def check(value: Any) -> Any:
@@ -186,7 +186,7 @@ def plain(most: int = 1000, depth: int = 3) -> Check:
 
 
 def shown(value: Any) -> str:
-    """Return a value in a few words, however long or deep it is."""
+    """Return a value as short text, however long or deep it is."""
     try:
         return one_line(_repr.repr(value), 200)
     except ValueError:  # an integer too large to be printed
@@ -204,7 +204,7 @@ def read_text(path: Union[str, os.PathLike], most: int = MAX_BYTES) -> str:
     with open(path, 'rb') as f:
         content = f.read(most + 1)
     if len(content) > most:
-        raise UserError(f'{path} is larger than the {most} bytes that are read of such a file.')
+        raise UserError(f'{path} is larger than {most} bytes, the most that is read of such a file.')
     try:
         return content.decode('utf-8-sig')
     except UnicodeDecodeError as e:
@@ -238,7 +238,7 @@ def _check(is_right: Callable[[Any], bool], expected: str) -> Check:
 
 
 def _at(check: Check, value: Any, place: str) -> Any:
-    """Check a value that is a part of another."""
+    """Check a part of a value."""
     try:
         return check(value)
     except Mismatch as e:

@@ -26,8 +26,8 @@ def check_new_file(path: _Path, overwrite: bool = False) -> None:
     """Check that a file can be written.
 
     Raises:
-        UserError: There is no folder for it, or there is a file of this name and it is not to be overwritten. Pipes,
-            devices and `-` (standard output) can be written to.
+        UserError: There is no folder for it, or a file of this name exists and must not be overwritten. Pipes, devices
+            and `-` (standard output) can be written to.
     """
     path = os.fspath(path)
     if path == STDIO or _is_special(path):
@@ -47,7 +47,7 @@ def check_new_file(path: _Path, overwrite: bool = False) -> None:
 
 
 def check_new_folder(path: _Path) -> None:
-    """Raise UserError if there is something of this name other than an empty folder."""
+    """Raise UserError if the name belongs to something other than an empty folder."""
     if os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path)):
         raise UserError(f'{path} exists and is not overwritten, give another output.')
     if os.path.ismount(path):
@@ -56,11 +56,11 @@ def check_new_folder(path: _Path) -> None:
 
 @contextmanager
 def atomic_path(path: _Path, overwrite: bool = False) -> Iterator[str]:
-    """Give a name to write a file to, which gets its own name when all went well, and is deleted otherwise.
+    """Give a name to write a file to, which is renamed to its own name at the end, or deleted after an error.
 
     The file is written under the same name in a fresh folder beside it, synced and renamed. A link is followed. A
-    pipe, a device and `-` get the bytes at the end and are never replaced. What a killed process left behind is
-    deleted by the next that writes the same file.
+    pipe, a device and `-` get the bytes at the end and are never replaced. The next process that writes the same file
+    deletes what a killed one left behind.
 
     Args:
         path: File to write.
@@ -95,7 +95,7 @@ def atomic_path(path: _Path, overwrite: bool = False) -> Iterator[str]:
             return
         try:
             os.link(partial, path)  # unlike a rename it fails if another process was faster
-        except OSError:  # it was, or the file system has no links
+        except OSError:  # another one was faster, or the file system has no links
             check_new_file(path)
             os.replace(partial, path)
 
@@ -118,10 +118,10 @@ def atomic_write(path: _Path, mode: str = 'w', overwrite: bool = False, **kwargs
 
 @contextmanager
 def atomic_folder(path: _Path) -> Iterator[str]:
-    """Give an empty folder to fill, which gets its name when all went well, and is deleted otherwise.
+    """Give an empty folder to fill, which is renamed to its own name at the end, or deleted after an error.
 
     Raises:
-        UserError: There is something of this name other than an empty folder.
+        UserError: The name belongs to something other than an empty folder.
     """
     check_new_folder(path)
     path = os.path.realpath(path)
@@ -144,7 +144,7 @@ def _is_special(path: str) -> bool:
 def _partial(path: str) -> Iterator[str]:
     """Give the same name in a fresh folder beside it, which is deleted at the end.
 
-    The folder is locked meanwhile: the leftovers of a killed process are not.
+    The folder is locked until then; the leftovers of a killed process are not.
     """
     parent, name = os.path.split(path)
     leftover = re.compile(rf'{re.escape(_PREFIX)}\w{{8}}-{re.escape(name)}')
@@ -157,7 +157,7 @@ def _partial(path: str) -> Iterator[str]:
     while True:
         folder = tempfile.mkdtemp(prefix=_PREFIX, suffix=f'-{name}', dir=parent)
         lock = _lock(folder)
-        if os.path.exists(folder):  # else another process took it for leftovers before it was locked
+        if os.path.exists(folder):  # otherwise another process took it for leftovers before it was locked
             break
     try:
         yield os.path.join(folder, name)
@@ -169,7 +169,7 @@ def _partial(path: str) -> Iterator[str]:
 
 
 def _sync(path: str) -> None:
-    """Have a file or folder reach the disk."""
+    """Wait until a file or folder has reached the disk."""
     if os.name != 'posix':
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -183,7 +183,7 @@ def _sync(path: str) -> None:
 
 
 def _lock(path: str, exclusive: bool = False) -> Optional[int]:
-    """Return a descriptor that holds a lock; None for an exclusive one that others hold, and where there are none."""
+    """Return a descriptor that holds a lock; None if others hold it and it is exclusive, or if there are no locks."""
     if fcntl is None:
         return None
     try:

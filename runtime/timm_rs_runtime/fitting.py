@@ -39,7 +39,7 @@ class Fit:
     Attributes:
         cascade: The cascade.
         accuracy: Share of right answers.
-        standard_error: Of the accuracy, from image to image.
+        standard_error: Standard error of the accuracy, from image to image.
         madds: Mean multiply-adds of an image.
         shares: Share of the images that go through each resolution.
     """
@@ -60,7 +60,7 @@ def fit(
 ) -> Fit:
     """Return the cheapest cascade of a target accuracy, or the most accurate one of a target cost.
 
-    What it tells of the cascade is what that does on the images that it is fitted on; see cross_fit for others.
+    The accuracy and cost that it returns are those on the images that it is fitted on; see cross_fit for others.
 
     Args:
         logits: Array [N, num_classes] at each resolution, of the same images.
@@ -71,10 +71,10 @@ def fit(
         start: First resolution; if None it is fitted as well.
 
     Raises:
-        UserError: There are no or two targets, or no cascade reaches it.
+        UserError: There is no target or there are two, or no cascade reaches it.
     """
     if (target_accuracy is None) == (target_madds is None):
-        raise UserError('Expected a target accuracy or a target of multiply-adds, one of both.')
+        raise UserError('Expected a target accuracy or a target of multiply-adds, one of the two.')
     return _choose(sweep(logits, labels, madds, start), target_accuracy, target_madds)
 
 
@@ -87,13 +87,13 @@ def cross_fit(
         start: Optional[int] = None,
         folds: int = FOLDS,
 ) -> Fit:
-    """Fit a cascade on all images, and tell what one does on images that it was not fitted on.
+    """Fit a cascade on all images, and measure cascades on images that they were not fitted on.
 
     The images are dealt into folds at random, by a fixed seed. Each fold is answered by a cascade that is fitted on the
     others; if those do not reach the target accuracy, by the most accurate one.
 
     Args:
-        folds: Their number.
+        folds: Number of folds.
         Others: See fit.
 
     Returns:
@@ -138,7 +138,7 @@ def _choose(
     if not good:
         least = min(f.madds for f in found)
         raise UserError(f'No cascade stays below {target_madds:.4g} multiply-adds, the cheapest takes {least:.4g}.')
-    # For the same sizes the one that spends most: the others are better only by chance.
+    # Among cascades of the same sizes take the one that spends most: others are better only by chance.
     spent = {(f.cascade.resolutions, f.cascade.average): f for f in sorted(good, key=lambda f: f.madds)}
     return max(spent.values(), key=lambda f: (f.accuracy, -f.madds))
 
@@ -199,8 +199,8 @@ def _candidates(confidence: np.ndarray) -> np.ndarray:
 
 
 def _follow(confidence: np.ndarray, thresholds: np.ndarray, cost: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-    """Return the last stage of each image, and what it has spent then."""
-    last = np.argmax(confidence >= thresholds[:, None], axis=0)  # the first that is sure enough; the last one is
+    """Return the last stage of each image, and its cost up to there."""
+    last = np.argmax(confidence >= thresholds[:, None], axis=0)  # the first that is sure enough, as the last always is
     return last, np.cumsum(cost)[last]
 
 
@@ -224,7 +224,7 @@ def _judge(
 
 
 def _standard_error(share: float, count: int) -> float:
-    """Return that of a share among so many images, of their unbiased variance."""
+    """Return the standard error of a share of `count` images, from their unbiased variance."""
     return (share * (1 - share) / max(count - 1, 1)) ** 0.5
 
 
@@ -234,7 +234,7 @@ def evaluate_cascade(
         labels: np.ndarray,
         madds: Mapping[int, int],
 ) -> Fit:
-    """Return what a cascade does on images whose logits are known at its resolutions; arguments as of fit."""
+    """Return accuracy and cost of a cascade, given the logits of images at its resolutions; arguments as in fit."""
     sizes = cascade.resolutions
     confidence, right = _stages([logits[r] for r in sizes], labels, cascade.average)
     thresholds = np.array(list(cascade.thresholds.values()))
@@ -253,12 +253,12 @@ def collect_logits(
     Args:
         session: The session.
         images: Names of files.
-        errors: Where unreadable images are reported; by default the first is an error.
+        errors: Where unreadable images are reported; by default the first one is raised.
         batch_size: Images of a batch.
         on_batch: Called with the number of images that are done.
 
     Returns:
-        Array [N, num_classes] at each resolution, and which of the images these N are.
+        Array [N, num_classes] at each resolution, and the indices of these N images.
 
     Raises:
         UnreadableError: Too many images cannot be read, or all.
@@ -288,17 +288,17 @@ def label_folders(
 ) -> Tuple[List[str], np.ndarray]:
     """Return images of a folder of class folders, and their classes.
 
-    A class folder has the name of a class or, for ImageNet, its WordNet id; else there are as many folders as classes,
-    in the order that timm's training gives them: by name, numbers in it by value, capitals as small letters. The
-    innermost folder of an image is that of its class.
+    A class folder has the name of a class or, for ImageNet, its WordNet id. Otherwise there must be as many folders as
+    classes, in the order of timm's training: by name, numbers in it by value, capitals as small letters. The innermost
+    folder of an image is that of its class.
 
     Args:
         folder: The folder.
-        session: Knows the classes.
-        most: Images at most, spread evenly.
+        session: A session with these classes.
+        most: Largest number of images, spread evenly.
 
     Raises:
-        UserError: There are no images, or it is not known which folder is which class.
+        UserError: There are no images, or the classes of the folders cannot be found.
     """
     paths = find_images(folder)
     loose = [path for path in paths if os.path.dirname(os.path.relpath(path, folder)) == '']
@@ -327,14 +327,14 @@ def _natural_key(name: str) -> List[Union[int, str]]:
 
 def _class_index(names: Sequence[str], session: Session) -> Dict[str, int]:
     known = {name: i for i, name in enumerate(session.class_names or ())}
-    if set(names) & set(known):  # if not all of them are, the caller says which
+    if set(names) & set(known):  # the caller names those that are not
         return known
     if len(names) == session.num_classes:
         return {name: i for i, name in enumerate(names)}
     if names and all(len(name) == 9 and name[0] == 'n' and name[1:].isdigit() for name in names):
         try:
             from timm.data import ImageNetInfo, infer_imagenet_subset
-        except ImportError:  # which the runtime does not need otherwise
+        except ImportError:  # the runtime does not need timm otherwise
             return {}
         subset = infer_imagenet_subset(dict(num_classes=session.num_classes))
         if subset is not None:
@@ -364,7 +364,7 @@ def fit_cascade(
         target_accuracy: Share of right answers to reach.
         target_madds: Mean multiply-adds of an image to stay below.
         start: First resolution, fitted if None.
-        most: Images at most.
+        most: Largest number of images.
         threads: Threads of an inference, all cores if None.
         overwrite: Replace a file of this name.
         split: Split of DIR.
@@ -372,8 +372,8 @@ def fit_cascade(
 
     Returns:
         What the file records beside the cascade: 'folder', 'images' and 'unreadable' (their numbers), 'folds', and
-        'rows' of each resolution and the cascade. A row is of accuracy (of images that the cascade was not fitted on,
-        see cross_fit) with its standard error, mean multiply-adds, and mean latency of images one by one, as measured
+        'rows' for each resolution and the cascade. A row has the accuracy (on images that the cascade was not fitted
+        on, see cross_fit) with its standard error, mean multiply-adds, and mean latency of images one by one, measured
         on some of them.
 
     Raises:
@@ -396,7 +396,7 @@ def fit_cascade(
 
 
 def measure_images(session: Session, images: Sequence[str], rounds: int = 3) -> Tuple[Dict[int, float], float]:
-    """Measure what images take one by one: the mean of their medians.
+    """Measure how long images take one by one: the mean of their medians.
 
     Args:
         session: The session.

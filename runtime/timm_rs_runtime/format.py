@@ -33,36 +33,36 @@ _METADATA = fields.record(dict(
 
 
 def parse_metadata(texts: Mapping[str, str], path: str) -> Dict[str, Any]:
-    """Return what a file of timm-rs export records of itself, checked.
+    """Return what a file of timm-rs export records about itself, checked.
 
     Args:
         texts: Its metadata, values as JSON.
         path: Name of the file.
 
     Raises:
-        UserError: It is another file, or a value in it is not usable.
+        UserError: It is of another kind, or a value in it is not usable.
     """
     missing = [name for name in _REQUIRED if name not in texts]
     if missing:
-        raise UserError(f"{path} is not a file of timm-rs export, its metadata lack {', '.join(missing)}.")
+        raise UserError(f"{path} is not a file of timm-rs export: its metadata lack {', '.join(missing)}.")
     values = {name: fields.parse_json(value, f'{path}: {name}') for name, value in texts.items()}
     found = fields.check_fields(values, _METADATA, path)
     if len(found['mean']) != len(found['std']):
-        raise UserError(f"{path}: mean is of {len(found['mean'])} channels, std of {len(found['std'])}.")
+        raise UserError(f"{path}: mean has {len(found['mean'])} channels, but std has {len(found['std'])}.")
     names = found.get('class_names')
     if names is not None and len(names) != found['num_classes']:
-        raise UserError(f"{path}: class_names are {len(names)}, num_classes is {found['num_classes']}.")
+        raise UserError(f"{path}: there are {len(names)} class_names, but num_classes is {found['num_classes']}.")
     return dict(values, **found)
 
 
 def preprocessing_of(metadata: Dict[str, Any]) -> Preprocessing:
-    """Return the preprocessing that the metadata of a file record."""
+    """Return the preprocessing in the metadata of a file."""
     values = {k: metadata[k] for k in PREPROCESSING}
     return Preprocessing(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def read_metadata(path: str) -> Dict[str, Any]:
-    """Return what a file of timm-rs export records of itself, see parse_metadata."""
+    """Return what a file of timm-rs export records about itself, see parse_metadata."""
     if not os.path.isfile(path):
         raise UserError(f'{path} does not exist, expected a file of timm-rs export.')
     session = open_onnx(path, threads=1, optimize=False)
@@ -77,5 +77,5 @@ def read_metadata(path: str) -> Dict[str, Any]:
         *(('resolutions', side, metadata['resolutions']) for side in sides),
     ):
         if isinstance(found, int) and found not in expected:
-            raise UserError(f'{path}: the graph has {found} where {name} records {expected[0]}.')
+            raise UserError(f'{path}: the graph has {found}, but {name} records {expected[0]}.')
     return metadata

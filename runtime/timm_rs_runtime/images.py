@@ -1,4 +1,4 @@
-"""Images: how they are found and read, in training, evaluation and serving alike"""
+"""How images are found and read, in training, evaluation and serving"""
 import io
 import os
 import stat
@@ -27,11 +27,11 @@ __all__ = [
 
 ImageSource = Union[str, os.PathLike, bytes, bytearray, memoryview, IO[bytes], Image.Image]
 
-# Formats that photographs have, of which those are read that Pillow can read; none needs another program.
+# Formats of photographs, read as far as Pillow can read them; none of them needs another program.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'AVIF', 'HEIF', 'BMP', 'GIF', 'JPEG2000', 'PPM', 'TIFF')
 MAX_BYTES = 2 ** 29  # of a file
-MAX_PIXELS = MAX_BYTES // 3  # of an image: 178,956,970, more than which Pillow refuses too
-MAX_ASPECT = 100  # times that its longer side is its shorter one, which resizing makes as long as a network needs it
+MAX_PIXELS = MAX_BYTES // 3  # of an image: 178,956,970, the limit of Pillow too
+MAX_ASPECT = 100  # longer side over shorter side of an image, whose shorter side is resized to what a network needs
 MODES = {1: 'L', 3: 'RGB'}  # of Pillow, by channels
 SPLITS = (
     ('train', 'training'),
@@ -48,19 +48,19 @@ class ImageError(UserError):
 
 
 def open_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
-    """Return an image, decoded and converted; the one way in which images are read.
+    """Return an image, decoded and converted; every image is read by this function.
 
-    The pixels are those that timm reads, byte for byte, with one exception: 16 bits per pixel are scaled to 8, where
-    Pillow would make everything above 255 white. As in timm an image is not turned by its EXIF orientation, and the
-    first picture of an animation counts.
+    The pixels are those that timm reads, byte for byte, with one exception: 16 bits per pixel are scaled to 8, while
+    Pillow would make everything above 255 white. As in timm an image is not turned by its EXIF orientation, and only
+    the first picture of an animation is read.
 
     Args:
-        source: Name of a file, a binary file or what is in it, or an image.
+        source: Name of a file, a binary file or its content, or an image.
         mode: RGB, L or another mode of 8 bits.
 
     Raises:
         ImageError: It is not an image in one of FORMATS, or it is damaged, has more than MAX_PIXELS, is longer than
-            MAX_ASPECT, or has pixels of no known range.
+            MAX_ASPECT, or has pixels of unknown range.
     """
     name = name_of(source)
     try:
@@ -94,7 +94,7 @@ def _readable_formats() -> List[str]:
 def _check_size(image: Image.Image, name: str) -> None:
     shorter, longer = sorted(image.size)
     if not shorter:
-        raise ImageError(f'{name} is {image.width}x{image.height}, which holds no pixels.')
+        raise ImageError(f'{name} is {image.width}x{image.height}, expected at least one pixel.')
     if shorter * longer > MAX_PIXELS or longer > MAX_ASPECT * shorter:
         raise ImageError(
             f'{name} is {image.width}x{image.height}, expected at most {MAX_PIXELS:,} pixels, and one side at most '
@@ -111,8 +111,8 @@ def _convert(image: Image.Image, mode: str, name: str) -> Image.Image:
         full_range = image.mode == 'I' and image.format in ('PNG', 'PPM')
     if not full_range:
         raise ImageError(
-            f'{name} has pixels of Pillow\'s mode {image.mode!r}, whose range is not known, expected 8 bits or '
-            'the full range of 16 bits.')
+            f"{name} has pixels of Pillow's mode {image.mode!r}, whose range is unknown; expected 8 bits or the full "
+            'range of 16 bits.')
     pixels = (np.asarray(image).astype(np.uint32) + 128) // 257  # rounded: 65535 is 255 times 257
     return Image.fromarray(pixels.astype(np.uint8)).convert(mode)
 
@@ -182,10 +182,10 @@ def buffered(source: ImageSource) -> ImageSource:
 
 
 def split_folder(folder: Union[str, os.PathLike], split: str) -> str:
-    """Return the folder that holds the images of a split: what DIR and --split mean, in every command.
+    """Return the folder with the images of a split: this is what DIR and --split mean in every command.
 
-    Where DIR holds folders of splits it is the one of this split, by this or another of its names. A DIR without any
-    is taken as it is, for example a folder of class folders.
+    If DIR holds folders of splits it is the one of this split, by this or another of its names. A DIR without any is
+    taken as it is, for example a folder of class folders.
 
     Args:
         folder: DIR.
@@ -211,21 +211,21 @@ def split_folder(folder: Union[str, os.PathLike], split: str) -> str:
             return os.path.join(folder, name)
     if splits and (split or len(splits) > 1):
         raise UserError(
-            f"{folder} holds {', '.join(sorted(splits))}, expected one of them as the split instead of {split!r}.")
+            f"{folder} holds {', '.join(sorted(splits))}; expected one of them as the split instead of {split!r}.")
     return folder
 
 
 def extensions() -> List[str]:
-    """Return the endings of the names of images of FORMATS, in small letters, with the dot."""
+    """Return the file extensions of FORMATS, in small letters, with the dot."""
     return sorted(ending for ending, name in Image.registered_extensions().items() if name in FORMATS)
 
 
 def find_images(folder: Union[str, os.PathLike], most: Optional[int] = None) -> List[str]:
-    """Return the image files below a folder by name, at most this many, spread evenly; links are followed.
+    """Return the image files below a folder, sorted by name, at most `most`, spread evenly; links are followed.
 
     Raises:
         ImageError: There is no such folder, or no image in it.
-        UserError: Not even one is asked for.
+        UserError: `most` is less than 1.
     """
     if not os.path.isdir(folder):
         raise ImageError(f'{folder} does not exist, expected a folder of images.')
@@ -237,7 +237,7 @@ def find_images(folder: Union[str, os.PathLike], most: Optional[int] = None) -> 
 
 
 def spread(paths: Sequence[str], most: Optional[int]) -> List[str]:
-    """Return at most this many of them, evenly spread."""
+    """Return at most `most` of the paths, evenly spread."""
     if most is not None and most < 1:
         raise UserError(f'{most} images are asked for, expected a positive number.')
     if most is None or most >= len(paths):

@@ -17,7 +17,7 @@ class ClosedError(UserError, RuntimeError):
 class Closable:
     """A session that is closed by close or at the end of a with block.
 
-    A copy of it, also one that is pickled, is a session of its own. In a process that was forked it starts again.
+    A copy of it, even a pickled one, is a session of its own. In a forked process it starts again.
 
     Args:
         reopen: Opens an equal session; it can be pickled.
@@ -43,11 +43,11 @@ class Closable:
             raise ClosedError(f'{self!r} was closed, open another one.')
 
     def close(self) -> None:
-        """Answer nobody any more."""
+        """Stop answering."""
         self._closed = True
 
     def _after_fork(self) -> None:
-        """Forget what only the parent has: threads, and locks that they hold."""
+        """Drop what only the parent process has: threads, and locks that they hold."""
 
 
 def _after_fork() -> None:

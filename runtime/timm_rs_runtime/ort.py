@@ -1,7 +1,7 @@
-"""ONNX Runtime: all that is asked of it
+"""ONNX Runtime, as far as it is used here
 
-From 1.29 on it sends reports of its use to its makers unless it is told not to before it is imported. Its thread for
-that also keeps a process that was forked after the import from ending. timm_rs contacts nobody.
+From 1.29 on it reports its use over the network, unless an environment variable forbids it before the import. Its
+thread for that also keeps a process from ending that was forked after the import. timm_rs contacts nobody.
 """
 import ctypes
 import os
@@ -32,9 +32,9 @@ def open_onnx(
     """Open a model.
 
     Args:
-        model: Name of a file, or what is in it.
+        model: Name of a file, or its content.
         threads: Threads of an inference, at most MAX_THREADS, all cores if None.
-        sizes: What height and width will be.
+        sizes: Height and width that all inputs will have.
         optimize: Let ONNX Runtime rewrite the graph.
 
     Raises:
@@ -45,7 +45,7 @@ def open_onnx(
     options.add_session_config_entry('session.force_spinning_stop', '1')  # another size's threads take over
     if threads is not None:
         options.intra_op_num_threads = check_count('threads', threads, 1, MAX_THREADS)
-        if threads > (os.cpu_count() or 1):  # those that spin would keep the others from working
+        if threads > (os.cpu_count() or 1):  # spinning threads would keep the others from working
             options.add_session_config_entry('session.intra_op.allow_spinning', '0')
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -77,9 +77,9 @@ def run(session: onnxruntime.InferenceSession, inputs: Dict[str, np.ndarray], na
 
 
 def abandon(session: onnxruntime.InferenceSession) -> None:
-    """Keep a session for good, in a child of the process that opened it.
+    """Never free a session, in a child of the process that opened it.
 
-    Its end would wait for threads that are in the parent only.
+    Freeing it would wait for threads that only the parent has.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
 

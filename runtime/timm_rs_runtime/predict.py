@@ -19,13 +19,13 @@ STDIN = '-'
 
 
 class Predictor:
-    """Answers one image after the other, by whichever way the size is chosen.
+    """Answers one image after the other, at a size that is chosen in one of three ways.
 
     Args:
         path: File of `timm-rs export --format onnx`, or a Session.
         resolution: Answer at this size, the largest if None.
         budget_ms: Or at the largest size that keeps this budget.
-        cascade: Or by the cascade of this file.
+        cascade: Or by the cascade in this file.
         threads: Threads of an inference, all cores if None.
         mode: See Session.
 
@@ -106,14 +106,14 @@ def predict_all(
 ) -> int:
     """Print the answer for each image: its top classes, or a line of JSON.
 
-    What is wrong with an image is a line on stderr, or the 'error' of its line of JSON.
+    An image that fails is a line on stderr, or a line of JSON with an 'error'.
 
     Args:
         predictor: Answers.
         names: Files, folders, or '-'.
         k: Classes to print.
         as_json: Print lines of JSON.
-        program: Name that stands before the message of an error.
+        program: Name before the message of an error.
 
     Returns:
         Number of images that failed.

@@ -16,7 +16,7 @@ _MAX_CROP_PCT = 4  # the crop may be larger than the image
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From an image file to the input of a network, bit by bit what timm.data.create_transform makes of it.
+    """From an image file to the input of a network, bit for bit as timm.data.create_transform does it.
 
     Attributes:
         mean: Pixel mean of each channel, of values in [0, 1].
@@ -42,30 +42,31 @@ class Preprocessing:
 
     def __post_init__(self):
         if len(self.mean) != len(self.std) or len(self.mean) not in MODES:
-            raise UserError(f'mean {self.mean} and std {self.std} are not of 1 or 3 channels each.')
+            raise UserError(f'mean is {self.mean} and std is {self.std}, expected 1 or 3 channels each.')
         if self.interpolation.upper() not in Image.Resampling.__members__:
             known = ', '.join(Image.Resampling.__members__).lower()
             raise UserError(f'Unknown interpolation {self.interpolation!r}, expected one of {known}.')
         if self.crop_mode not in ('center', 'squash', 'border'):
             raise UserError(f'Unknown crop mode {self.crop_mode!r}, expected center, squash or border.')
         if not all(map(math.isfinite, self.mean)) or not all(0 < v < math.inf for v in self.std):
-            raise UserError(f'mean {self.mean} and std {self.std} are no means and positive deviations.')
+            raise UserError(
+                f'mean is {self.mean} and std is {self.std}, expected finite means and positive deviations.')
         if not 0 < self.crop_pct <= _MAX_CROP_PCT:
             raise UserError(
-                f'crop_pct is {self.crop_pct}, expected a share: more than 0, {_MAX_CROP_PCT} at most.')
+                f'crop_pct is {self.crop_pct}, expected a share above 0 and at most {_MAX_CROP_PCT}.')
 
     def __call__(self, image: ImageSource, resolution: int) -> np.ndarray:
         """Return the input of a network.
 
         Args:
-            image: Name of a file, a binary file or what is in it, or an image.
+            image: Name of a file, a binary file or its content, or an image.
             resolution: Side of the square in pixels.
 
         Returns:
             Array of float32 [C, resolution, resolution].
 
         Raises:
-            ImageError: See open_image; or more than MAX_PIXELS are needed on the way.
+            ImageError: See open_image; or resizing would need more than MAX_PIXELS.
         """
         name = name_of(image)
         image = open_image(image, MODES[len(self.mean)])
@@ -98,7 +99,7 @@ class Preprocessing:
 
 
 def _offset(size: int, crop: int) -> int:
-    """Return where an image starts in its central crop, negative where it is cut."""
+    """Return where an image starts in its central crop; negative if it is cut."""
     return (crop - size) // 2 if crop > size else -round((size - crop) / 2)
 
 

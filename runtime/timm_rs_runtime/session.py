@@ -52,7 +52,7 @@ class Session(Closable):
         threads: Threads of an inference, all cores if None.
         mode: 'fast' holds a graph per size, each with its BatchNorms folded into its weights, at the latency of a plain
             network; 'low_memory' holds the weights once for all sizes.
-        warm_up: Run each size once now, so that no request pays for it.
+        warm_up: Run each size once now, so that the first request does not pay for it.
 
     Attributes:
         path: The file.
@@ -61,11 +61,11 @@ class Session(Closable):
         num_classes: Number of classes.
         class_names: Names of the classes, or None.
         madds: Multiply-adds of an image, by resolution.
-        preprocessing: What is done to an image; None where the channels are not those of one, so that only batches go.
+        preprocessing: What is done to an image; None if the channels are not those of one: it takes only batches then.
         mean: Pixel mean of each channel, of values in [0, 1].
         std: Pixel standard deviation of each channel.
-        batch_size: Images that are run at a time, where the file takes batches of one size only; None for any number.
-        metadata: All that the file records of itself.
+        batch_size: Images that are run at a time, if the file takes only batches of one size; None for any number.
+        metadata: What the file records about itself.
 
     Raises:
         UserError: The file is not an export of timm_rs, or an argument is not usable.
@@ -117,7 +117,7 @@ class Session(Closable):
         return f'{type(self).__name__}({self.path!r}, mode={self.mode!r}, resolutions={self.resolutions})'
 
     def close(self) -> None:
-        """Answer nobody any more, and give the memory back. What is being answered is answered."""
+        """Stop answering and free the memory. Requests that are running are answered."""
         with self._lock:
             super().close()
             self._sessions = None
@@ -130,9 +130,9 @@ class Session(Closable):
         """Return the logits of images.
 
         Args:
-            images: An image or a list of them, each the name of a file, a binary file or a PIL image; or a batch that
-                is preprocessed already, float32 [N, C, H, W].
-            resolution: Input size in pixels, the largest if None, that of the batch if there is one.
+            images: An image or a list of them, each the name of a file, a binary file or a PIL image; or a preprocessed
+                batch, float32 [N, C, H, W].
+            resolution: Input size in pixels; if None the largest, or that of a batch.
 
         Returns:
             Array of float32 [N, num_classes].
@@ -178,7 +178,7 @@ class Session(Closable):
         return self.preprocessing(image, self.check_resolution(resolution))
 
     def warm_up(self, rounds: int = 1) -> None:
-        """Run every size with a batch of one, so that its buffers are there."""
+        """Run every size with a batch of one, so that its buffers are allocated."""
         for resolution, session in self._opened().items():
             images = np.zeros((self.batch_size or 1, len(self.mean), resolution, resolution), np.float32)
             for _ in range(rounds):
@@ -196,7 +196,7 @@ class Session(Closable):
         return int(resolution)
 
     def _run(self, session: Any, images: np.ndarray) -> np.ndarray:
-        """Return the logits of a batch, which is filled up with zeros where the file takes batches of one size only."""
+        """Return the logits of a batch, which is filled up with zeros if the file takes only batches of one size."""
         count = len(images)
         if self.batch_size and count < self.batch_size:
             images = np.concatenate([images, np.zeros((self.batch_size - count, *images.shape[1:]), images.dtype)])
@@ -206,7 +206,7 @@ class Session(Closable):
         """Return the session of ONNX Runtime that serves each size."""
         if len(self.resolutions) == 1 or self.mode == 'low_memory':
             return dict.fromkeys(self.resolutions, ort.open_onnx(self.path, self._threads))
-        # Told the size, ONNX Runtime folds the choice of it, the tables and then the BatchNorms.
+        # With fixed height and width ONNX Runtime folds the choice of the row, the tables and then the BatchNorms.
         return {r: ort.open_onnx(self.path, self._threads, dict(height=r, width=r)) for r in self.resolutions}
 
     def _opened(self) -> Dict[int, Any]:
@@ -226,7 +226,7 @@ class Session(Closable):
     def check_takes_images(self) -> None:
         """Raise ImageError if the channels are not those of an image."""
         if self.preprocessing is None:
-            raise ImageError(f'{self.path} takes {len(self.mean)} channels, so float32 arrays of them, not images.')
+            raise ImageError(f'{self.path} takes {len(self.mean)} channels, expected float32 arrays instead of images.')
 
     def _check_batch(self, images: np.ndarray, resolution: Optional[int]) -> int:
         channels = len(self.mean)
@@ -245,13 +245,13 @@ def image_list(images: Union[ImageSource, Iterable[ImageSource]]) -> List[ImageS
     """Return the images of a request.
 
     Raises:
-        ImageError: It is something else.
+        ImageError: These are not images.
         UserError: There are more than MAX_IMAGES.
     """
     if is_image_source(images):
         return [images]
     if isinstance(images, np.ndarray) or not isinstance(images, Iterable):
-        raise ImageError(f'Got {type(images).__name__}, expected images; Session.predict takes arrays, too.')
+        raise ImageError(f'Got {type(images).__name__}, expected images (Session.predict takes arrays too).')
     images = list(islice(images, MAX_IMAGES + 1))
     check_count('The number of images', len(images), 0, MAX_IMAGES)
     return images

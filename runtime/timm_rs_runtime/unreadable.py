@@ -1,4 +1,4 @@
-"""Images that cannot be read: named, counted, and only so many of them"""
+"""Images that cannot be read: named, counted and limited in number"""
 import json
 import logging
 import tempfile
@@ -19,7 +19,7 @@ MAX_UNREADABLE = 100  # default of --max-unreadable
 
 
 class UnreadableError(UserError, RuntimeError):
-    """More images cannot be read than may be."""
+    """Too many images cannot be read."""
 
 
 class ReadErrors:
@@ -27,10 +27,10 @@ class ReadErrors:
 
     Args:
         limit: Distinct images that may fail before check raises.
-        instead: What is done without them, for the log.
+        instead: What happens instead, for the log.
 
     Attributes:
-        names: Why each of them failed, by name, in the order of their failing.
+        names: Why each of them failed, by name, in the order in which they failed.
     """
 
     def __init__(self, limit: int = MAX_UNREADABLE, instead: str = 'it is left out'):
@@ -40,13 +40,13 @@ class ReadErrors:
         self.instead = instead
         self.names: Dict[str, str] = {}
         self._stuck = False
-        self._told = set()  # by this process
+        self._reported = set()  # by this process
         self._path = Path(tempfile.gettempdir(), f'timm_rs-{uuid.uuid4().hex}')  # never full, unlike a pipe
         self._position = 0
         weakref.finalize(self, self._path.unlink, missing_ok=True)
 
     def open(self, source: ImageSource, mode: str = 'RGB') -> Optional[Image.Image]:
-        """Return an image, None where it cannot be read, which is noted.
+        """Return an image, or None if it cannot be read, which is noted.
 
         Raises:
             UnreadableError: See check.
@@ -58,9 +58,9 @@ class ReadErrors:
             self.check()
 
     def report(self, name: str, reason: Union[str, ImageError], is_last: bool = False) -> None:
-        """Note, in any process, that an image cannot be read, and whether none stands in for it."""
-        if is_last or name not in self._told:
-            self._told.add(name)
+        """Note, in any process, that an image cannot be read, and whether no other one stands in for it."""
+        if is_last or name not in self._reported:
+            self._reported.add(name)
             reason = one_line(getattr(reason, '__cause__', None) or reason)
             with open(self._path, 'ab', buffering=0) as f:  # each line in one piece, behind those of the others
                 f.write(json.dumps([name, reason, is_last]).encode() + b'\n')
@@ -69,7 +69,7 @@ class ReadErrors:
         """Log what was reported.
 
         Raises:
-            UnreadableError: More images than the limit failed, or one that none stands in for.
+            UnreadableError: More images failed than the limit, or there is none to stand in for one.
         """
         fault = self.fault()
         if fault is not None:
@@ -93,7 +93,7 @@ class ReadErrors:
         return UnreadableError(f'{len(names)} images cannot be read, {expected}: {listed}')
 
     def _reports(self) -> Iterator[Tuple[str, str, bool]]:
-        """Give what was reported since the last time."""
+        """Give what was reported since the last call."""
         if not self._path.exists():
             return
         with open(self._path, 'rb') as f:

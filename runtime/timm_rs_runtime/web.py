@@ -12,7 +12,7 @@ from .session import Session
 __all__ = ['answer_all', 'build_app', 'choose', 'serve']
 
 _MAX_UPLOAD = '64mb'
-_KEEP_SECONDS = 600  # of a picture, which is deleted when the server ends in any case
+_KEEP_SECONDS = 600  # that a picture is kept; it is also deleted when the server ends
 HEADERS = ['size', 'answer', 'probability', 'time', 'multiply-adds', 'cost']
 _SYSTEM_FONTS = dict(font=['system-ui', 'sans-serif'], font_mono=['monospace'])  # nothing is fetched
 
@@ -23,7 +23,7 @@ def answer_all(session: Session, image: str, milliseconds: Mapping[int, float]) 
     Args:
         session: The session.
         image: Name of a file.
-        milliseconds: What an image takes at each resolution.
+        milliseconds: Time of an image at each resolution.
 
     Returns:
         For each size 'resolution', 'name' and 'probability' of the best class, 'milliseconds', 'madds' and 'cost', the
@@ -69,14 +69,14 @@ def build_app(session: Session) -> Any:
             return [], [], ''
         try:
             rows = answer_all(session, picture.path, milliseconds)
-        except UserError as e:  # without the names that files have on this machine
+        except UserError as e:  # without the names of files on this machine
             message = one_line(e).replace(picture.path, picture.orig_name or 'The picture')
             message = message.replace(session.path, os.path.basename(session.path))
             raise gradio.Error(message, print_exception=False) from e
         return rows, [_cells(row) for row in rows], describe(rows, budget_ms)
 
     def describe(rows: List[Dict[str, Any]], budget_ms: float) -> str:
-        """Say which size the budget buys."""
+        """Return in words which size the budget allows."""
         if not rows:
             return ''
         row, fits = choose(rows, budget_ms)
@@ -111,11 +111,11 @@ def serve(
         threads: Optional[int] = None,
         block: bool = True,
 ) -> Tuple[Any, str]:
-    """Open the page. Pictures of more than 64 MB are refused; they are on disk for some minutes.
+    """Open the page. Pictures of more than 64 MB are refused; others stay on disk for some minutes.
 
     Args:
         path: File of `timm-rs export --format onnx`, or a Session.
-        host: Address to listen at, only this machine's by default.
+        host: Address to listen at, by default only that of this machine.
         port: Port to listen at, a free one from 7860 on if None.
         threads: Threads of an inference, all cores if None.
         block: Serve until it is interrupted.
