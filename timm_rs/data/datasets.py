@@ -17,7 +17,6 @@ from timm_rs_runtime.errors import UserError
 from timm_rs_runtime.images import extensions, open_image, split_folder
 
 from ..resolutions import check_resolutions
-from .exact_resize import ResizeAndCrop, to_planes
 from .readers import ImageDataset, StreamDataset
 
 _PACKAGES = dict(wds='webdataset', hfds='datasets', hfids='datasets', tfds='tensorflow_datasets')
@@ -244,14 +243,9 @@ class PyramidTransform:
 
     def __init__(self, transforms: Sequence[Callable]):
         self.transforms = transforms
-        self.faster = [ResizeAndCrop.of(transform) for transform in transforms]
 
     def __call__(self, image: Image.Image) -> List[Any]:
-        fits = [faster is not None and faster.fits(image) for faster in self.faster]
-        planes = to_planes(image) if any(fits) else None
-        return [
-            faster(planes) if fit else transform(image)
-            for transform, faster, fit in zip(self.transforms, self.faster, fits)]
+        return [transform(image) for transform in self.transforms]
 
 
 def _collate_pyramid(batch: Sequence[Tuple[List[Any], int]]) -> Tuple[List[torch.Tensor], torch.Tensor]:
