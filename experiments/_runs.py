@@ -13,8 +13,8 @@ import torch
 import yaml
 from _shared import ROOT
 
+from timm_rs.records import read_summary
 from timm_rs.train.options import parse_args
-from timm_rs.train.summary import read_rows
 
 __all__ = ['Run', 'hold_out', 'train_all']
 
@@ -52,7 +52,7 @@ class Run:
 
     def result(self) -> Optional[Dict[str, Dict[str, float]]]:
         """Return top1, top5 and loss after the last epoch by size, None if it has not finished."""
-        rows = read_rows(str(self.folder / 'summary.csv'))
+        rows = read_summary(str(self.folder / 'summary.csv'))
         if not rows or rows[-1]['epoch'] + 1 < parse_args(self.flags).epochs:
             return None
         found = {}

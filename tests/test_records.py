@@ -286,6 +286,7 @@ def test_output_folders_are_checkpoints(tmp_path):
 
 def test_summary(tmp_path):
     path = str(tmp_path / 'summary.csv')
+    assert read_summary(path) == []
     for epoch in range(3):
         append_summary(path, dict(epoch=epoch, loss=0.1 + 0.2, lr=1e-5, top1=None if epoch == 1 else 50))
     rows = [dict(epoch=epoch, loss=0.1 + 0.2, lr=1e-5) for epoch in (1, 2)]

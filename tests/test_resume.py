@@ -16,8 +16,8 @@ from processes import Job
 from timm.utils import setup_default_logging
 
 import train_rs
+from timm_rs.records import read_summary
 from timm_rs.train.resume import find_whole, hold_folder
-from timm_rs.train.summary import read_summary
 from timm_rs_runtime.errors import UserError
 
 CONTEXT = multiprocessing.get_context('fork')  # the children need not import torch again

@@ -317,7 +317,7 @@ def test_missing_package_leaves_nothing_behind(images, tmp_path, capfd, monkeypa
     (['--opt', 'adamw', '--opt-betas', '0.9'], '--opt-betas is [0.9], expected 2 or 3 numbers'),
     (['--train-interpolation', 'cubic'], "invalid choice: 'cubic'"),
     (['--sync-bn'], '--sync-bn needs GPUs'),
-    (['--config', 'nowhere.yaml'], 'nowhere.yaml: there is no such file'),
+    (['--config', 'nowhere.yaml'], 'nowhere.yaml does not exist'),
     (['--epochs', '0'], '--epochs is 0'),
     (['--eval-metric', 'top2'], "--eval-metric 'top2'"),
     (['--opt', 'sgdd'], '--opt sgdd: Optimizer sgdd not found in registry'),
@@ -366,7 +366,9 @@ def test_output_is_never_overwritten(images, trained, capfd):
     ('distill: top', 'expected one of none, ens, ens_topdown'),
     ('split_bn: true', 'split_bn is not supported'),
     ('lr: [', 'not valid YAML'),
-    ('lr: 2001-99-99', 'not valid YAML (month must be in 1..12)'),
+    ('lr: 2001-99-99', "lr is '2001-99-99', expected float"),
+    ('lr: .nan', 'lr is nan, expected float'),
+    ('model_kwargs: {stem_width: 10000000}', 'stem_width is 10000000, expected'),
     ('lr: ' + '[' * 9999, 'not valid YAML'),
     ('lr: \x00', 'not valid YAML'),
     ('log_interval:', 'log_interval is None, expected int'),
@@ -379,7 +381,7 @@ def test_output_is_never_overwritten(images, trained, capfd):
     ('model_kwargs: 3', 'model_kwargs is 3, expected names with their values'),
     ('opt_kwargs:', 'opt_kwargs is None, expected names with their values'),
     ('lrr: 1', "unknown flag 'lrr', did you mean lr?"),
-    ('- lr', 'expected flags with their values'),
+    ('- lr', "the content is ['lr'], expected a dict"),
 ])
 def test_bad_config(tmp_path, capfd, content, message):
     (tmp_path / 'c.yaml').write_text(content)

@@ -126,9 +126,9 @@ def _read(path: str) -> Any:
             if is_zip:
                 check_archive(path)
             return _torch_load(path, mmap=is_zip)
-    except OSError:
-        raise
     except Exception as e:  # what a foreign file makes the readers raise is not documented
+        if isinstance(e, OSError) and e.filename:
+            raise
         reason = ' '.join(f'{e} {e.__cause__ or ""}'.split())
         code = re.search(r'[Uu]nsupported (?:global: )?GLOBAL (\S+)', reason)
         if code:

@@ -40,7 +40,10 @@ class RunHistory:
         name = self.args.get('model') or ''
         with shapes_only(self.name):
             model = create(self.name, name, resolutions=self.resolutions, **model_args(name, self.args, {}))
-            return {r: count_madds(model, r, self.args.get('in_chans') or 3) for r in self.resolutions}
+            try:
+                return {r: count_madds(model, r, self.args.get('in_chans') or 3) for r in self.resolutions}
+            except UserError as e:
+                raise UserError(f'{self.name}: {e}') from e
 
 
 def read_run(folder: str) -> RunHistory:

@@ -242,11 +242,13 @@ def read_csv(path: str) -> List[Dict[str, str]]:
 
 
 def read_summary(path: str) -> List[Dict[str, Union[int, float]]]:
-    """Return the rows of a summary.csv of train_rs.py, one per epoch, without empty cells.
+    """Return the rows of a summary.csv of train_rs.py, an epoch each, without empty cells; none if there is no file.
 
     Raises:
-        UserError: There is no such file, or it is another.
+        UserError: It is another file.
     """
+    if not os.path.exists(path):
+        return []
     rows = [{name: to_number(value, f'{path}: line {i}: {name}') for name, value in row.items() if value}
             for i, row in enumerate(read_csv(path), start=2)]
     if not all('epoch' in row for row in rows):

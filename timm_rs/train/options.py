@@ -1,16 +1,16 @@
 """Command line of train_rs.py: timm's flags, same names and defaults, and those of multi-resolution training"""
 import argparse
-import os
-import reprlib
+import math
 from typing import Any, Dict, List, Optional, Sequence
 
-import yaml
 from huggingface_hub.utils import validate_repo_id
 from timm.utils.distributed import world_info_from_env
 
-from timm_rs_runtime.errors import KeyValues, OneLineParser, did_you_mean, one_line
+from timm_rs_runtime import fields
+from timm_rs_runtime.errors import KeyValues, OneLineParser, UserError, did_you_mean
 
 from ..data.datasets import INTERPOLATIONS
+from ..records import check_model_args, read_yaml
 from ..resolutions import check_resolutions
 from .loss import EnsembleDistillationLoss
 from .pyramid import ResolutionPyramid
@@ -314,15 +314,12 @@ def _config_parser() -> argparse.ArgumentParser:
 
 def _read_config(parser: argparse.ArgumentParser, path: str) -> Dict[str, Any]:
     """Read a YAML file with the names and types of the flags."""
-    if not os.path.isfile(path):
-        parser.error(f'--config {path}: there is no such file.')
     try:
-        with open(path, encoding='utf-8') as f:
-            config = yaml.safe_load(f) or {}
-    except (yaml.YAMLError, RecursionError, ValueError) as e:
-        parser.error(f'--config {path}: not valid YAML ({one_line(e)}).')
-    if not isinstance(config, dict):
-        parser.error(f'--config {path}: expected flags with their values, got a {type(config).__name__}.')
+        config = read_yaml(path)
+        if isinstance(config.get('model_kwargs'), dict):
+            config['model_kwargs'] = check_model_args(config['model_kwargs'], path)
+    except UserError as e:
+        parser.error(f'--config {e}')
     actions = {a.dest: a for a in parser._actions if a.dest != 'help'}
     defaults = {}
     for name, value in config.items():
@@ -339,7 +336,7 @@ def _read_config(parser: argparse.ArgumentParser, path: str) -> Dict[str, Any]:
 
 def _convert(parser: argparse.ArgumentParser, path: str, action: argparse.Action, value: Any) -> Any:
     """Return a YAML value as the command line would give it."""
-    expected = f'--config {path}: {action.dest} is {reprlib.repr(value)}, expected'
+    expected = f'--config {path}: {action.dest} is {fields.shown(value)}, expected'
     if value is None and action.default is None:
         return value
     if isinstance(action, KeyValues):
@@ -361,6 +358,8 @@ def _convert(parser: argparse.ArgumentParser, path: str, action: argparse.Action
             if v is None or is_cut or isinstance(v, (bool, bytes, dict, list)):
                 raise ValueError
             values[i] = convert(v)
+            if isinstance(values[i], float) and not math.isfinite(values[i]):
+                raise ValueError
     except (OverflowError, TypeError, ValueError):
         parser.error(f"{expected} {dict(str='text').get(convert.__name__, convert.__name__)}.")
     value = values if is_list else values[0]
@@ -381,6 +380,9 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             args.resolutions = list(check_resolutions(args.resolutions))
         except ValueError as e:
             parser.error(f'--resolutions: {e}')
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"--{name.replace('_', '-')} is {value}, expected a finite number.")
     for name, least in _LEAST.items():
         value = getattr(args, name)
         if value is not None and value < least:

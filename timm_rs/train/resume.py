@@ -20,8 +20,8 @@ from torch import distributed as dist
 from timm_rs_runtime.errors import UserError, one_line
 
 from ..checkpoint import check_archive
+from ..records import read_summary
 from .saver import Progress
-from .summary import read_rows
 from .task import MultiResolutionTask
 
 try:
@@ -109,7 +109,7 @@ def _find_checkpoint(args: argparse.Namespace, output: Output) -> None:
         raise UserError(
             f"{output.folder}: none of its checkpoints is whole ({', '.join(map(os.path.basename, damaged))}). Nothing "
             'is trained over them, give another --experiment.')
-    rows = read_rows(os.path.join(output.folder, 'summary.csv'))
+    rows = read_summary(os.path.join(output.folder, 'summary.csv'))
     if not output.whole and len(rows) > 1:  # the first may be there before a checkpoint is
         raise UserError(
             f'{output.folder}: summary.csv has {len(rows)} epochs, but there is no checkpoint to go on from. Nothing '

@@ -1,28 +1,22 @@
 """summary.csv: a row per validated epoch, at any time whole"""
 import csv
-import os
 from typing import Any, Dict, List
 
 from timm_rs_runtime.files import atomic_write
 
 from ..records import read_summary
 
-__all__ = ['append_summary', 'read_rows', 'trim_summary']
-
-
-def read_rows(path: str) -> List[Dict[str, Any]]:
-    """Return the rows of a summary, none if there is no file."""
-    return read_summary(path) if os.path.exists(path) else []
+__all__ = ['append_summary', 'trim_summary']
 
 
 def append_summary(path: str, row: Dict[str, Any]) -> None:
     """Add a row."""
-    _write(path, [*read_rows(path), row])
+    _write(path, [*read_summary(path), row])
 
 
 def trim_summary(path: str, epoch: int) -> None:
     """Drop the rows of an epoch and of all later ones, which will be trained again."""
-    rows = read_rows(path)
+    rows = read_summary(path)
     kept = [row for row in rows if row['epoch'] < epoch]
     if len(kept) < len(rows):
         _write(path, kept)
