@@ -61,8 +61,9 @@ def test_classes_of_both_splits_are_the_same(images, tmp_path, capfd, split):
     train_rs.main([
         str(tmp_path / 'images'), *TINY, '--output', str(tmp_path), '--experiment', 'r', '--epochs', '1',
         '--class-map', str(tmp_path / 'classes.txt'), '--num-classes', '3'])
-    if split == 'validation':  # the checkpoint tells its map
-        rows = validated(tmp_path / 'images', tmp_path, '--checkpoint', str(tmp_path / 'r' / 'last.pth.tar'))
+    if split == 'validation':  # the map that the checkpoint records is not opened
+        flags = '--checkpoint', str(tmp_path / 'r' / 'last.pth.tar'), '--class-map', str(tmp_path / 'classes.txt')
+        rows = validated(tmp_path / 'images', tmp_path, *flags)
         row, = csv.DictReader((tmp_path / 'r' / 'summary.csv').open())
         assert rows[32]['loss'] == pytest.approx(float(row['eval_loss_32']), rel=1e-5)
 
