@@ -5,6 +5,7 @@ import pickle
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from conftest import RESOLUTIONS, assert_equal, images, plain_key, plain_model, randomize_bn, rs_model
 from test_switchable import gradients, small_net
@@ -13,6 +14,7 @@ from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from timm_rs import PrivateBN, make_switchable
 
@@ -303,6 +305,46 @@ def test_resolution_checkpointing_gives_the_same_step(name):
     assert_equal(gradients(other), gradients(model))
     assert_equal(dict(other.named_buffers()), dict(model.named_buffers()))
     assert all(m.track_running_stats for m in other.modules() if isinstance(m, _BatchNorm))
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize('uses_alpha', [False, True])
+@pytest.mark.parametrize('compiled', [False, True])
+def test_distributed_in_a_loop_of_ones_own(process_group, uses_alpha, compiled):
+    """Whether the loss weighs the resolutions with alpha or not, which DistributedDataParallel waits for."""
+    model, pyramid = make_switchable(small_net(), RESOLUTIONS), images(*RESOLUTIONS)
+    other = copy.deepcopy(model)
+    parallel = DistributedDataParallel(model)
+    if compiled:
+        torch.compiler.reset()
+        parallel = torch.compile(parallel, backend='eager')
+
+    def loss_of(net, alpha):
+        weights = alpha.softmax(0) if uses_alpha else torch.ones(3)
+        return sum(w * z.square().mean() for w, z in zip(weights, net(pyramid)))
+
+    for _ in range(3):
+        model.zero_grad()
+        loss_of(parallel, model.alpha).backward()
+    loss_of(other, other.alpha).backward()
+    expected = gradients(other) if uses_alpha else dict(gradients(other), alpha=torch.zeros(3))
+    torch.testing.assert_close(gradients(model), expected)
+
+
+def test_distributed_one_resolution_at_a_time(process_group):
+    """DistributedDataParallel has to look for the parameters of the others."""
+    model = make_switchable(small_net(), RESOLUTIONS)
+    parallel = DistributedDataParallel(model, find_unused_parameters=True)
+    for i in (0, 1, 2, 0):
+        model.zero_grad()
+        (parallel(images(RESOLUTIONS[i])).square().mean() * model.alpha.softmax(0)[i]).backward()
+        assert model[1][RESOLUTIONS[i]].weight.grad.abs().sum() > 0 and model.alpha.grad.abs().sum() > 0
 
 
 def test_data_config_follows_the_active_resolution():

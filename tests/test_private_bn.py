@@ -1,5 +1,8 @@
 import copy
 import pickle
+import threading
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -11,10 +14,12 @@ from timm.models import create_feature_extractor
 from timm.optim import create_optimizer_v2
 from timm.utils import freeze
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 from timm_rs import PrivateBN, UnknownResolutionError, make_switchable
 from timm_rs.private_bn import tie_affine
 from timm_rs.resolutions import check_resolutions
+from timm_rs_runtime.errors import UserError
 
 
 def private_bn(bn=None, resolutions=RESOLUTIONS):
@@ -84,6 +89,58 @@ def test_answers_for_the_active_one():
             assert getattr(container, name) is getattr(container[r], name)
         assert (container.eps, container.num_features, container.affine) == (1e-3, 4, True)
     assert not hasattr(container, 'nonsense')
+
+
+@pytest.mark.parametrize('register, value', [
+    ('register_buffer', torch.zeros(1)),
+    ('register_parameter', nn.Parameter(torch.zeros(1))),
+    ('add_module', nn.ReLU()),
+])
+def test_everything_can_be_given_something(register, value):
+    """As programs that count operations do; from the inside out, as `apply` goes."""
+    model = rs_model()
+    keys = len(model.state_dict())
+    model.apply(lambda module: getattr(module, register)('total_ops', value))
+    assert len(model.state_dict()) - keys == (register != 'add_module') * len(list(model.modules()))
+    assert model.bn1[48].total_ops is model.bn1.total_ops is value
+
+
+def test_answers_for_what_a_batch_norm_has_only():
+    container = private_bn()
+    container[64].extra = 1
+    assert not hasattr(container, 'extra') and container.track_running_stats is True
+
+
+def loader_of(size, batches=3):
+    return [(images(size, n=4), torch.zeros(4)) for _ in range(batches)]
+
+
+def test_update_bn_is_refused_unless_it_is_given_a_resolution():
+    model = rs_model()
+    for net in (copy.deepcopy(model), AveragedModel(model)):  # which stay without a momentum, as after any error
+        with pytest.raises(UserError, match=r'update_bn\(loader, model.at\(size\)\)'):
+            update_bn(loader_of(64), net)
+    loaders = {r: loader_of(r) for r in RESOLUTIONS}
+    for r, loader in loaders.items():
+        update_bn(loader, model.at(r))
+    for r, loader in loaders.items():  # the mean over batches of what the first layer sees, at every resolution
+        seen = [model.conv1[0](x) for x, _ in loader]
+        expected = torch.stack([z.mean((0, 2, 3)) for z in seen]).mean(0)
+        torch.testing.assert_close(model.conv1[1][r].running_mean, expected, rtol=1e-4, atol=1e-5)
+        assert model.conv1[1][r].momentum == 0.1
+
+
+def test_statistics_can_be_estimated_in_a_loop_of_ones_own():
+    model = rs_model().train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.momentum = None
+            module.reset_running_stats()
+    pyramids = [images(*RESOLUTIONS) for _ in range(2)]
+    for pyramid in pyramids:
+        model(pyramid)
+    expected = torch.stack([model.conv1[0](pyramid[1]).mean((0, 2, 3)) for pyramid in pyramids]).mean(0)
+    torch.testing.assert_close(model.conv1[1][48].running_mean, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_getitem_and_contains():
@@ -191,20 +248,41 @@ def test_full_backward_hooks_stay_at_the_place(when):
     assert seen == [('PrivateBN', (2, 4, 8, 8)), ('BatchNorm2d', (2, 4, 4, 4))]
 
 
-def test_taking_out_follows_hooks_that_hold_the_network():
-    class Watch:
-        def __init__(self, model):
-            self.model = model
+class Watch:
+    """Owns a hook, keeps what it sees, and cannot be copied."""
 
-        def hook(self, module, args, output):
-            self.output = output
+    def __init__(self, model=None):
+        self.model, self.lock, self.seen = model, threading.Lock(), []
 
+    def hook(self, module, args, output):
+        with self.lock:
+            self.seen.append((module, output))
+
+
+def test_taking_out_shares_the_owner_of_a_hook():
     model = rs_model()
-    model.bn1.register_forward_hook(Watch(model).hook)
+    watch = Watch(model)
+    model.bn1.register_forward_hook(watch.hook)
+    model.layer1.register_forward_hook(partial(Watch.hook, watch))
+    model(images(64)).sum()  # what it has kept has a graph by now
     plain = model.at(32)
     assert not any(isinstance(m, PrivateBN) for m in plain.modules())
-    (hook,) = plain.bn1._forward_hooks.values()
-    assert hook.__self__.model is plain
+    plain(images(32))
+    modules, outputs = zip(*watch.seen)
+    assert modules == (model.bn1, model.layer1, plain.bn1, plain.layer1) and watch.model is model
+    assert all(output.requires_grad for output in outputs)
+
+
+def test_taking_out_copies_the_owner_of_a_hook_that_is_a_part_of_the_network():
+    model = rs_model()
+    model.watch = Watch()
+    del model.watch.lock
+    model.watch.lock = nullcontext()
+    model.watch.model = model
+    model.bn1.register_forward_hook(model.watch.hook)
+    plain = model.at(32)
+    plain(images(32))
+    assert plain.watch.model is plain and len(plain.watch.seen) == 1 and model.watch.seen == []
 
 
 def test_state_dict_names_the_resolution():

@@ -1,6 +1,10 @@
 import copy
+import multiprocessing
+import random
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, Lock
 
 import numpy as np
 import pytest
@@ -19,9 +23,10 @@ from conftest import (
     rs_model,
 )
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import fuse_conv_bn_eval
+from torch.nn.utils import fuse_conv_bn_eval, prune
 
 from timm_rs import PrivateBN, SwitchableMixin, UnknownResolutionError, make_switchable
+from timm_rs_runtime.errors import UserError
 
 # Of BatchNorm2d in places and in a Sequential, of BatchNormAct2d, with squeeze-excite, with BatchNorm1d in the head.
 NETWORKS = ('resnet18', 'test_resnet', 'mobilenetv2_100', 'test_byobnet', 'repvit_m0_9')
@@ -339,15 +344,223 @@ def test_at_can_be_reparameterized():
     torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_threads_side_by_side():
-    model = rs_model()
-    work = [(model.at(r), images(r)) for r in RESOLUTIONS] * 4
-    with torch.no_grad():
-        serial = [m(x) for m, x in work]
+# One switch per network and thread
 
-    def run(job):
+def at_once(function, jobs, threads=4):
+    """Return the results of jobs that many threads take in turns, all of them more than once."""
+    barrier = Barrier(threads)
+
+    def work(mine):
+        barrier.wait()
         with torch.no_grad():
-            return job[0](job[1])
+            return [function(*job) for job in mine]
 
-    with ThreadPoolExecutor(len(RESOLUTIONS)) as pool:
-        assert_equal(list(pool.map(run, work)), serial)
+    shares = [jobs[i::threads] for i in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        results = list(pool.map(work, shares))
+    return [results[i % threads][i // threads] for i in range(len(jobs))]
+
+
+@pytest.fixture
+def fast_turns():
+    """Let threads take turns often."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def random_jobs(count, sizes):
+    generator = random.Random(0)
+    return [generator.choice(sizes) for _ in range(count)]
+
+
+def test_threads_side_by_side(fast_turns):
+    model = rs_model()
+    jobs = [(model.at(r), images(r)) for r in random_jobs(40, RESOLUTIONS)]
+    with torch.no_grad():
+        serial = [m(x) for m, x in jobs]
+    assert_equal(at_once(lambda m, x: m(x), jobs), serial)
+
+
+@pytest.mark.filterwarnings('ignore:.*no BatchNorm for')
+@pytest.mark.parametrize('compiled', [False, True])
+def test_threads_share_a_network(fast_turns, compiled):
+    """At trained sizes, between them, and in lists, whatever the other threads run."""
+    model = randomize_bn(make_switchable(small_net(), RESOLUTIONS)).eval() if compiled else rs_model()
+    jobs = [(images(s),) for s in random_jobs(100, RESOLUTIONS if compiled else (*RESOLUTIONS, 56, 40))]
+    jobs += [(images(*random.Random(i).sample(RESOLUTIONS, 2)),) for i in range(0 if compiled else 20)]
+    if compiled:
+        torch.compiler.reset()
+        model = torch.compile(model, backend='eager')
+    with torch.no_grad():
+        serial = [model(x) for x, in jobs]
+    assert_equal(at_once(model, jobs), serial)
+
+
+def test_threads_choose_for_themselves(fast_turns):
+    model = rs_model()
+
+    def features(r, x):
+        model.switch_to(r)
+        return model.forward_features(x)
+
+    jobs = [(r, images(64)) for r in random_jobs(40, RESOLUTIONS)]
+    expected = [model.at(r).forward_features(x) for r, x in jobs]
+    model.switch_to(32)
+    assert_equal(at_once(features, jobs), expected)
+    assert model.resolution == 32
+
+
+def test_a_thread_that_has_not_chosen_takes_what_was_switched_to():
+    model = rs_model()
+
+    def elsewhere(function):
+        return pool.submit(function).result()
+
+    with ThreadPoolExecutor(1) as pool:
+        for r in (48, 32, 64):
+            model.switch_to(r)
+            assert elsewhere(lambda: model.resolution) == r
+        model(images(48))
+        assert (model.resolution, elsewhere(lambda: model.resolution)) == (48, 64)
+        elsewhere(lambda: model(images(32)))
+        assert (model.resolution, elsewhere(lambda: model.resolution)) == (48, 32)
+
+
+def replicate(model, count):
+    """Do on the CPU what torch.nn.parallel.replicate does on GPUs."""
+    modules = list(model.modules())
+    copies = [[m._replicate_for_data_parallel() for m in modules] for _ in range(count)]
+    for made in copies:
+        places = dict(zip(modules, made))
+        for module, replica in places.items():
+            for name, child in module._modules.items():
+                setattr(replica, name, places[child])
+            for name, tensor in module._parameters.items():
+                setattr(replica, name, tensor)
+    return [made[0] for made in copies]
+
+
+def test_replicas_of_data_parallel(fast_turns):
+    model = rs_model()
+    replicas, sizes = replicate(model, 2), random_jobs(80, RESOLUTIONS)
+    jobs = [(replica, images(s)) for s in sizes for replica in replicas]
+    with torch.no_grad():
+        expected = [model(x) for _, x in jobs]
+    model.switch_to(48)
+    assert_equal(at_once(lambda replica, x: replica(x), jobs, threads=2), expected)
+    pyramids = [(replica, images(*RESOLUTIONS)) for replica in replicas * 5]
+    expected = [[model.at(r)(x) for r, x in zip(RESOLUTIONS, pyramid)] for _, pyramid in pyramids]
+    assert_equal(at_once(lambda replica, x: replica(x), pyramids, threads=2), expected)
+    assert model.resolution == 48
+
+
+@pytest.mark.parametrize('how', ['set_grad_checkpointing', 'set_resolution_checkpointing'])
+def test_threads_that_recompute(fast_turns, how):
+    """Each its own network, as DataParallel's replicas are, and all of them the same layers."""
+    model, other = (rs_model().train() for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    getattr(other, how)()
+    pyramid = images(*RESOLUTIONS)
+
+    def train(net):
+        with torch.enable_grad():
+            sum(z.square().mean() * (i + 1) for i, z in enumerate(net(pyramid))).backward()
+
+    train(model)
+    at_once(train, [(replica,) for replica in replicate(other, 2)], threads=2)
+    for p in gradients(other).values():
+        p.div_(2)
+    torch.testing.assert_close(gradients(other), gradients(model), rtol=1e-4, atol=1e-6)
+
+
+def test_a_shallow_copy_switches_on_its_own():
+    model = rs_model()
+    model.switch_to(48)
+    other = copy.copy(model)
+    assert type(other) is type(model) and other.resolution == 48
+    assert all(a is b for a, b in zip(model.parameters(), other.parameters()))
+    other.switch_to(32)
+    assert {m.resolution for m in other.modules() if isinstance(m, PrivateBN)} == {32} and model.resolution == 48
+    assert_equal(other.forward_features(images(64)).shape, model.forward_features(images(64)).shape)
+    x = images(64)
+    assert_equal(other.forward_features(x), model.at(32).forward_features(x))
+    assert_equal(model.forward_features(x), model.at(48).forward_features(x))
+
+
+def test_a_forked_process_switches_on_its_own():
+    model = rs_model()
+    model.switch_to(48)
+    context = multiprocessing.get_context('fork')
+    queue = context.SimpleQueue()
+
+    def switch():
+        before = model.resolution
+        model.switch_to(32)
+        queue.put((before, model.resolution))
+
+    process = context.Process(target=switch)
+    process.start()
+    assert queue.get() == (48, 32) and model.resolution == 48
+    process.join()
+
+
+# A view copies nothing
+
+def test_at_of_a_pruned_network():
+    model = rs_model()
+    prune.l1_unstructured(model.conv1[0], 'weight', amount=0.5)
+    prune.random_unstructured(model.bn1[48], 'weight', amount=2)
+    x = images(48)
+    expected = model(x)
+    plain = model.at(48)
+    assert_equal(plain(x), expected)
+    assert plain.conv1[0].weight_orig is model.conv1[0].weight_orig
+    with torch.no_grad():
+        model.conv1[0].weight_orig.mul_(2)
+    assert_equal(plain(x), model(x))
+    assert not torch.equal(plain(x), expected)
+
+
+def test_at_of_a_network_that_keeps_results():
+    model = rs_model('levit_128s', resolutions=(224,))
+    model(images(224))  # attention biases, with their graph
+    model.lock, model.last = Lock(), model.fc_norm if hasattr(model, 'fc_norm') else model.alpha * 2
+    plain = model.at(224)
+    assert plain.lock is model.lock and plain.last is model.last
+    assert_equal(plain(images(224)).shape, model(images(224)).shape)
+
+
+def test_hooks_can_be_added_to_a_view():
+    model, seen = rs_model(), []
+    plain = model.at(48)
+    for module in (plain, plain.bn1, plain.layer1):
+        handle = module.register_forward_hook(lambda *_: seen.append(1))
+        module.register_forward_pre_hook(lambda *_: seen.append(1))
+    plain(images(48))
+    handle.remove()
+    plain(images(48))
+    model(images(48))
+    assert len(seen) == 6 + 5
+
+
+def test_hooks_of_the_state_dict_see_the_view():
+    model, seen = rs_model(), []
+    model.layer1.register_load_state_dict_pre_hook(lambda module, *_: seen.append(module))
+    plain = model.at(48)
+    plain.load_state_dict(plain.state_dict())
+    assert seen == [plain.layer1]
+
+
+@pytest.mark.parametrize('name', ['repvit_m0_9', 'mobileone_s0'])
+def test_all_resolutions_cannot_be_fused_into_one(name):
+    model = rs_model(name, resolutions=(64, 32))
+    before = dict(model.state_dict())
+    for inplace in (False, True):
+        with pytest.raises(UserError, match=r'reparameterize_model\(model.at\(size\)\)'):
+            timm.utils.reparameterize_model(model, inplace=inplace)
+    assert_equal(dict(model.state_dict()), before)
+    x = images(32)
+    fused = timm.utils.reparameterize_model(model.at(32))
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-3, atol=1e-3)

@@ -5,6 +5,7 @@ every resolution keeps its own affine parameters and running statistics (Wang et
 for Runtime Efficient Image Recognition", ECCV 2020, section 3.2).
 """
 import copy
+import sys
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
@@ -12,20 +13,21 @@ from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
 import torch
 import torch.nn as nn
 from timm.layers import register_notrace_module
-from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from .resolutions import Switch, UnknownResolutionError, check_resolutions
+from timm_rs_runtime.errors import UserError
+
+from ._compat import BatchNorm
+from .resolutions import Switch, UnknownResolutionError, check_resolutions, is_recomputing
 
 __all__ = [
+    'HOOK_DICTS',
     'PrivateBN',
     'interpolate',
-    'is_recomputing',
     'tie_affine',
 ]
 
 # Dictionaries of hooks that belong to the place in the network and not to the layer that stands there.
-_HOOK_DICTS = (
+HOOK_DICTS = (
     '_forward_hooks',
     '_forward_hooks_with_kwargs',
     '_forward_hooks_always_called',
@@ -64,14 +66,15 @@ class PrivateBN(nn.Module):
 
     def __init__(self, bn: nn.Module, resolutions: Sequence[int], switch: Optional[Switch] = None):
         super().__init__()
-        if not isinstance(bn, _BatchNorm):
+        if not isinstance(bn, BatchNorm):
             raise TypeError(f'PrivateBN takes a BatchNorm layer, got {type(bn).__name__}.')
         self._switch = switch if switch is not None else Switch(check_resolutions(resolutions))
-        hooks = {name: getattr(bn, name) for name in _HOOK_DICTS if getattr(bn, name, None)}
+        hooks = {name: getattr(bn, name) for name in HOOK_DICTS if getattr(bn, name, None)}
         for name, hook in hooks.items():
             setattr(self, name, hook)
             setattr(bn, name, type(hook)())
         self._is_full_backward_hook, bn._is_full_backward_hook = bn._is_full_backward_hook, None
+        self._names = frozenset(chain(vars(bn), bn._parameters, bn._buffers, bn._modules))
         for resolution in self._switch.resolutions:
             self.add_module(str(resolution), copy.deepcopy(bn))
         self.training = bn.training
@@ -92,19 +95,7 @@ class PrivateBN(nn.Module):
         Raises:
             UnknownResolutionError: There is no BN for this resolution.
         """
-        self._switch.to(resolution)
-
-    def copy_hooks(self, bn: nn.Module, memo: dict) -> None:
-        """Copy the hooks of this place in the network to the BN that takes the place in a copy of the network.
-
-        Args:
-            bn: The BN that takes the place.
-            memo: Memo of copy.deepcopy, for hooks that refer to the network.
-        """
-        for name in _HOOK_DICTS:
-            if getattr(self, name, None):
-                setattr(bn, name, copy.deepcopy(getattr(self, name), memo))
-        bn._is_full_backward_hook = self._is_full_backward_hook
+        self._switch.to(resolution, everywhere=True)
 
     def __getitem__(self, resolution: int) -> nn.Module:
         if resolution not in self._switch.resolutions:
@@ -124,19 +115,24 @@ class PrivateBN(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            active = self._modules.get(self._switch.key) if '_switch' in self.__dict__ else None
+            active = self._modules.get(self._switch.key) if '_names' in self.__dict__ else None
             if active is None:  # half built or half unpickled
+                raise
+            if name not in self._names and not hasattr(type(active), name):  # it was given to that layer alone
                 raise
             return getattr(active, name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bn = self._modules[self._switch.key]
-        if self._switch.between is not None:
-            low, high, share = self._switch.between
-            return functional_call(bn, interpolate(self._modules[low], self._modules[high], share), x)
-        if self.training and (self._switch.checkpointing or self._switch.recompute) and is_recomputing():
+        switch = self._switch
+        bn = self._modules[switch.key]
+        if switch.between is not None:
+            low, high, share = switch.between
+            return _interpolated(self._modules[low], self._modules[high], share)(x)
+        if self.training and (switch.checkpointing or switch.recompute) and is_recomputing():
             with _frozen_statistics(bn):
                 return bn(x)
+        if self.training and getattr(bn, 'momentum', 0.) is None and not torch.compiler.is_compiling():
+            _refuse_update_bn()
         return bn(x)
 
     def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -161,7 +157,22 @@ def interpolate(low: nn.Module, high: nn.Module, share: float) -> Dict[str, torc
         share: Position between them.
     """
     first, second = (dict(chain(bn.named_parameters(), bn.named_buffers())) for bn in (low, high))
-    return {k: torch.lerp(v, second[k], share) if v.is_floating_point() else v for k, v in first.items()}
+    return {k: _lerp(v, second[k], share) for k, v in first.items()}
+
+
+def _interpolated(low: nn.Module, high: nn.Module, share: float) -> nn.Module:
+    """Return a BN between two others; these stay as they are, for other threads."""
+    bn = object.__new__(type(low))
+    vars(bn).update(vars(low))
+    for name in ('_parameters', '_buffers'):
+        tensors = vars(high)[name]
+        vars(bn)[name] = {k: v if v is None else _lerp(v, tensors[k], share) for k, v in vars(low)[name].items()}
+    bn._modules = {k: _interpolated(child, high._modules[k], share) for k, child in low._modules.items()}
+    return bn
+
+
+def _lerp(low: torch.Tensor, high: torch.Tensor, share: float) -> torch.Tensor:
+    return torch.lerp(low, high, share) if low.is_floating_point() else low
 
 
 def tie_affine(module: nn.Module, statistics: bool = False) -> None:
@@ -190,9 +201,16 @@ def tie_affine(module: nn.Module, statistics: bool = False) -> None:
                     bn.running_mean, bn.running_var = first.running_mean, first.running_var
 
 
-def is_recomputing() -> bool:
-    """Return whether this is the backward pass, where a checkpointed layer runs its forward again."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+def _refuse_update_bn() -> None:
+    """Raise UserError if torch.optim.swa_utils.update_bn is running, which knows one size of images."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code.co_name != 'update_bn':
+        frame = frame.f_back
+    if frame is not None and frame.f_globals.get('__name__') == 'torch.optim.swa_utils':
+        raise UserError(
+            'update_bn resets the statistics of all resolutions and would estimate those of one. They are reset by '
+            'now, so load the weights again. Then call update_bn(loader, model.at(size)) for each size, with a loader '
+            'of images of that size.')
 
 
 @contextmanager

@@ -1,10 +1,16 @@
 """Resolutions: what they are, which one is near, and the switch that holds the active one"""
+import threading
 from numbers import Integral
-from typing import Any, Iterable, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, Optional, Sequence, Tuple, Union
+
+import torch
 
 from timm_rs_runtime.errors import UserError
 
-__all__ = ['Switch', 'UnknownResolutionError', 'check_resolutions', 'nearest_resolution', 'neighbours']
+from ._compat import NO_GRAPH_TASK, current_graph_task
+
+__all__ = [
+    'Switch', 'UnknownResolutionError', 'check_resolutions', 'is_recomputing', 'nearest_resolution', 'neighbours']
 
 
 class UnknownResolutionError(UserError, KeyError):
@@ -43,27 +49,80 @@ def check_resolutions(resolutions: Union[int, Sequence[int]]) -> Tuple[int, ...]
     return tuple(sorted(map(int, resolutions), reverse=True))
 
 
+def is_recomputing() -> bool:
+    """Return whether this is the backward pass, where a checkpointed layer runs its forward again."""
+    return not torch.compiler.is_compiling() and current_graph_task() != NO_GRAPH_TASK
+
+
 class Switch:
     """The active resolution, one object shared by all PrivateBN of a network: switching is one assignment.
 
+    As PyTorch's grad mode and current device, it is one per thread: threads can run the same network at different
+    resolutions. A thread that has not chosen takes the resolution that the network was last switched to.
+
     Args:
         resolutions: Input sizes in pixels, largest first.
+        active: The one to begin with, the largest if None.
     """
 
-    def __init__(self, resolutions: Tuple[int, ...]):
+    def __init__(self, resolutions: Tuple[int, ...], active: Optional[int] = None):
         self.resolutions = resolutions
-        self.active = resolutions[0]
-        self.key = str(self.active)
-        self.between = None  # keys of two resolutions and how far the input is from the first to the second
+        self.default = str(active or resolutions[0])
+        self.last = self.default  # chosen by any thread, for a backward pass that has a thread of its own
         self.checkpointing = False  # layers are recomputed in the backward pass
         self.recompute = False  # whole resolutions are
         self.warned = set()  # untrained input sizes that were warned about
+        # Of this thread, each attribute only once it is set: key, between and recomputed. Not of a class of our own,
+        # whose attributes torch.compile (2.14) reads, but forgets to write.
+        self.thread = threading.local()
 
-    def to(self, resolution: int) -> None:
+    @property
+    def key(self) -> str:
+        """The active resolution as the BN layers name it."""
+        if self.checkpointing and is_recomputing():
+            task, key = getattr(self.thread, 'recomputed', (None, None))
+            return key if task == current_graph_task() else self.chosen or self.last
+        return self.chosen or self.default
+
+    @property
+    def active(self) -> int:
+        return int(self.key)
+
+    @property
+    def chosen(self) -> Optional[str]:
+        """The key that this thread has chosen, None if it has not."""
+        return getattr(self.thread, 'key', None)
+
+    @chosen.setter
+    def chosen(self, key: Optional[str]) -> None:
+        self.thread.key = key
+
+    @property
+    def between(self) -> Optional[Tuple[str, str, float]]:
+        """Keys of two resolutions and how far the input of this thread is from the first to the second."""
+        return getattr(self.thread, 'between', None)
+
+    @between.setter
+    def between(self, value: Optional[Tuple[str, str, float]]) -> None:
+        self.thread.between = value
+
+    def to(self, resolution: int, everywhere: bool = False) -> None:
+        """Choose for this thread, or also for those that have not chosen."""
         if resolution not in self.resolutions:
             raise UnknownResolutionError(resolution, self.resolutions)
-        self.active = int(resolution)
-        self.key = str(self.active)
+        self.chosen = self.last = str(int(resolution))
+        if everywhere:
+            self.default = self.last
+
+    def recompute_at(self, resolution: int) -> None:
+        """Choose for what this thread recomputes in the present backward pass."""
+        self.thread.recomputed = current_graph_task(), str(resolution)
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return dict(vars(self), default=self.key, last=self.key, thread=None)
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        vars(self).update(state, thread=threading.local())
 
 
 def nearest_resolution(height: int, width: int, resolutions: Sequence[int]) -> int:

@@ -6,21 +6,22 @@ parameter names and remains an instance of its own class, so everything that tim
 """
 import copy
 import warnings
+import weakref
 from functools import partial
-from itertools import chain
-from typing import Any, Callable, Dict, List, Sequence, Set, Tuple, Union
+from types import MethodType
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
+from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 from timm_rs_runtime.errors import UserError
 
+from ._compat import BatchNorm, WrappedHook, is_inside_ddp, tree_flatten, tree_leaves, tree_unflatten
 from .checkpoint import adapt_state_dict
-from .private_bn import PrivateBN
-from .resolutions import Switch, check_resolutions, nearest_resolution, neighbours
+from .private_bn import HOOK_DICTS, PrivateBN
+from .resolutions import Switch, UnknownResolutionError, check_resolutions, nearest_resolution, neighbours
 
 __all__ = ['SwitchableMixin', 'make_switchable']
 
@@ -52,9 +53,9 @@ def make_switchable(module: nn.Module, resolutions: Sequence[int] = (224, 192, 1
     if any(isinstance(m, PrivateBN) for m in module.modules()):
         held = getattr(module, 'resolutions', 'in a part of it')
         raise UserError(f'{name} is switchable already ({held}), expected a plain network.')
-    if isinstance(module, _BatchNorm):
+    if isinstance(module, BatchNorm):
         raise UserError(f'{name} is a single layer, expected a network that holds BatchNorm layers.')
-    if not any(isinstance(m, _BatchNorm) for m in module.modules()):
+    if not any(isinstance(m, BatchNorm) for m in module.modules()):
         raise UserError(f'{name} holds no BatchNorm layer, so nothing can be private to a resolution.')
     taken = [a for a in ('alpha', 'at', 'switch_to', 'resolution', 'resolutions') if hasattr(module, a)]
     if taken:
@@ -90,20 +91,24 @@ class SwitchableMixin:
         return self._switch.active
 
     def switch_to(self, resolution: int) -> None:
-        """Make the BN layers of a resolution the active ones.
+        """Make the BN layers of a resolution the active ones, in this thread and in those that have not chosen.
 
         Raises:
-            UnknownResolutionError: A KeyError; this network lacks the resolution.
+            UnknownResolutionError: A KeyError; this network has no such resolution.
         """
-        self._switch.to(resolution)  # does not read the active one, which torch.compile would guard
-        if not torch.compiler.is_compiling():  # for the same reason
-            _note_input_size(self, self.resolution)
+        self._choose(resolution, everywhere=True)
+
+    def _choose(self, resolution: int, everywhere: bool = False) -> None:
+        self._switch.to(resolution, everywhere)  # without reading the active one, which torch.compile would guard
+        if not torch.compiler.is_compiling():  # nor the configuration
+            _note_input_size(self, resolution)
 
     def at(self, resolution: int) -> nn.Module:
         """Take out the plain network of one resolution.
 
-        It has the backbone's own class and holds the parameters and buffers of this network themselves, not copies:
-        train one and the other follows. To move or cast only one, copy it: `copy.deepcopy(model.at(160)).half()`.
+        It has the backbone's own class and holds the very parameters and buffers of this network, not copies: train
+        one and the other follows. Hooks run in it too; what they belong to is not copied. To move or cast it
+        separately, copy it first: `copy.deepcopy(model.at(160)).half()`.
 
         Args:
             resolution: Input size in pixels.
@@ -112,22 +117,11 @@ class SwitchableMixin:
             A module without PrivateBN, as cheap as the network that timm builds.
 
         Raises:
-            UnknownResolutionError: This network lacks the resolution.
+            UnknownResolutionError: This network has no such resolution.
         """
-        switch = Switch(self.resolutions)  # for layers that ask which resolution is active
-        switch.to(resolution)
-        memo: Dict[int, Any] = {id(t): t for t in chain(self.parameters(), self.buffers())}
-        memo[id(self._switch)] = switch
-        memo.update((id(cache), {}) for m in self.modules() for cache in _graph_caches(m))
-        private = [m for m in self.modules() if isinstance(m, PrivateBN)]
-        memo.update({id(m): copy.deepcopy(m[resolution], memo) for m in private})
-        for module in private:
-            module.copy_hooks(memo[id(module)], memo)
-        plain = copy.deepcopy(self, memo)
-        modules = dict(self.named_modules())
-        for name, module in plain.named_modules():  # torch builds a copied graph of torch.fx in train mode
-            original = modules.get(name, module)
-            module.training = (original[resolution] if isinstance(original, PrivateBN) else original).training
+        if resolution not in self.resolutions:
+            raise UnknownResolutionError(resolution, self.resolutions)
+        plain = view(self, Switch(self.resolutions, int(resolution)), resolution)
         plain.__class__ = self._plain_class
         del plain.alpha, plain._switch
         architecture = plain.__dict__.pop('_plain_architecture')
@@ -140,27 +134,37 @@ class SwitchableMixin:
     def forward(self, x: Union[torch.Tensor, Sequence[torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
         """Run at the resolution of the input, which becomes the active one.
 
-        The active resolution is one for the whole network, so threads do not share it: each takes its own `at(size)`,
-        which costs no memory for weights.
+        Threads can run the same network at different resolutions; each has an active resolution of its own. Train a
+        network with gradient checkpointing in one thread at a time.
 
         Args:
-            x: Images [N, C, H, W], or a list of batches, each of one of the resolutions, in any order. A size without
-                its own BN gets one warning and, in eval mode, BN interpolated by area between the two neighbouring
-                sizes; beyond these, in training and with gradient checkpointing it gets the BN of the nearest size.
+            x: Images [N, C, H, W], or a list of a batch each at some or all resolutions, in any order. For a size
+                without BN of its own, with one warning, BN is interpolated by area between the two neighboring sizes
+                in eval mode; beyond them, in training and with gradient checkpointing the nearest size serves.
 
         Returns:
             What the plain network returns, e.g. logits [N, num_classes]; for a list the list of these in the order
-            given, and the active resolution stays as it was.
+            given, and the active resolution stays.
 
         Raises:
-            ValueError: A list is empty or holds another size or one size twice; images are too small for the network.
+            ValueError: The list holds another size, one size twice, or nothing; the images are too small for the
+                network.
         """
-        if isinstance(x, (list, tuple)):
-            return self._forward_pyramid(x, *args, **kwargs)
+        run = self._forward_pyramid if isinstance(x, (list, tuple)) else self._forward_one
+        output = run(x, *args, **kwargs)
+        if self.training and self.alpha.requires_grad and is_inside_ddp():
+            # A loss need not use alpha, but DistributedDataParallel waits for its gradient.
+            leaves, spec = tree_flatten(output)
+            index = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.requires_grad)
+            leaves[index] = leaves[index] + 0. * self.alpha.sum()
+            output = tree_unflatten(leaves, spec)
+        return output
+
+    def _forward_one(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         height, width = x.shape[-2:]
         for resolution in self._switch.resolutions:
             if height == resolution and width == resolution:
-                self.switch_to(resolution)
+                self._choose(resolution)
                 return self._prepare_recompute(super().forward(x, *args, **kwargs))
         return self._forward_untrained_size(x, *args, **kwargs)
 
@@ -206,12 +210,19 @@ class SwitchableMixin:
             raise UserError(
                 f'Got a list of {len(sizes)} sizes ({got}), expected each of {self.resolutions} at most once.')
         before = self.resolution
-        forward = partial(SwitchableMixin.forward, self)
+        forward = self._forward_one
         if self._switch.recompute and self.training and torch.is_grad_enabled():
-            forward = partial(checkpoint, forward, use_reentrant=False)
+            forward = partial(checkpoint, self._forward_and_back, use_reentrant=False)
         outputs = [forward(x, *args, **kwargs) for x in pyramid]
-        self.switch_to(before)  # after a failure the active resolution is the one that failed
+        self._choose(before)  # after a failure the active resolution is the one that failed
         return outputs
+
+    def _forward_and_back(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run once more in the backward pass, whose thread has chosen no resolution afterwards if it had not before."""
+        before = self._switch.chosen
+        output = self._forward_one(x, *args, **kwargs)
+        self._switch.chosen = before
+        return output
 
     def _forward_untrained_size(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         height, width = (int(s) for s in x.shape[-2:])
@@ -222,8 +233,8 @@ class SwitchableMixin:
             self._switch.warned.add((height, width))
             what = (f'one between those of {above} and {below} serves' if between
                     else f'the nearest of {self.resolutions} serves: {resolution}')
-            warnings.warn(f'{type(self).__name__} has no BatchNorm for {height}x{width}, {what}.', stacklevel=5)
-        self.switch_to(resolution)
+            warnings.warn(f'{type(self).__name__} has no BatchNorm for {height}x{width}, {what}.', stacklevel=6)
+        self._choose(resolution)
         self._switch.between = (str(below), str(above), share) if between else None
         try:
             return self._prepare_recompute(super().forward(x, *args, **kwargs))
@@ -243,8 +254,11 @@ class SwitchableMixin:
             resolution = self.resolution
             for tensor in tree_leaves(output):
                 if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-                    tensor.register_hook(lambda _: self.switch_to(resolution))
+                    tensor.register_hook(lambda _: self._switch.recompute_at(resolution))
         return output
+
+    def __copy__(self) -> nn.Module:
+        return view(self, copy.copy(self._switch))
 
     @property
     def _plain_class(self) -> type:
@@ -254,10 +268,85 @@ class SwitchableMixin:
         return _new_switchable, (self._plain_class,), self.__dict__.copy()
 
 
-def _graph_caches(module: nn.Module) -> List[dict]:
-    """Return where a module keeps results of a forward pass with their graph, such as the attention biases of LeViT."""
-    attributes = [v for k, v in vars(module).items() if isinstance(v, dict) and k not in ('_parameters', '_buffers')]
-    return [a for a in attributes if any(isinstance(v, torch.Tensor) and not v.is_leaf for v in a.values())]
+def view(network: nn.Module, switch: Switch, resolution: Optional[int] = None) -> nn.Module:
+    """Return modules of their own that hold the very tensors of a switchable network.
+
+    Hooks run in it too; an owner of hooks that is not a part of the network is shared, not copied.
+
+    Args:
+        network: A switchable network.
+        switch: Takes the place of the network's own.
+        resolution: Put the BN of this resolution in the place of each PrivateBN.
+    """
+    def stand_in(module: nn.Module) -> nn.Module:
+        return module[resolution] if isinstance(module, PrivateBN) and resolution is not None else module
+
+    memo: Dict[int, Any] = {id(network._switch): switch}
+    sources, hooks = [], []
+    for module in network.modules():
+        if id(module) in memo:  # a BN whose PrivateBN was met before
+            continue
+        source = stand_in(module)
+        attributes = dict(vars(source))
+        if source is not module:
+            for name in HOOK_DICTS:
+                attributes[name] = type(attributes[name])({**attributes[name], **vars(module)[name]})
+            attributes['_is_full_backward_hook'] = module._is_full_backward_hook
+        memo.update((id(leaf), leaf) for leaf in tree_leaves(list(attributes.values())) if torch.is_tensor(leaf))
+        if not isinstance(module, GraphModule):
+            memo[id(module)] = memo[id(source)] = object.__new__(type(source))
+        sources.append((module, attributes))
+    for module, attributes in reversed(sources):  # a graph is copied with its parts, which are there by then
+        if isinstance(module, GraphModule):
+            memo[id(module)] = copy.deepcopy(module, memo)
+            for name, part in memo[id(module)].named_modules():  # which torch makes in train mode
+                part.training = stand_in(module.get_submodule(name)).training
+            continue
+        copied = vars(memo[id(module)])
+        for name, value in attributes.items():
+            if value is _refuse_folding and resolution is not None:
+                continue
+            if name in ('_parameters', '_buffers'):
+                copied[name] = copy.copy(value)
+            elif name == '_modules':
+                copied[name] = type(value)((key, child and memo[id(child)]) for key, child in value.items())
+            elif name.endswith('_hooks') and isinstance(value, dict):
+                copied[name] = value
+                hooks.append((memo[id(module)], name))
+            else:
+                copied[name] = _copy_or_share(value, memo)
+    for module, name in hooks:  # an owner that is a part of the network is there by then
+        held = vars(module)[name]
+        vars(module)[name] = type(held)((key, _rebind(hook, module, memo)) for key, hook in held.items())
+    return memo[id(network)]
+
+
+def _refuse_folding(*_: Any, **__: Any) -> None:
+    raise UserError(
+        'A switchable network has a BatchNorm for each resolution, which cannot all be folded into one layer: take a '
+        'resolution out, reparameterize_model(model.at(size)).')
+
+
+def _copy_or_share(value: Any, memo: Dict[int, Any]) -> Any:
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # it holds a lock, a result with its graph, or the like
+        return value
+
+
+def _rebind(hook: Any, module: nn.Module, memo: Dict[int, Any]) -> Any:
+    """Return a hook that belongs to the parts of a view where it belongs to those of the network."""
+    if isinstance(hook, MethodType):
+        return MethodType(hook.__func__, memo.get(id(hook.__self__), hook.__self__))
+    if isinstance(hook, partial):
+        return partial(_rebind(hook.func, module, memo), *(memo.get(id(a), a) for a in hook.args), **hook.keywords)
+    if isinstance(hook, WrappedHook):
+        hook = copy.copy(hook)
+        hook.hook = _rebind(hook.hook, module, memo)
+        if hook.with_module:
+            hook.module = weakref.ref(module)
+        return hook
+    return memo.get(id(hook), hook)
 
 
 def _note_input_size(module: nn.Module, resolution: int) -> None:
@@ -289,7 +378,11 @@ def _make_private(module: nn.Module, switch: Switch) -> None:
         if isinstance(parent, PrivateBN):
             continue
         for name, child in parent._modules.items():
-            if isinstance(child, _BatchNorm):
+            if isinstance(child, BatchNorm):
                 if id(child) not in private:
                     private[id(child)] = (child, PrivateBN(child, switch.resolutions, switch))
                 parent._modules[name] = private[id(child)][1]
+    for parent in module.modules():
+        for name in ('fuse', 'reparameterize', 'switch_to_deploy'):  # as timm names it, for the active one only
+            if hasattr(type(parent), name) and any(isinstance(m, PrivateBN) for m in parent.modules()):
+                setattr(parent, name, _refuse_folding)

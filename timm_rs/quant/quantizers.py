@@ -15,8 +15,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from timm.layers.padding import pad_same
 
-from ..private_bn import is_recomputing
-from ..resolutions import Switch
+from ..resolutions import Switch, is_recomputing
 from .config import check_bits
 
 __all__ = [
