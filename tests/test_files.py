@@ -314,3 +314,22 @@ def test_the_root_of_a_file_system_is_not_a_new_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(os.path, 'ismount', lambda path: True)
     with pytest.raises(UserError, match='root of a file system'):
         check_new_folder(tmp_path)
+
+
+def test_files_are_as_readable_as_any_other(tmp_path):
+    """Whatever the library that wrote them decides."""
+    def write_for_the_owner(path):
+        write(path)
+        os.chmod(path, 0o600)
+
+    write(tmp_path / 'any')
+    mode = (tmp_path / 'any').stat().st_mode
+    with atomic_folder(tmp_path / 'a') as partial:
+        write_for_the_owner(os.path.join(partial, 'b'))
+    with atomic_path(tmp_path / 'c') as partial:
+        write_for_the_owner(partial)
+    assert (tmp_path / 'a' / 'b').stat().st_mode == (tmp_path / 'c').stat().st_mode == mode
+    os.chmod(tmp_path / 'c', 0o640)
+    with atomic_path(tmp_path / 'c', overwrite=True) as partial:
+        write_for_the_owner(partial)
+    assert (tmp_path / 'c').stat().st_mode & 0o777 == 0o640

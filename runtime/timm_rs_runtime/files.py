@@ -86,11 +86,13 @@ def atomic_path(path: _Path, overwrite: bool = False) -> Iterator[str]:
         return
     path = os.path.realpath(path)
     with _partial(path) as partial:
+        open(partial, 'wb').close()
+        mode = os.stat(path if os.path.exists(path) else partial).st_mode
+        os.remove(partial)
         yield partial
+        os.chmod(partial, stat.S_IMODE(mode))  # safetensors 0.8 writes files that only their owner can read
         _sync(partial)
         if overwrite:
-            if os.path.exists(path):
-                os.chmod(partial, stat.S_IMODE(os.stat(path).st_mode))
             os.replace(partial, path)
             return
         try:
@@ -128,10 +130,12 @@ def atomic_folder(path: _Path) -> Iterator[str]:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with _partial(path) as partial:
         os.mkdir(partial)
+        mode = stat.S_IMODE(os.stat(partial).st_mode) & 0o666
         yield partial
         for folder, _, names in os.walk(partial):
-            for name in names:
-                _sync(os.path.join(folder, name))
+            for file in (os.path.join(folder, name) for name in names):
+                os.chmod(file, mode)
+                _sync(file)
         os.replace(partial, path)
 
 
