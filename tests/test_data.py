@@ -169,10 +169,10 @@ def test_what_is_not_a_file_is_unreadable(tmp_path):
     ('cat dog', '', '.'),
     ('bus train', '', '.'),
     ('', 'val', '.'),
-    ('train', 'val', "holds train, expected one of them as the split instead of 'val'."),
-    ('train val', '', "holds train, val, expected one of them as the split instead of ''."),
-    ('train val', 'train[:50%]', "holds train, val, expected one of them as the split instead of 'train[:50%]'."),
-    ('test val', 'train', "holds test, val, expected one of them as the split instead of 'train'."),
+    ('train', 'val', "holds train; expected one of them as the split instead of 'val'."),
+    ('train val', '', "holds train, val; expected one of them as the split instead of ''."),
+    ('train val', 'train[:50%]', "holds train, val; expected one of them as the split instead of 'train[:50%]'."),
+    ('test val', 'train', "holds test, val; expected one of them as the split instead of 'train'."),
 ])
 def test_split_folder(tmp_path, folders, split, expected):
     for name in folders.split():
