@@ -371,6 +371,11 @@ def test_more_threads_than_cores_come_back(file, photograph):
     assert time.monotonic() - start < 60
 
 
+def test_opens_names_only():
+    with pytest.raises(UserError, match='Got bytes, expected the name of a file of timm-rs export'):
+        Session(b'onnx')
+
+
 def test_images_of_a_request_are_bounded(file):
     opened = Session(file, threads=1)
     with pytest.raises(UserError, match='number of images is 4097, expected a whole number from 0 to 4096'):
