@@ -26,10 +26,10 @@ from timm import utils
 from timm.data.model_config import resolve_input_data_config
 from timm.layers import set_fast_norm
 from timm.models import is_model
-from timm.models._input import get_model_input_config
 from tqdm import tqdm
 
 from timm_rs import SwitchableMixin, explain_unknown_model
+from timm_rs._compat import get_model_input_config
 from timm_rs.data.datasets import (
     INTERPOLATIONS,
     PyramidNormalizer,

@@ -15,7 +15,8 @@ SCRIPTS = ('train_rs', 'validate_rs')
 # From the ground up. A room imports rooms of lower floors and itself, never one of its own floor.
 FLOORS = (
     ('timm_rs_runtime',),
-    ('timm_rs._compat', 'timm_rs.version', 'timm_rs.resolutions', 'timm_rs.records'),
+    ('timm_rs._compat', 'timm_rs.version'),
+    ('timm_rs.resolutions', 'timm_rs.records'),
     ('timm_rs.private_bn', 'timm_rs.checkpoint'),
     ('timm_rs.switchable',),
     ('timm_rs.quant', 'timm_rs.data'),

@@ -17,10 +17,10 @@ from typing import Any, Dict, Iterable, Iterator, Mapping, Optional, Tuple
 import safetensors.torch
 import torch
 from timm.models import clean_state_dict
-from timm.models._helpers import _torch_load
 
 from timm_rs_runtime.errors import UserError
 
+from ._compat import torch_load
 from .records import check_run, find_checkpoint
 from .resolutions import nearest_resolution
 
@@ -125,7 +125,7 @@ def _read(path: str) -> Any:
             is_zip = zipfile.is_zipfile(path)
             if is_zip:
                 check_archive(path)
-            return _torch_load(path, mmap=is_zip)
+            return torch_load(path, mmap=is_zip)
     except Exception as e:  # what a foreign file makes the readers raise is not documented
         if isinstance(e, OSError) and e.filename:
             raise

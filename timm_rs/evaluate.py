@@ -8,13 +8,13 @@ import torch
 import torch.nn as nn
 from timm.task.evaluator import ClassificationEvaluator
 from timm.utils import unwrap_model
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_rs_runtime.errors import UserError
 from timm_rs_runtime.unreadable import UnreadableError
 
+from ._compat import FakeTensorMode
 from .data.readers import UNREADABLE
 from .quant.quantize import fold, is_quantized
 from .resolutions import check_resolutions, nearest_resolution

@@ -10,7 +10,6 @@ import timm
 import torch
 import torch.nn as nn
 from timm.models import is_model, load_state_dict_from_hf, parse_model_name
-from timm.models._hub import download_from_hf
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_parameter_registration_hook,
@@ -18,6 +17,7 @@ from torch.nn.modules.module import (
 
 from timm_rs_runtime.errors import UserError, one_line
 
+from ._compat import download_from_hf
 from .checkpoint import (
     adapt_reference,
     adapt_state_dict,

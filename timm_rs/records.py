@@ -11,12 +11,13 @@ import os
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 import yaml
-from timm.models._hub import _parse_model_cfg
 
 from timm_rs_runtime import fields
 from timm_rs_runtime.errors import UserError, one_line
 from timm_rs_runtime.files import atomic_write
 from timm_rs_runtime.format import PREPROCESSING
+
+from ._compat import parse_model_cfg
 
 __all__ = [
     'ARGS_FILE', 'LABEL_FILE', 'PRETRAINED_CFG', 'SUMMARY_FILE', 'check_model_args', 'check_run', 'find_checkpoint',
@@ -166,7 +167,7 @@ def read_config(path: str, source: str) -> Tuple[str, Dict[str, Any], Dict[str, 
     config = fields.check_fields(values, _CONFIG, path)
     config['model_args'] = check_model_args(config.get('model_args', {}), source)
     config['pretrained_cfg'] = {k: v for k, v in config['pretrained_cfg'].items() if v is not None}
-    pretrained_cfg, architecture, args = _parse_model_cfg(config, {})
+    pretrained_cfg, architecture, args = parse_model_cfg(config, {})
     return architecture, pretrained_cfg, args
 
 

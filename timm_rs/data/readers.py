@@ -14,6 +14,8 @@ from timm_rs_runtime.errors import one_line
 from timm_rs_runtime.images import ImageError, name_of, open_image
 from timm_rs_runtime.unreadable import ReadErrors
 
+from .._compat import wds_decoder
+
 __all__ = ['UNREADABLE', 'ImageDataset', 'ReadableDataset', 'StreamDataset', 'skip_unreadable']
 
 UNREADABLE = -100  # label in the place of an image that cannot be read, which torch's losses ignore
@@ -191,10 +193,10 @@ def _open_cell(cell: Dict[str, Any]) -> Union[str, io.BytesIO]:
 def _leave_encoded_wds(reader: Reader) -> None:
     """Let a reader give images as files; timm passes over those that it cannot read."""
     import webdataset
-    from timm.data.readers.reader_wds import _decode, log_and_continue
+    from timm.data.readers.reader_wds import log_and_continue
 
     decode = partial(
-        _decode, image_key=reader.input_key, target_key=reader.target_keys or reader.target_key,
+        wds_decoder(), image_key=reader.input_key, target_key=reader.target_keys or reader.target_key,
         alt_label=reader.split_info.alt_label, image_mode='')
 
     def leave_encoded(sample: Dict[str, Any]) -> Optional[Dict[str, Any]]:

@@ -5,7 +5,8 @@ from typing import Any, Dict
 import torch
 import torch.nn as nn
 from timm.layers.conv2d_same import Conv2dSame
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from .._compat import BatchNorm
 
 __all__ = ['fuse_batch_norms', 'reduce_batch_norms']
 
@@ -20,7 +21,7 @@ def reduce_batch_norms(network: nn.Module) -> nn.Module:
     """
     network = copy.deepcopy(network).eval()
     for module in network.modules():
-        if isinstance(module, _BatchNorm) and module.track_running_stats:
+        if isinstance(module, BatchNorm) and module.track_running_stats:
             scale = (module.running_var.double() + module.eps).rsqrt()
             bias = torch.zeros_like(scale)
             if module.affine:
@@ -48,7 +49,7 @@ def fuse_batch_norms(network: nn.Module, images: torch.Tensor) -> nn.Module:
     for module in network.modules():
         if type(module) in (nn.Conv2d, Conv2dSame):
             hooks.append(module.register_forward_hook(lambda m, _, out: made.update({id(out): (m, out)})))
-        elif isinstance(module, _BatchNorm):
+        elif isinstance(module, BatchNorm):
             hooks.append(module.register_forward_pre_hook(
                 lambda m, args: pairs.update({m: made[id(args[0])][0]} if id(args[0]) in made else {})))
     with torch.no_grad():

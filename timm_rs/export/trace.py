@@ -7,10 +7,10 @@ from typing import Any, Iterator, Optional
 
 import torch
 import torch.nn as nn
-from timm.models._input import get_model_input_config
 
 from timm_rs_runtime.errors import UserError, one_line
 
+from .._compat import get_model_input_config
 from .batch_norm import fuse_batch_norms
 
 __all__ = ['ExportError', 'example_images', 'quiet', 'trace_onnx', 'trace_program', 'trace_torchscript']

@@ -6,10 +6,10 @@ from typing import Any, Dict, Mapping, Optional, Tuple, Union
 
 import torch.nn as nn
 import yaml
-from timm.models._input import get_model_input_config
 
 from timm_rs_runtime.errors import UserError
 
+from .._compat import get_model_input_config
 from ..evaluate import ENSEMBLE, count_madds, count_parameters
 from ..train.options import create_parser
 from .convert import architecture_of

@@ -18,8 +18,8 @@ from timm.layers import (
     get_norm_layer,
 )
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 
+from .._compat import feature_take_indices
 from ..quant.quantizers import ActivationSite
 
 __all__ = ['PreActResNet']

@@ -15,7 +15,6 @@ from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Union
 
 import torch.nn as nn
 from timm.models import (
-    _registry,
     generate_default_cfgs,
     get_pretrained_cfg,
     is_model,
@@ -25,11 +24,11 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
-from timm.models._pretrained import PretrainedCfg
 
 from timm_rs_runtime import fields
 from timm_rs_runtime.errors import UserError
 
+from .._compat import PretrainedCfg, registry
 from ..checkpoint import check_tensors, extract_resolution, has_taken, read_checkpoint, state_dict_resolutions
 from ..private_bn import PrivateBN
 from ..quant.config import QuantConfig
@@ -177,8 +176,8 @@ def _build_from_switchable(
 def _pretrained_cfgs(base: str) -> Dict[str, PretrainedCfg]:
     """Return timm's configurations for the rs_* model, with the size that it is trained and tested at."""
     cfgs = {}
-    for name in _registry._model_with_tags.get(base, ()):  # the getters of timm make deep copies, half of our import
-        cfg = _registry._model_pretrained_cfgs[name]
+    for name in registry._model_with_tags.get(base, ()):  # the getters of timm make deep copies, half of our import
+        cfg = registry._model_pretrained_cfgs[name]
         input_size = (cfg.input_size[0], RESOLUTIONS[0], RESOLUTIONS[0])
         cfgs[PREFIX + name] = replace(
             cfg, input_size=input_size, fixed_input_size=False, test_input_size=None, test_crop_pct=None)
@@ -236,5 +235,5 @@ for _base in RS_MODELS:
 for _name, (_base, _kwargs, _quantization) in OTHER_MODELS.items():
     globals()[PREFIX + _name] = register_model(_entrypoint(_base, _name, quantization=_quantization, **_kwargs))
 for _base in _REFUSED:  # an entrypoint that says why, hidden from timm's listings like a name that timm removed
-    _registry._model_entrypoints[PREFIX + _base] = _refuse(_base)
-    _registry._deprecated_models[PREFIX + _base] = None
+    registry._model_entrypoints[PREFIX + _base] = _refuse(_base)
+    registry._deprecated_models[PREFIX + _base] = None

@@ -11,10 +11,10 @@ from typing import Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
 import torch
 import torch.nn as nn
 from timm.layers import Conv2dSame
-from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookNet
 
 from timm_rs_runtime.errors import UserError
 
+from .._compat import FeatureDictNet, FeatureGetterNet, FeatureHookNet
 from ..switchable import SwitchableMixin
 from .config import FLOAT_BITS, QuantConfig
 from .packing import unpack_state_dict
