@@ -7,8 +7,8 @@
 
 The flags are those of timm's train.py, and --resolutions, --distill, --loss-reduction, --small-steps,
 --sizes-per-update, --private, --flip, --resample, --memory and --decoded-cache. The output folder holds args.yaml,
-summary.csv (accuracy at every resolution, of the ensemble, and their mean), label_names.txt where the data set names
-its classes, the last and the best checkpoints. A run that was killed goes on with --resume auto as if it had not been.
+summary.csv (accuracy at every resolution, of the ensemble, and their mean), label_names.txt if the data set names its
+classes, the last and the best checkpoints. With --resume auto a killed run continues as if it had not been killed.
 """
 import importlib
 import logging
@@ -52,7 +52,7 @@ _logger = logging.getLogger('train')
 
 @dataclass
 class Run:
-    """What a run is made of; the saver, the writer and the push are on rank 0 only."""
+    """The parts of a run; saver, writer and push exist only on rank 0."""
     model: torch.nn.Module
     task: MultiResolutionTask
     loaders: Loaders
@@ -72,7 +72,7 @@ def main(argv=None):
     flags = dict(vars(args))
     local_rank, rank, _ = utils.distributed.world_info_from_env()
     if rank > 0:
-        logging.getLogger().setLevel(logging.WARNING)  # the first process says what they have in common
+        logging.getLogger().setLevel(logging.WARNING)  # the first process logs what they have in common
     with ExitStack() as held:
         with one_line_errors('train_rs.py', args.traceback, quiet=local_rank > 0):
             run = set_up(args, flags, held)
@@ -91,9 +91,9 @@ def train(run, args):
             run.saver.save_recovery(progress.epoch, progress.batch)
             _logger.warning(
                 f'SIGTERM: saved after batch {progress.batch} of epoch {progress.epoch}, '
-                f'go on with --resume auto --output {os.path.dirname(run.output_dir)} '
+                f'continue with --resume auto --output {os.path.dirname(run.output_dir)} '
                 f'--experiment {os.path.basename(run.output_dir)}.')
-        preemption.barrier()  # a launcher ends the others when one has gone
+        preemption.barrier()  # a launcher ends the others when one has ended
         raise SystemExit(128 + 15) from None
     finally:
         preemption.close()
@@ -104,7 +104,7 @@ def train(run, args):
 
 
 def set_up(args, flags, held):
-    """Build all parts of the run, restored from the checkpoint to resume, if any; held keeps the output folder."""
+    """Build all parts of the run, restored from a checkpoint if there is one; held keeps the output folder locked."""
     for module in args.device_modules or ():
         importlib.import_module(module)
     device = select_device(args)
@@ -120,7 +120,7 @@ def set_up(args, flags, held):
     loaders = build_loaders(args, model, device, *datasets)
     task = build_task(args, model, device)
     optimizer = build_optimizer(args, model)
-    if args.small_steps or args.sizes_per_update:  # of Lookahead the one inside, whose step it calls
+    if args.small_steps or args.sizes_per_update:  # Lookahead calls the step of the optimizer inside it
         getattr(optimizer, '_base_optimizer', optimizer).register_step_pre_hook(lambda *_: task.drop_idle_gradients())
     amp_autocast, loss_scaler = nullcontext, None
     if args.amp:
@@ -147,7 +147,7 @@ def set_up(args, flags, held):
         optimizer, **scheduler_kwargs(args, decreasing_metric=decreasing), updates_per_epoch=updates_per_epoch)
     progress = task.progress
     if lr_scheduler is not None and (progress.epoch or progress.batch):
-        if args.sched == 'plateau' and progress.epoch > args.warmup_epochs:  # timm begins with the warm-up again
+        if args.sched == 'plateau' and progress.epoch > args.warmup_epochs:  # timm would begin with the warm-up again
             for group, rate in zip(optimizer.param_groups, rates):
                 group['lr'] = rate
         elif args.sched_on_updates:
@@ -213,7 +213,7 @@ def fit(run, args, preemption):
             if milestone:
                 run.saver.save_milestone(epoch + 1)
         if run.push is not None and args.push_interval and (epoch + 1) % args.push_interval == 0:
-            if epoch + 1 < run.stop_epoch:  # behind the last epoch comes the last push
+            if epoch + 1 < run.stop_epoch:  # the last push follows the last epoch
                 run.push.start()
     if run.saver is not None and run.saver.best_metric is not None:
         _logger.info(f'*** Best {args.eval_metric}: {run.saver.best_metric:.2f} (epoch {run.saver.best_epoch})')

@@ -6,9 +6,9 @@
     python validate_rs.py DIR --model hf-hub:user/name --pretrained --results-file results.csv
 
 Prints a table of resolution, top-1, top-5, loss, multiply-adds, parameters and images per second. At each size the
-images are preprocessed as timm does for that size. A checkpoint of train_rs.py tells model, resolutions, classes and
-normalization itself. Without a checkpoint the pretrained weights of --model are evaluated. Plain timm models are
-evaluated too: one network at all of --img-size.
+images are preprocessed as timm does for that size. A checkpoint of train_rs.py records its model, resolutions, classes
+and normalization. Without a checkpoint the pretrained weights of --model are evaluated. Plain timm models are evaluated
+too: one network at every --img-size.
 """
 import argparse
 import csv
@@ -90,7 +90,7 @@ def create_parser():
     add('--dataset', default='', metavar='NAME', help='kind of data set: "", "digits", or <type>/<name> as in timm')
     add('--split', default='validation', metavar='NAME', help='split to evaluate')
     add('--max-unreadable', type=int, default=MAX_UNREADABLE, metavar='N',
-        help='unreadable images that end the program if exceeded; fewer are left out (default: %(default)s)')
+        help='end with an error beyond N unreadable images; up to N are left out (default: %(default)s)')
     add('--num-samples', default=None, type=int, metavar='N', help='images in an iterable split')
     add('--dataset-download', action='store_true', help='let data sets that can be downloaded do so')
     add('--class-map', default='', metavar='FILE', help='file that maps class names to indices')
@@ -114,7 +114,7 @@ def create_parser():
     add('--input-size', type=int, nargs=3, default=None, metavar='N', help='channels, height and width of one size')
     add('--crop-pct', default=None, type=float, metavar='PCT', help='share of the image that is cropped')
     add('--crop-mode', default=None, choices=('center', 'squash', 'border'), help='how it is cropped')
-    add('--crop-border-pixels', default=None, type=int, metavar='N', help='pixels cut off every border before')
+    add('--crop-border-pixels', default=None, type=int, metavar='N', help='pixels cut off every border first')
     add('--mean', type=float, nargs='+', default=None, metavar='MEAN', help='pixel mean for normalization')
     add('--std', type=float, nargs='+', default=None, metavar='STD', help='pixel standard deviation')
     add('--interpolation', default='', choices=('', *INTERPOLATIONS), metavar='NAME',
@@ -125,7 +125,7 @@ def create_parser():
     add('--seed', default=42, type=int, metavar='N', help='random seed (default: 42)')
     add('--pin-mem', action='store_true', help='pin memory of batches')
     add('--channels-last', action='store_true', help='channels_last memory layout')
-    add('--device', default='cuda', help='device to run on; the CPU serves where there is no GPU')
+    add('--device', default='cuda', help='device to run on; without a GPU the CPU is used (default: cuda)')
     add('--device-modules', nargs='+', default=(), help='Python modules to import for a device backend')
     add('--amp', action='store_true', help='mixed precision')
     add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='lower precision of --amp')
@@ -139,7 +139,7 @@ def create_parser():
     add('--results-format', default=None, choices=_FORMATS, help='format of that file (default: by its name)')
     add('--traceback', action='store_true', help='show the traceback of an error')
 
-    # So it is anyway: on one device, without a prefetcher, at the sizes of training.
+    # These are always so: on one device, without a prefetcher, at the sizes of training.
     add('--amp-impl', default='native', choices=('native',), help=argparse.SUPPRESS)
     add('--native-amp', dest='amp', action='store_true', help=argparse.SUPPRESS)
     add('--no-prefetcher', action='store_true', help=argparse.SUPPRESS)
@@ -247,7 +247,7 @@ def main(argv=None):
 
 
 def build_model(args, device):
-    """Build the network, and settle args.input_img_mode by what its checkpoint records."""
+    """Build the network, and take args.input_img_mode from its checkpoint."""
     if not args.checkpoint and ':' not in args.model and not is_model(args.model):
         raise UserError(explain_unknown_model(args.model))
     if args.fast_norm:
@@ -283,7 +283,7 @@ def data_args(args):
 
 
 def check_classes(args, dataset, model):
-    """Refuse a data set of other classes than the model's, which the file beside a checkpoint may name."""
+    """Refuse a data set with other classes than the model's, which a file beside its checkpoint may name."""
     where = f'Split {args.split!r} of {args.data_dir or args.dataset}'
     num_classes, numbers = count_classes(dataset), number_classes(dataset)
     if num_classes not in (None, model.num_classes):

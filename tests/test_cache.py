@@ -142,7 +142,7 @@ def test_size_is_bounded(images, tmp_path, capfd):
     assert 'the decoded images take 0.00 GB, expected at most 1e-05 GB (--decoded-cache-gb)' in line
     assert not listing(tmp_path)
     argv = [images, *CROPS, '--output', tmp_path, '--decoded-cache', tmp_path / 'cache', '--decoded-cache-side', '31']
-    assert '--decoded-cache-side 31: expected the largest of --resolutions, 32, or more' in fails(
+    assert '--decoded-cache-side is 31, expected at least the largest of --resolutions, 32' in fails(
         train_rs.main, argv, capfd)
     argv = ['--dataset', 'digits', *CROPS, '--output', tmp_path, '--decoded-cache', tmp_path / 'cache']
     assert '--decoded-cache needs a folder of images' in fails(train_rs.main, argv, capfd)

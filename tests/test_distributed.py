@@ -312,7 +312,7 @@ def test_resume_with_another_number_of_processes(images, tmp_path, capfd):
     assert Job(die_in_validation, argv).finish() == [-signal.SIGKILL] * 2  # behind batch 2 of 3
     capfd.readouterr()
     assert Job(train_rs.main, argv, world_size=1).finish() == [0]
-    assert 'epoch 0 goes on at batch 4 instead of 2' in capfd.readouterr().err
+    assert 'epoch 0 continues at batch 4 instead of 2' in capfd.readouterr().err
     summary = list(csv.DictReader((output / 'run' / 'summary.csv').open()))
     assert len(summary) == 1 and 0 < float(summary[0]['train_loss']) < 100
 
@@ -346,7 +346,7 @@ def train_on_nothing(argv):
 
 def test_batches_for_every_process(images, tmp_path, capfd):
     assert start(images, tmp_path / 'o', '--batch-size', '8').finish() == [1, 1]
-    assert '--batch-size 8 of 2 processes is more than the 13 training images' in capfd.readouterr().err
+    assert '--batch-size 8 of 2 processes: expected at most the 13 training images' in capfd.readouterr().err
 
 
 def test_batches_of_repeated_images(tmp_path, capfd):
@@ -355,8 +355,8 @@ def test_batches_of_repeated_images(tmp_path, capfd):
     assert Job(train_rs.main, [*argv, '--batch-size', '641']).finish() == [1, 1]
     errors = [line for line in capfd.readouterr().err.splitlines() if 'error: ' in line]
     assert errors == [
-        'train_rs.py: error: --batch-size 641 of 2 processes is more than the 640 images that each takes per epoch '
-        'with --aug-repeats 3, expected no more.']
+        'train_rs.py: error: --batch-size 641 of 2 processes: expected at most the 640 images that each takes per '
+        'epoch with --aug-repeats 3.']
 
 
 def test_two_machines(images, tmp_path):

@@ -225,7 +225,7 @@ def test_resume_refuses_an_optimizer_that_does_not_fit(images, trained, tmp_path
 def test_resume_refuses_to_tie_what_was_private(images, trained, tmp_path, capfd):
     argv = [str(images), *TINY, '--epochs', '3', '--output', str(tmp_path), '--experiment', 'r', '--private',
             'statistics', '--no-resume-opt', '--resume', str(trained / 'last.pth.tar')]
-    assert 'was trained with --private both, now it is statistics' in fails(train_rs.main, argv, capfd)
+    assert 'was trained with --private both, but now it is statistics' in fails(train_rs.main, argv, capfd)
     argv[-2] = '--initial-checkpoint'
     argv.remove('--no-resume-opt')
     train_rs.main([*argv, '--lr', '0', '--epochs', '1'])

@@ -17,7 +17,7 @@ __all__ = ['RunHistory', 'plot_accuracy_against_madds', 'plot_curves', 'read_run
 
 @dataclass
 class RunHistory:
-    """What a run has left in its output folder.
+    """The output folder of a run.
 
     Attributes:
         name: Name of the folder.
@@ -32,7 +32,7 @@ class RunHistory:
 
     @property
     def best(self) -> Dict[str, float]:
-        """The validated epoch of the highest mean accuracy over resolutions."""
+        """The validated epoch with the highest mean accuracy over resolutions."""
         return max(self.rows, key=lambda row: row['eval_top1_mean'])
 
     def madds(self) -> Dict[int, int]:
@@ -50,7 +50,7 @@ def read_run(folder: str) -> RunHistory:
     """Read the output folder of a run.
 
     Raises:
-        ValueError: It holds no summary of a run, or none with a validated epoch.
+        ValueError: It does not hold the summary of a run, or no epoch is validated yet.
     """
     paths = [os.path.join(folder, name) for name in (SUMMARY_FILE, ARGS_FILE)]
     for path in paths:
@@ -65,7 +65,7 @@ def read_run(folder: str) -> RunHistory:
     if not rows:
         raise UserError(f'{paths[0]} holds no validated epoch yet.')
     args = check_run(read_yaml(paths[1]), paths[1])
-    if ':' in (args.get('model') or ''):  # the checkpoint records the network itself
+    if ':' in (args.get('model') or ''):  # the checkpoint records the network instead
         args = read_checkpoint(folder).args
     return RunHistory(os.path.basename(os.path.normpath(folder)), sorted(sizes, reverse=True), rows, args)
 

@@ -1,4 +1,4 @@
-"""timm's data sets, whose images are read as everywhere in timm_rs, and what is done where one cannot be read"""
+"""timm's data sets, with images read as everywhere in timm_rs, and what happens if one cannot be read"""
 import io
 import tarfile
 from functools import partial
@@ -18,7 +18,7 @@ from .._compat import wds_decoder
 
 __all__ = ['UNREADABLE', 'ImageDataset', 'ReadableDataset', 'StreamDataset', 'skip_unreadable']
 
-UNREADABLE = -100  # label in the place of an image that cannot be read, which torch's losses ignore
+UNREADABLE = -100  # label of an image that cannot be read; the losses of torch ignore it
 _PIXEL = b'P4 1 1 \0'  # an image, PPM
 
 
@@ -31,7 +31,7 @@ class ImageDataset(Dataset):
         transform: Applied to the PIL image.
 
     Raises:
-        ImageError: When an image cannot be read; timm would give the next one.
+        ImageError: An image cannot be read; timm would give the next one.
     """
 
     def __init__(self, reader: Reader, input_img_mode: str = 'RGB', transform: Optional[Callable] = None):
@@ -44,7 +44,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         try:
-            # A name, not a file that timm opened: what is not a regular file could keep it waiting.
+            # A name, not a file that timm opened: it would wait for a pipe.
             is_folder = isinstance(self.reader, ReaderImageFolder)
             file, target = self.reader.samples[index] if is_folder else self.reader[index][:2]
         except (AssertionError, OSError, TypeError, tarfile.TarError) as e:  # timm's, of rows without an image
@@ -65,8 +65,8 @@ class ReadableDataset(Dataset):
     Args:
         dataset: Images with labels, which raises ImageError.
         errors: Where unreadable images are reported.
-        stand_in: In the place of an unreadable image is the next one, else a black one with the label UNREADABLE. Where
-            none is left, the next check of errors ends the program.
+        stand_in: Give the next image instead of an unreadable one; otherwise a black one with the label UNREADABLE. If
+            no image is left to stand in, the next check of errors ends the program.
     """
 
     def __init__(self, dataset: Dataset, errors: ReadErrors, stand_in: bool):
@@ -105,7 +105,7 @@ class ReadableDataset(Dataset):
 
 
 class StreamDataset(IterableImageDataset):
-    """Images and labels one after the other, as timm's class; what cannot be read is skipped as ReadableDataset does.
+    """Images and labels one after the other, as timm's class; unreadable images are treated as by ReadableDataset.
 
     Args:
         reader: timm's.
@@ -142,7 +142,7 @@ class StreamDataset(IterableImageDataset):
             yield self.transform(sample[0]), sample[1]
 
     def _sources(self) -> Iterator[Tuple[Any, Any]]:
-        """Give what open_image takes, and labels: timm's readers open images while they read on."""
+        """Give what open_image takes, and labels; timm's readers would open the images themselves."""
         reader = self.reader
         if self.kind != 'tfds' and isinstance(reader, Reader):
             reader.input_img_mode = ''
@@ -167,7 +167,7 @@ def _black(dataset: Dataset) -> Any:
 
 
 def _leave_encoded_hfids(reader: Reader) -> None:
-    """Let a reader give images as bytes; decoded by `datasets` they are turned by their EXIF orientation."""
+    """Let a reader give images as bytes; `datasets` would turn them by their EXIF orientation."""
     from datasets import Image as ImageFeature
 
     if reader.ds.features is None:
@@ -191,7 +191,7 @@ def _open_cell(cell: Dict[str, Any]) -> Union[str, io.BytesIO]:
 
 
 def _leave_encoded_wds(reader: Reader) -> None:
-    """Let a reader give images as files; timm passes over those that it cannot read."""
+    """Let a reader give images as files; timm would skip those that it cannot read."""
     import webdataset
     from timm.data.readers.reader_wds import log_and_continue
 

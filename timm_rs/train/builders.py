@@ -1,4 +1,4 @@
-"""From flags to the parts of a training run, all of them timm's but for the model's resolutions"""
+"""From flags to the parts of a training run, all of them timm's except the model's resolutions"""
 import argparse
 import logging
 import os
@@ -71,12 +71,12 @@ class Loaders:
     """Batches of a run.
 
     Attributes:
-        train: Of (images [N, C, H, W] at the largest resolution, targets), augmented and normalized.
-        eval: Of (list of uint8 images per resolution, targets).
+        train: Gives (images [N, C, H, W] at the largest resolution, targets), augmented and normalized.
+        eval: Gives (list of uint8 images per resolution, targets).
         normalize: Brings evaluation images to the device.
-        mixup: Mixes a training batch in the loop, None where the loader does or nobody does.
-        erase: Erases parts of a training batch in the loop, None where the loader does or nobody does.
-        order: Of the training images, None where the data set has its own.
+        mixup: Mixes a training batch in the loop; None if the loader does it, or nothing is mixed.
+        erase: Erases parts of a training batch in the loop; None if nothing is erased there.
+        order: Order of the training images, None if the data set has its own.
         errors: Images that could not be read.
         eval_samples: Images of this process that count in evaluation, None if unknown.
     """
@@ -91,24 +91,24 @@ class Loaders:
 
 
 def select_device(args: argparse.Namespace) -> torch.device:
-    """Set up the device and the process group; a machine without GPU serves with its CPU."""
+    """Set up the device and the process group; without a GPU the CPU is used."""
     if args.device.startswith('cuda') and not torch.cuda.is_available():
         if world_info_from_env()[1] == 0:
             _logger.warning(f'No GPU for --device {args.device}, running on the CPU.')
         args.device = 'cpu'
     if args.sync_bn and args.device.startswith('cpu'):
-        raise UserError('--sync-bn needs GPUs, synchronized BatchNorm does not run on a CPU.')
+        raise UserError('--sync-bn needs GPUs: synchronized BatchNorm does not run on a CPU.')
     device = name_flags(args, 'device')(init_distributed_device)(args)
     bfloat16 = 'bfloat16' in (args.amp and args.amp_dtype, args.model_dtype)
     if bfloat16 and device.type == 'cpu' and torch.backends.cpu.get_cpu_capability() == 'AVX2':
-        _logger.warning('This CPU has no instructions for bfloat16, float32 is several times as fast.')
+        _logger.warning('This CPU has no instructions for bfloat16: float32 is several times as fast.')
     if args.aug_repeats and not args.distributed:
         raise UserError('--aug-repeats needs distributed training, see distributed_train.sh.')
     return device
 
 
 def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
-    """Build the model and settle args.resolutions, args.num_classes and args.in_chans by it."""
+    """Build the model and set args.resolutions, args.num_classes and args.in_chans accordingly."""
     name, kwargs = read_source(args.model, args.pretrained)
     if not name.startswith(PREFIX) or not is_model(name):
         raise UserError(_PLAIN.format(args.model) if kwargs else explain_unknown_model(name))
@@ -182,7 +182,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
 
 
 def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:
-    """Open the training and validation split; without --num-classes their number of classes counts."""
+    """Open the training and validation split; without --num-classes their number of classes is taken."""
     common = dict(
         class_map=args.class_map,
         download=args.dataset_download,
@@ -207,7 +207,7 @@ def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:
     if not args.dataset and roots[0] == roots[1]:
         raise UserError(
             f'{args.data_dir} gives the same images for training and validation, '
-            f'expected it to hold the folders {args.train_split} and {args.val_split}.')
+            f'expected the folders {args.train_split} and {args.val_split} in it.')
     numbers = [number_classes(d) for d in (eval_set, train_set)]
     differ = explain_classes(*numbers) if all(numbers) else None
     if differ:
@@ -221,7 +221,7 @@ def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:
             continue
         if args.num_classes is None:
             args.num_classes = num_classes
-            _logger.info(f'{args.data_dir or args.dataset} has {num_classes} classes, so has the model.')
+            _logger.info(f'{args.data_dir or args.dataset} has {num_classes} classes, so the model has as many.')
         elif args.num_classes != num_classes:
             raise UserError(
                 f'Split {split!r} of {args.data_dir or args.dataset} has {num_classes} classes, '
@@ -229,7 +229,7 @@ def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:
     if not isinstance(train_set, IterableDataset) and -(-len(train_set) // args.world_size) < args.batch_size:
         share = f' of {args.world_size} processes' if args.distributed else ''
         raise UserError(
-            f'--batch-size {args.batch_size}{share} is more than the {len(train_set)} training images, expected less.')
+            f'--batch-size {args.batch_size}{share}: expected at most the {len(train_set)} training images.')
     return train_set, eval_set
 
 
@@ -240,7 +240,7 @@ def build_loaders(
         train_set: Dataset,
         eval_set: Dataset,
 ) -> Loaders:
-    """Give batches as timm's train.py does, and evaluation batches at all resolutions in one pass."""
+    """Build loaders for training as timm's train.py does, and one for evaluation at all resolutions in one pass."""
     data_config = resolve_input_data_config(model, args=_data_args(args), verbose=args.rank == 0)
     mixup = collate = None
     prefetcher = not args.no_prefetcher and not args.decoded_cache
@@ -257,7 +257,7 @@ def build_loaders(
     dtype = getattr(torch, args.model_dtype) if args.model_dtype else torch.float32
     erase = None
     on_device = args.decoded_cache or prefetcher
-    if args.reprob > 0 and on_device and not args.no_aug:  # here and not in the prefetcher, which runs a batch ahead
+    if args.reprob > 0 and on_device and not args.no_aug:  # not in the prefetcher, which runs a batch ahead
         erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device)
     errors = ReadErrors(args.max_unreadable, 'another one stands in for it in training, it is left out of validation')
     train_set = skip_unreadable(train_set, errors, stand_in=True)
@@ -308,9 +308,8 @@ def build_loaders(
     )
     if args.aug_repeats and args.batch_size > len(train_loader.sampler):
         raise UserError(
-            f'--batch-size {args.batch_size} of {args.world_size} processes is more than the '
-            f'{len(train_loader.sampler)} images that each takes per epoch with --aug-repeats {args.aug_repeats:g}, '
-            'expected no more.')
+            f'--batch-size {args.batch_size} of {args.world_size} processes: expected at most the '
+            f'{len(train_loader.sampler)} images that each takes per epoch with --aug-repeats {args.aug_repeats:g}.')
     order = None
     if not isinstance(train_set, IterableDataset):
         batch_sampler = train_loader.batch_sampler
@@ -343,7 +342,7 @@ def _decoded_loaders(
     largest = args.resolutions[0]
     side = args.decoded_cache_side or 2 * largest
     if side < largest:
-        raise UserError(f'--decoded-cache-side {side}: expected the largest of --resolutions, {largest}, or more.')
+        raise UserError(f'--decoded-cache-side is {side}, expected at least the largest of --resolutions, {largest}.')
     mode = dict(mode=train_set.dataset.input_img_mode)
 
     def decode(title, samples, shapes, settings, batches):
@@ -369,7 +368,7 @@ def _decoded_loaders(
 
 
 def _init_worker(init: Callable[[int], None], worker_id: int) -> None:
-    """Survive the SIGTERM that a launcher or scheduler sends to all processes: training goes on to a safe point."""
+    """Survive the SIGTERM that a launcher or scheduler sends to all processes: training continues to a safe point."""
     init(worker_id)
     if hasattr(signal, 'sigwaitinfo'):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -377,7 +376,7 @@ def _init_worker(init: Callable[[int], None], worker_id: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Heed the SIGTERM of the process that trains alone."""
+    """Obey only a SIGTERM of the process that trains."""
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
         pass
     os._exit(0)
@@ -405,7 +404,7 @@ def build_task(args: argparse.Namespace, model: nn.Module, device: torch.device)
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    """Build timm's optimizer; without --lr the rate follows from --lr-base and the images per update."""
+    """Build timm's optimizer; without --lr the rate is computed from --lr-base and the images per update."""
     if args.lr is None:
         images = args.batch_size * args.world_size * args.grad_accum_steps
         scale = args.lr_base_scale
@@ -420,7 +419,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.O
 
 @contextmanager
 def name_flags(args: argparse.Namespace, *flags: str) -> Iterator[None]:
-    """Name the flags that a function of timm or torch is given, where it refuses them by an error of any class.
+    """Name the flags that a function of timm or torch refuses, by an error of any class.
 
     Example:
         >>> name_flags(argparse.Namespace(device='gpu'), 'device')(torch.device)('gpu')
@@ -438,7 +437,7 @@ def name_flags(args: argparse.Namespace, *flags: str) -> Iterator[None]:
 
 
 def _train_interpolation(args: argparse.Namespace, model: nn.Module) -> str:
-    """Return how training images are resized; that of evaluation where it is drawn anew for each image."""
+    """Return how training images are resized; as in evaluation if it is drawn at random for each image."""
     names = [] if args.no_aug else [args.train_interpolation]
     names.append(resolve_input_data_config(model, args=_data_args(args))['interpolation'])
     return next((name for name in names if name in ResolutionPyramid.INTERPOLATIONS), 'bicubic')

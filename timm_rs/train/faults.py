@@ -5,4 +5,4 @@ __all__ = ['TrainingFault']
 
 
 class TrainingFault(UserError, RuntimeError):
-    """Training cannot go on; the message says why and what may help."""
+    """Training cannot continue; the message says why and what may help."""

@@ -1,4 +1,4 @@
-"""Where a run is written, who may write there, and how it goes on"""
+"""Where a run is written, who may write there, and how it is resumed"""
 import argparse
 import glob
 import logging
@@ -49,8 +49,8 @@ class Output:
 
     Attributes:
         folder: Its name.
-        resume: Checkpoint to go on from, '' if there is none.
-        whole: Checkpoints in it that are whole, the one that has come furthest first.
+        resume: Checkpoint to continue from, '' if there is none.
+        whole: Checkpoints in it that are whole, the furthest one first.
     """
     folder: str
     resume: str = ''
@@ -58,10 +58,10 @@ class Output:
 
 
 def claim_output(args: argparse.Namespace, held: ExitStack) -> Output:
-    """Find the output folder of a run, the same one on all processes, and lock it for as long as the stack is open.
+    """Find the output folder of a run, the same one on all processes, and lock it while the stack is open.
 
     Raises:
-        UserError: It is in use, holds what would be overwritten, or has no whole checkpoint to go on from.
+        UserError: It is in use, holds what would be overwritten, or has no whole checkpoint to continue from.
     """
     found: List[Any] = [None]
     if utils.is_primary(args):
@@ -73,7 +73,7 @@ def claim_output(args: argparse.Namespace, held: ExitStack) -> Output:
         except (OSError, UserError) as e:
             found = [e]
     if args.distributed:
-        dist.broadcast_object_list(found)  # its clock gives the name, its disk the checkpoint
+        dist.broadcast_object_list(found)  # the clock of the first process gives the name, its disk the checkpoint
     if isinstance(found[0], Exception):
         raise found[0]
     return found[0]
@@ -99,7 +99,7 @@ def _find_output(args: argparse.Namespace) -> Output:
 
 
 def _find_checkpoint(args: argparse.Namespace, output: Output) -> None:
-    """Note the checkpoints in the folder, and the one to go on from."""
+    """Note the checkpoints in the folder, and the one to continue from."""
     if output.resume:
         _read_progress(output.resume)
     output.whole, damaged = find_whole(output.folder)
@@ -107,19 +107,19 @@ def _find_checkpoint(args: argparse.Namespace, output: Output) -> None:
         return
     if damaged and not output.whole:
         raise UserError(
-            f"{output.folder}: none of its checkpoints is whole ({', '.join(map(os.path.basename, damaged))}). Nothing "
-            'is trained over them, give another --experiment.')
+            f"{output.folder}: none of its checkpoints is whole ({', '.join(map(os.path.basename, damaged))}). They "
+            'are not overwritten, give another --experiment.')
     rows = read_summary(os.path.join(output.folder, 'summary.csv'))
     if not output.whole and len(rows) > 1:  # the first may be there before a checkpoint is
         raise UserError(
-            f'{output.folder}: summary.csv has {len(rows)} epochs, but there is no checkpoint to go on from. Nothing '
-            'is trained over them, give another --experiment.')
+            f'{output.folder}: summary.csv has {len(rows)} epochs, but there is no checkpoint to continue from. It '
+            'is not overwritten, give another --experiment.')
     output.resume = output.whole[0] if output.whole else ''
 
 
 @contextmanager
 def hold_folder(folder: str) -> Iterator[None]:
-    """Lock a folder, made if need be; what was made is deleted at the end if nothing has come into it.
+    """Lock a folder, which is made if it is missing and then deleted at the end if it is still empty.
 
     Loader workers do not inherit the lock, so they cannot keep it when their parent is killed.
 
@@ -138,7 +138,7 @@ def hold_folder(folder: str) -> Iterator[None]:
             raise UserError(
                 f'{folder} is in use by {holder}: wait until it ends, or give another --experiment.') from None
         except OSError as e:
-            _logger.warning(f'{folder} cannot be locked, a second run would not be noticed: {e}')
+            _logger.warning(f'{folder} cannot be locked, so a second run in it would not be noticed: {e}')
         file.truncate(0)
         file.write(f'process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n')
         file.flush()
@@ -153,7 +153,7 @@ def hold_folder(folder: str) -> Iterator[None]:
 
 
 def find_whole(folder: str) -> Tuple[List[str], List[str]]:
-    """Return the whole checkpoints of a folder, the one that has come furthest first, and the damaged ones."""
+    """Return the whole checkpoints of a folder, the furthest one first, and the damaged ones."""
     whole, damaged = [], []
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), '*.pth.tar'))):
         kind = next((i for i, k in enumerate(_KINDS) if re.fullmatch(k, os.path.basename(path)[:-8])), None)
@@ -164,17 +164,17 @@ def find_whole(folder: str) -> Tuple[List[str], List[str]]:
             whole.append((-progress.epoch, -progress.batch, kind, path))
         except UserError as e:
             damaged.append(path)
-            _logger.warning(f'Passing over a checkpoint: {e}')
+            _logger.warning(f'Skipping a checkpoint: {e}')
     return [path for *_, path in sorted(whole)], damaged
 
 
 def _read_progress(path: str) -> Progress:
-    """Return how far a checkpoint has come, if it is whole."""
+    """Return the progress in a checkpoint, which must be whole."""
     try:
         check_archive(path)
         checkpoint = utils.load_checkpoint_metadata(path)
-    except Exception as e:  # what a damaged file makes the readers raise is not documented
-        raise UserError(f'{path} is damaged, or not a checkpoint: {one_line(e, 200)}') from e
+    except Exception as e:  # what the readers raise for damaged files is not documented
+        raise UserError(f'{path} is damaged or not a checkpoint: {one_line(e, 200)}') from e
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('task_state'), dict):
         raise UserError(f'{path} is not a checkpoint of train_rs.py, load it with --initial-checkpoint.')
     return Progress(**checkpoint['task_state'])
@@ -197,12 +197,12 @@ def resume_run(
         if getattr(saved, name, None) != getattr(args, name):
             raise UserError(
                 f"--resume {path} was trained with --{name.replace('_', '-')} {getattr(saved, name, None)}, "
-                f'now it is {getattr(args, name)}.')
+                f'but now it is {getattr(args, name)}.')
     private = getattr(saved, 'private', 'both')
     if args.private not in ('both', private):
         raise UserError(
-            f'--resume {path} was trained with --private {private}, now it is {args.private}: load it with '
-            '--initial-checkpoint, and all resolutions begin with what they share of the largest.')
+            f'--resume {path} was trained with --private {private}, but now it is {args.private}: load it with '
+            '--initial-checkpoint; all resolutions then begin with what the largest has of the shared parts.')
     if args.no_resume_opt:
         resume_checkpoint(model, path, log_info=utils.is_primary(args))
     else:
@@ -216,10 +216,10 @@ def resume_run(
 
 
 def _resume_with_optimizer(path, saved, args, model, optimizer, loss_scaler):
-    """Restore weights and what the optimizer has gathered; its rates, decay and momentum are those of the flags."""
+    """Restore weights and the state of the optimizer; its rates, decay and momentum are those of the flags."""
     names = ('lr_scale', 'weight_decay', 'momentum', 'betas', 'eps', *args.opt_kwargs)
-    if args.sched == 'plateau':  # its rate follows from what has happened
-        _logger.warning('--sched plateau goes on at the learning rate that it had come to, its patience begins again.')
+    if args.sched == 'plateau':  # its rate depends on the past
+        _logger.warning('--sched plateau continues at its last learning rate; its patience starts again.')
     else:
         names += ('lr',)
     given = [{k: group[k] for k in names if k in group} for group in optimizer.param_groups]
@@ -236,7 +236,7 @@ def _resume_with_optimizer(path, saved, args, model, optimizer, loss_scaler):
             ' '.join(f"--{n.replace('_', '-')} {getattr(a, n, None)}" for n in changed) for a in (saved, args))
         raise UserError(
             f'--resume {path} holds the state of an optimizer with {before}, which does not fit {now}: '
-            'give --no-resume-opt to start with a new one.') from None
+            'give --no-resume-opt to start a new one.') from None
     for group, hyperparameters, rate in zip(optimizer.param_groups, given, rates):
         group.update(hyperparameters)
         if 'initial_lr' in group:  # from which the schedule starts
@@ -244,14 +244,14 @@ def _resume_with_optimizer(path, saved, args, model, optimizer, loss_scaler):
 
 
 def _share_progress(progress: Progress, saved: argparse.Namespace, args: argparse.Namespace) -> Progress:
-    """Return how far an epoch is with another number of images per step: about as many of them are done."""
+    """Return the progress of an epoch with another number of images per step: about as many images are done."""
     batch = progress.batch * saved.world_size * saved.batch_size // (args.world_size * args.batch_size)
     if not batch:
         return Progress(progress.epoch)
     _logger.warning(
         f'--resume with {args.world_size} x {args.batch_size} images per step instead of {saved.world_size} x '
-        f'{saved.batch_size}: epoch {progress.epoch} goes on at batch {batch} instead of {progress.batch}, some of its '
-        'images come twice or not at all.')
+        f'{saved.batch_size}: epoch {progress.epoch} continues at batch {batch} instead of {progress.batch}; some of '
+        'its images come twice or not at all.')
     num_images = batch * args.batch_size
     sums = torch.tensor(progress.sums, dtype=torch.float64).view(saved.world_size, -1).mean(0)
     sums *= num_images / progress.num_images

@@ -1,4 +1,4 @@
-"""Checkpoints that a kill at any moment leaves whole"""
+"""Checkpoints that stay whole if the process is killed at any moment"""
 import glob
 import os
 import re
@@ -21,10 +21,10 @@ class Progress:
     """How far a run has come.
 
     Attributes:
-        epoch: Epoch under way, or the one to begin with.
-        batch: Batches of it that are done.
-        sums: Sums of the loss terms over its images so far.
-        num_images: Images of it so far.
+        epoch: The current epoch, or the one to begin with.
+        batch: Batches of the epoch that are done.
+        sums: Sums of the loss terms over the images of the epoch so far.
+        num_images: Images of the epoch so far.
     """
     epoch: int = 0
     batch: int = 0
@@ -33,14 +33,14 @@ class Progress:
 
 
 class AtomicCheckpointSaver(CheckpointSaver):
-    """timm's saver, each of whose files is at any time the old one or the new one, whole and on the disk."""
+    """timm's saver; at any time each of its files is the old one or the new one, whole and on the disk."""
 
     def _save(self, save_path: str, epoch: int, metric: Optional[float] = None) -> None:
         try:
             with atomic_path(save_path, overwrite=True) as partial:
                 super()._save(partial, epoch, metric)
         except (OSError, RuntimeError) as e:
-            raise TrainingFault(f'Cannot write {save_path}: {one_line(e)}. The last checkpoint before is whole.') from e
+            raise TrainingFault(f'Cannot write {save_path}: {one_line(e)}. The checkpoint before it is whole.') from e
 
     def _replace(self, src: str, dst: str) -> None:
         os.replace(src, dst)
@@ -53,11 +53,11 @@ class AtomicCheckpointSaver(CheckpointSaver):
                 shutil.copy2(src, partial)
 
     def resume(self, checkpoint: Dict[str, Any], whole: Container[str]) -> None:
-        """Go on with the history of a checkpoint in this folder, finishing a save that was cut off behind it.
+        """Continue the history of a checkpoint in this folder, and finish a save that was cut off after it.
 
         Args:
-            checkpoint: Its metadata; the weights are restored already.
-            whole: Checkpoints in the folder that are not damaged, which is the only history that counts.
+            checkpoint: Its metadata; the weights are already restored.
+            whole: Checkpoints in the folder that are not damaged; others are dropped from the history.
         """
         state = checkpoint.get('saver') or {}
         epoch, metric = state.get('pending', (None, None))
