@@ -133,8 +133,9 @@ def test_floor():
 
 @pytest.mark.parametrize('options, message', [
     (dict(floor=100), 'Unknown floor 100, expected one of 224, 160, 96'),
-    (dict(patience=0), 'patience 0 is at least 1'),
-    (dict(headroom=-1), 'must not be negative'),
+    (dict(patience=0), 'patience is 0, expected a whole number from 1'),
+    (dict(headroom=-1), 'headroom -1, expected numbers that are not negative'),
+    (dict(margin=float('nan')), 'margin is nan'),
 ])
 def test_unusable_options(options, message):
     with pytest.raises(ValueError, match=message):

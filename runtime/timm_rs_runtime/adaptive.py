@@ -1,4 +1,5 @@
 """A session that keeps a latency budget by choosing the resolution of each request"""
+import math
 import os
 import statistics
 import threading
@@ -95,7 +96,7 @@ class Controller:
         resolution: The one that was chosen last.
 
     Raises:
-        ValueError: There is no such floor, or a value is not usable.
+        UserError: There is no such floor, or a value is not usable.
 
     Example:
         >>> controller = Controller({224: 0.016, 96: 0.004})
@@ -114,9 +115,9 @@ class Controller:
     ):
         if floor is not None and floor not in latency:
             raise UserError(f"Unknown floor {floor!r}, expected one of {', '.join(map(str, latency))}.")
-        if min(margin, headroom) < 0 or patience < 1:
-            raise UserError(
-                f'margin {margin} and headroom {headroom} must not be negative, patience {patience} is at least 1.')
+        if not all(0 <= value < math.inf for value in (margin, headroom)):
+            raise UserError(f'margin is {margin}, headroom {headroom}, expected numbers that are not negative.')
+        check_count('patience', patience, 1, MAX_QUEUE)
         self.resolutions = tuple(sorted((r for r in latency if r >= (floor or 0)), reverse=True))
         self.resolution = self.resolutions[0]
         self._latency = dict(latency)

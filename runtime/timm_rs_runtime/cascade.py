@@ -35,7 +35,7 @@ class Cascade:
         average: An answer is the mean of the logits of all sizes that an image went through, not those of the last.
 
     Raises:
-        ValueError: They are not in this order, or not probabilities.
+        UserError: They are not in this order, or not probabilities.
 
     Example:
         >>> Cascade({96: 0.8, 224: 0.}).resolutions

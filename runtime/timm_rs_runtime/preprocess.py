@@ -27,7 +27,7 @@ class Preprocessing:
             filled).
 
     Raises:
-        ValueError: A value is not usable.
+        UserError: A value is not usable.
 
     Example:
         >>> preprocessing = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop_pct=0.875)
