@@ -132,6 +132,14 @@ def test_too_many(dataset):
         errors.check()
 
 
+def test_a_shard_is_read_by_the_key_that_is_asked_for(tmp_path):
+    """Where it does not name jpg, timm finds no image."""
+    pytest.importorskip('webdataset')
+    dataset = create_dataset(**write_shard(tmp_path), input_key='png', input_img_mode='L')
+    (image, first), (_, second) = skip_unreadable(dataset, ReadErrors(), stand_in=False)
+    assert np.array_equal(image, GRADIENT) and (first, second) == (0, UNREADABLE)
+
+
 def test_timm_finds_all_formats_that_are_read(tmp_path):
     before = get_img_extensions()
     (tmp_path / 'cat').mkdir()

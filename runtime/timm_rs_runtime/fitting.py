@@ -5,7 +5,7 @@ import re
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -29,7 +29,8 @@ __all__ = [
 
 _STEPS = 256  # thresholds that are tried
 _TIMED = 24  # images
-FOLDS, SEED = 5, 0  # of cross-fitting
+_FOLDS, _SEED = 5, 0  # of cross-fitting
+_NOTE = f"The cascade's accuracy is that of images it was not fitted on: {_FOLDS}-fold cross-fitting."
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def cross_fit(
         target_accuracy: Optional[float] = None,
         target_madds: Optional[float] = None,
         start: Optional[int] = None,
-        folds: int = FOLDS,
+        folds: int = _FOLDS,
 ) -> Fit:
     """Fit a cascade on all images, and measure cascades on images that they were not fitted on.
 
@@ -102,7 +103,7 @@ def cross_fit(
     found = fit(logits, labels, madds, target_accuracy, target_madds, start)
     if len(labels) < folds:
         raise UserError(f'{len(labels)} labelled images are too few to judge a cascade, expected at least {folds}.')
-    fold_of = np.random.default_rng(SEED).permutation(len(labels)) % folds
+    fold_of = np.random.default_rng(_SEED).permutation(len(labels)) % folds
     judged = []
     for fold in range(folds):
         held_out = fold_of == fold
@@ -246,7 +247,6 @@ def collect_logits(
         images: Sequence[str],
         errors: Optional[ReadErrors] = None,
         batch_size: int = 16,
-        on_batch: Optional[Callable[[int], None]] = None,
 ) -> Tuple[Dict[int, np.ndarray], np.ndarray]:
     """Return the logits of images at each resolution.
 
@@ -255,7 +255,6 @@ def collect_logits(
         images: Names of files.
         errors: Where unreadable images are reported; by default the first one is raised.
         batch_size: Images of a batch.
-        on_batch: Called with the number of images that are done.
 
     Returns:
         Array [N, num_classes] at each resolution, and the indices of these N images.
@@ -274,8 +273,6 @@ def collect_logits(
         readable += [first + i for i in chosen]
         for r in rows if chosen else ():
             rows[r].append(session.predict([opened[i] for i in chosen], r))
-        if on_batch is not None:
-            on_batch(first + len(batch))
     if not readable:
         raise UnreadableError(f'None of the {len(images)} images can be read.')
     return {r: np.concatenate(found) for r, found in rows.items()}, np.array(readable)
@@ -371,7 +368,7 @@ def fit_cascade(
         max_unreadable: Images that may be left out because they cannot be read.
 
     Returns:
-        What the file records beside the cascade: 'folder', 'images' and 'unreadable' (their numbers), 'folds', and
+        What the file records beside the cascade: 'folder', 'images' and 'unreadable' (their numbers), 'note', and
         'rows' for each resolution and the cascade. A row has the accuracy (on images that the cascade was not fitted
         on, see cross_fit) with its standard error, mean multiply-adds, and mean latency of images one by one, measured
         on some of them.
@@ -389,8 +386,8 @@ def fit_cascade(
     found = cross_fit(logits, labels, session.madds, target_accuracy, target_madds, start)
     rows = compare(session, found, logits, labels, *measure_images(session, spread(images, _TIMED)))
     records = dict(
-        folder=folder, images=len(images), unreadable=len(errors.names), folds=FOLDS, seed=SEED,
-        target_accuracy=target_accuracy, target_madds=target_madds, rows=rows)
+        folder=folder, images=len(images), unreadable=len(errors.names), target_accuracy=target_accuracy,
+        target_madds=target_madds, note=_NOTE, rows=rows)
     write_cascade(output, found.cascade, overwrite, **records)
     return records
 

@@ -124,7 +124,7 @@ def create_dataset(name: str, root: Optional[str], split: str, **kwargs: Any) ->
     if isinstance(dataset, timm_data.IterableImageDataset):
         dataset = StreamDataset(dataset.reader, kind, mode)
     elif isinstance(dataset, timm_data.ImageDataset):
-        dataset = ImageDataset(dataset.reader, mode)
+        dataset = ImageDataset(None, dataset.reader, input_img_mode=mode)
     elif hasattr(dataset, 'loader'):  # torchvision's folders of images
         dataset.loader = partial(open_image, mode=mode)
     dataset.input_img_mode, dataset.source = mode, source

@@ -2,10 +2,10 @@
 import io
 import tarfile
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, Optional, Tuple, Union
 
 from PIL import Image
-from timm.data import IterableImageDataset
+from timm import data as timm_data
 from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset
@@ -22,25 +22,12 @@ UNREADABLE = -100  # label of an image that cannot be read; the losses of torch 
 _PIXEL = b'P4 1 1 \0'  # an image, PPM
 
 
-class ImageDataset(Dataset):
-    """Images and labels of a folder, tar or table, as timm's class of this name.
-
-    Args:
-        reader: timm's.
-        input_img_mode: PIL mode of the images.
-        transform: Applied to the PIL image.
+class ImageDataset(timm_data.ImageDataset):
+    """Images and labels of a folder, tar or table.
 
     Raises:
         ImageError: An image cannot be read; timm would give the next one.
     """
-
-    def __init__(self, reader: Reader, input_img_mode: str = 'RGB', transform: Optional[Callable] = None):
-        self.reader = reader
-        self.input_img_mode = input_img_mode
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.reader)
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         try:
@@ -53,10 +40,6 @@ class ImageDataset(Dataset):
         if self.transform is not None:
             image = self.transform(image)
         return image, -1 if target is None else target
-
-    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """Return the name of an image, see timm."""
-        return self.reader.filename(index, basename, absolute)
 
 
 class ReadableDataset(Dataset):
@@ -104,7 +87,7 @@ class ReadableDataset(Dataset):
             return f'number {index}'
 
 
-class StreamDataset(IterableImageDataset):
+class StreamDataset(timm_data.IterableImageDataset):
     """Images and labels one after the other, as timm's class; unreadable images are treated as by ReadableDataset.
 
     Args:

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
         args.max_unreadable,
     )
     print_read(found['images'], found['unreadable'], found['folder'])
-    print(f"The cascade's accuracy is that of images it was not fitted on: {found['folds']}-fold cross-fitting.")
+    print(found['note'])
     print('network  accuracy +- standard error  mean MAdds  mean ms  images through each size')
     for row in found['rows']:
         shares = ', '.join(f'{r} px {share:.0%}' for r, share in row['shares'].items())
