@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import images, rs_model
 from PIL import Image
-from timm.data import create_dataset
+from timm.data import ImageNetInfo, create_dataset
 
 pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
@@ -311,7 +311,7 @@ def test_folders_in_the_order_of_classes(session, tmp_path):
 
 def test_folders_stand_for_the_classes_that_training_sees(tmp_path):
     class Twelve:
-        num_classes, class_names = 12, None
+        num_classes, class_names, metadata = 12, None, {}
 
     names = [*map(str, range(8, 18)), 'Birch', 'ash']
     for name in names:
@@ -331,7 +331,7 @@ def test_folders_stand_for_the_classes_that_training_sees(tmp_path):
 
 def test_one_folder_is_none_of_the_known_classes(tmp_path):
     class Named:
-        num_classes, class_names = 3, ['church', 'dog', 'tench']
+        num_classes, class_names, metadata = 3, ['church', 'dog', 'tench'], {}
 
     for name in ('Church', 'dog', 'tench'):
         (tmp_path / name).mkdir()
@@ -343,6 +343,7 @@ def test_one_folder_is_none_of_the_known_classes(tmp_path):
 def test_wordnet_folders(session, tmp_path):
     class ImageNet:
         num_classes, class_names = 1000, None
+        metadata = dict(class_ids=ImageNetInfo('imagenet-1k').label_names())
 
     (tmp_path / 'n01440764').mkdir()
     (tmp_path / 'n02102040').mkdir()

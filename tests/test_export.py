@@ -229,7 +229,9 @@ def test_imagenet_names_come_along(tmp_path):
     names = {p.key: p.value for p in onnx.load(tmp_path / 'all.onnx').metadata_props}['class_names']
     assert json.loads(names)[207] == 'golden retriever'
     wordnet_ids = ImageNetInfo('imagenet-1k').label_names()
-    assert describe(model, (64,), wordnet_ids)['class_names'] == json.loads(names)
+    found = describe(model, (64,), wordnet_ids)
+    assert found['class_names'] == json.loads(names) and found['class_ids'] == wordnet_ids
+    assert describe(model, (64,), [f'class {i}' for i in range(1000)])['class_ids'] is None
 
 
 def test_names_of_other_classes_do_not_come_along(tmp_path):

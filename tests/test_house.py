@@ -29,7 +29,7 @@ FLOORS = (
 )
 # What a room takes from outside, of those that are to stay light.
 LIGHT = {
-    'timm_rs_runtime': {'PIL', 'gradio', 'numpy', 'onnx', 'onnxruntime', 'timm'},
+    'timm_rs_runtime': {'PIL', 'gradio', 'numpy', 'onnxruntime'},
     'timm_rs_cli': {'huggingface_hub', 'timm', 'torch'},  # inside run()
 }
 
@@ -174,7 +174,6 @@ def private_names(path):
 FOREIGN = ('timm', 'torch', 'torchvision', 'huggingface_hub', 'safetensors', 'onnx', 'onnxruntime')
 
 
-@pytest.mark.skipif('timm_rs._compat' not in MODULES, reason='there is no room for them yet')
 def test_private_names_of_others_are_in_one_room():
     found = defaultdict(list)
     for name, path in MODULES.items():

@@ -323,20 +323,11 @@ def _natural_key(name: str) -> List[Union[int, str]]:
 
 
 def _class_index(names: Sequence[str], session: Session) -> Dict[str, int]:
-    known = {name: i for i, name in enumerate(session.class_names or ())}
-    if set(names) & set(known):  # the caller names those that are not
-        return known
-    if len(names) == session.num_classes:
-        return {name: i for i, name in enumerate(names)}
-    if names and all(len(name) == 9 and name[0] == 'n' and name[1:].isdigit() for name in names):
-        try:
-            from timm.data import ImageNetInfo, infer_imagenet_subset
-        except ImportError:  # the runtime does not need timm otherwise
-            return {}
-        subset = infer_imagenet_subset(dict(num_classes=session.num_classes))
-        if subset is not None:
-            return {synset: i for i, synset in enumerate(ImageNetInfo(subset).label_names())}
-    return {}
+    for listed in (session.class_names, session.metadata.get('class_ids')):
+        known = {name: i for i, name in enumerate(listed or ())}
+        if set(names) & set(known):  # the caller names those that are not
+            return known
+    return {name: i for i, name in enumerate(names)} if len(names) == session.num_classes else {}
 
 
 def fit_cascade(

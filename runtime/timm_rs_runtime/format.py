@@ -26,6 +26,7 @@ _METADATA = fields.record(dict(
     resolutions=fields.resolutions(),
     num_classes=fields.integer(0, fields.MAX_CLASSES),
     class_names=fields.optional(fields.array(fields.text(), 0, fields.MAX_CLASSES)),
+    class_ids=fields.optional(fields.array(fields.text(), 0, fields.MAX_CLASSES)),  # WordNet ids of ImageNet's classes
     madds=fields.table(fields.size_text, fields.integer(0, 10 ** 18)),
     architecture=fields.text(),
     precision=fields.text(choices=('float32', 'int8')),
@@ -49,9 +50,9 @@ def parse_metadata(texts: Mapping[str, str], path: str) -> Dict[str, Any]:
     found = fields.check_fields(values, _METADATA, path)
     if len(found['mean']) != len(found['std']):
         raise UserError(f"{path}: mean has {len(found['mean'])} channels, but std has {len(found['std'])}.")
-    names = found.get('class_names')
-    if names is not None and len(names) != found['num_classes']:
-        raise UserError(f"{path}: there are {len(names)} class_names, but num_classes is {found['num_classes']}.")
+    for name in ('class_names', 'class_ids'):
+        if found.get(name) is not None and len(found[name]) != found['num_classes']:
+            raise UserError(f"{path}: there are {len(found[name])} {name}, but num_classes is {found['num_classes']}.")
     return dict(values, **found)
 
 

@@ -34,12 +34,17 @@ def describe(
     config = resolve_input_data_config(model)
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     num_classes = model.num_classes
+    class_ids = imagenet_names = None
+    subset = infer_imagenet_subset(dict(num_classes=num_classes))
+    if subset is not None:
+        info = ImageNetInfo(subset)
+        class_ids, imagenet_names = info.label_names(), [info.index_to_description(i) for i in range(num_classes)]
     if class_names is None:
         class_names = cfg.get('label_names') or ()
         if len(class_names) != num_classes:  # of weights for other classes
-            class_names = _imagenet_names(num_classes)
-    elif list(class_names) == _wordnet_ids(num_classes):  # the folders of ImageNet
-        class_names = _imagenet_names(num_classes)
+            class_names = imagenet_names
+    elif list(class_names) == class_ids:  # the folders of ImageNet
+        class_names = imagenet_names
     if class_names is not None and len(class_names) != num_classes:
         raise UserError(f'There are {len(class_names)} class names, the model has {num_classes} classes.')
     channels = config['input_size'][0]
@@ -51,6 +56,7 @@ def describe(
         madds={str(r): count_madds(model, r, channels) for r in resolutions},
         num_classes=num_classes,
         class_names=None if class_names is None else list(class_names),
+        class_ids=class_ids if class_names is imagenet_names else None,
         mean=[float(v) for v in config['mean']],
         std=[float(v) for v in config['std']],
         interpolation=config['interpolation'],
@@ -68,16 +74,3 @@ def set_metadata(model: Any, metadata: Dict[str, Any]) -> None:
 
     helper.set_model_props(model, {k: json.dumps(v, ensure_ascii=False) for k, v in metadata.items()})
     model.producer_name, model.producer_version = 'timm_rs', __version__
-
-
-def _imagenet_names(num_classes: int) -> Optional[Sequence[str]]:
-    subset = infer_imagenet_subset(dict(num_classes=num_classes))
-    if subset is None:
-        return None
-    info = ImageNetInfo(subset)
-    return [info.index_to_description(i) for i in range(num_classes)]
-
-
-def _wordnet_ids(num_classes: int) -> Optional[Sequence[str]]:
-    subset = infer_imagenet_subset(dict(num_classes=num_classes))
-    return None if subset is None else list(ImageNetInfo(subset).label_names())
