@@ -422,7 +422,8 @@ def test_a_file_that_differs_is_not_written(tiny, tmp_path, monkeypatch):
         return network
 
     monkeypatch.setattr(export, 'reduce_batch_norms', reduce_wrongly)
-    message = 'by 0.0002 at 64 px, rounding explains .*e-0.; no file was written. --tolerance accepts more'
+    message = ('by 0.0002 at 64 px, expected at most .*e-0., which rounding explains; no file was written. '
+               '--tolerance accepts more')
     with pytest.raises(ExportError, match=message):
         export_switchable(tiny, str(tmp_path / 'all.onnx'))
     assert os.listdir(tmp_path) == []
@@ -523,7 +524,7 @@ def test_levels_of_activations_may_flip():
     (dict(resolution=47), 'Unknown resolution 47'),
     (dict(format='caffe'), "Unknown format 'caffe'"),
     (dict(batch_size=0), 'batch_size is 0'),
-    (dict(format='torch-export'), r'one: .* name ends in \.pt2'),
+    (dict(format='torch-export'), r'one: expected a name that ends in \.pt2'),
     (dict(path='nowhere/one.onnx'), 'nowhere does not exist'),
     (dict(class_names=['a', 'b']), '2 class names'),
 ])

@@ -44,7 +44,7 @@ NO_GRAPH_TASK = -1
 
 
 def current_graph_task() -> int:
-    """Return the number of the backward pass that this thread is running, which no hook is told."""
+    """Return the number of the backward pass that this thread is running, which hooks do not get."""
     return torch._C._current_graph_task_id()
 
 

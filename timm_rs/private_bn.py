@@ -118,7 +118,7 @@ class PrivateBN(nn.Module):
             active = self._modules.get(self._switch.key) if '_names' in self.__dict__ else None
             if active is None:  # half built or half unpickled
                 raise
-            if name not in self._names and not hasattr(type(active), name):  # it was given to that layer alone
+            if name not in self._names and not hasattr(type(active), name):  # it was given only to that layer
                 raise
             return getattr(active, name)
 

@@ -68,12 +68,12 @@ class Switch:
     def __init__(self, resolutions: Tuple[int, ...], active: Optional[int] = None):
         self.resolutions = resolutions
         self.default = str(active or resolutions[0])
-        self.last = self.default  # chosen by any thread, for a backward pass that has a thread of its own
+        self.last = self.default  # chosen by any thread, for a backward pass that has its own thread
         self.checkpointing = False  # layers are recomputed in the backward pass
         self.recompute = False  # whole resolutions are
         self.warned = set()  # untrained input sizes that were warned about
-        # Of this thread, each attribute only once it is set: key, between and recomputed. Not of a class of our own,
-        # whose attributes torch.compile (2.14) reads, but forgets to write.
+        # State of this thread, each attribute only once it is set: key, between and recomputed. Not an object of our
+        # own class: torch.compile (2.14) would read its attributes, but forget to write them.
         self.thread = threading.local()
 
     @property

@@ -134,20 +134,20 @@ class SwitchableMixin:
     def forward(self, x: Union[torch.Tensor, Sequence[torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
         """Run at the resolution of the input, which becomes the active one.
 
-        Threads can run the same network at different resolutions; each has an active resolution of its own. Train a
-        network with gradient checkpointing in one thread at a time.
+        Threads can run the same network at different resolutions; each has its own active resolution. Train a network
+        with gradient checkpointing in one thread at a time.
 
         Args:
-            x: Images [N, C, H, W], or a list of a batch each at some or all resolutions, in any order. For a size
-                without BN of its own, with one warning, BN is interpolated by area between the two neighboring sizes
-                in eval mode; beyond them, in training and with gradient checkpointing the nearest size serves.
+            x: Images [N, C, H, W], or a list of batches, each of one of the resolutions, in any order. A size without
+                its own BN gets one warning and, in eval mode, BN interpolated by area between the two neighbouring
+                sizes; beyond these, in training and with gradient checkpointing it gets the BN of the nearest size.
 
         Returns:
             What the plain network returns, e.g. logits [N, num_classes]; for a list the list of these in the order
-            given, and the active resolution stays.
+            given, and the active resolution stays as it was.
 
         Raises:
-            ValueError: The list holds another size, one size twice, or nothing; the images are too small for the
+            ValueError: The list is empty or holds another size or one size twice; the images are too small for the
                 network.
         """
         run = self._forward_pyramid if isinstance(x, (list, tuple)) else self._forward_one
@@ -269,14 +269,14 @@ class SwitchableMixin:
 
 
 def view(network: nn.Module, switch: Switch, resolution: Optional[int] = None) -> nn.Module:
-    """Return modules of their own that hold the very tensors of a switchable network.
+    """Return new modules that hold the tensors of a switchable network themselves, not copies.
 
     Hooks run in it too; an owner of hooks that is not a part of the network is shared, not copied.
 
     Args:
         network: A switchable network.
-        switch: Takes the place of the network's own.
-        resolution: Put the BN of this resolution in the place of each PrivateBN.
+        switch: Replaces the network's own.
+        resolution: Replace each PrivateBN by its BN of this resolution.
     """
     def stand_in(module: nn.Module) -> nn.Module:
         return module[resolution] if isinstance(module, PrivateBN) and resolution is not None else module

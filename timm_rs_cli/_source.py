@@ -26,7 +26,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 
 def add_packed(parser: argparse.ArgumentParser) -> None:
-    """Add the flag of those who write weights."""
+    """Add the flag of commands that write weights."""
     parser.add_argument('--packed', action='store_true', help='write weights of K bits, of a quantized network')
 
 

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--lr', type=float, default=1e-3, metavar='LR', help='learning rate (default: %(default)s)')
     add('--batch-size', type=int, default=64, metavar='N', help='images per batch (default: %(default)s)')
     add('--workers', type=int, default=4, metavar='N', help='loader processes (default: %(default)s)')
-    add('--device', default='cuda', help='device to run on; the CPU serves where there is no GPU')
+    add('--device', default='cuda', help='device to run on; without a GPU the CPU is used (default: cuda)')
     add('--output', required=True, metavar='DIR', help='folder to make')
 
 

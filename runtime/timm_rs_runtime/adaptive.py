@@ -205,7 +205,7 @@ class AdaptiveSession(Closable):
         mode: See Session.
         read_timeout: Seconds after which a request whose files are not read yet fails.
         clock: Returns the time in seconds.
-        **options: Of the Controller: margin, headroom, patience.
+        **options: Arguments of the Controller: margin, headroom, patience.
 
     Attributes:
         session: The Session.

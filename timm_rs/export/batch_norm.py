@@ -36,11 +36,11 @@ def reduce_batch_norms(network: nn.Module) -> nn.Module:
 
 
 def fuse_batch_norms(network: nn.Module, images: torch.Tensor) -> nn.Module:
-    """Return a copy for inference in which each BatchNorm that follows a convolution is part of it.
+    """Return a copy for inference in which each BatchNorm that follows a convolution is fused into it.
 
     Args:
         network: Plain network.
-        images: Batch to find out on what follows what.
+        images: A batch, to find out which layers follow each other.
     """
     network = reduce_batch_norms(network)
     made: Dict[int, Any] = {}  # outputs are kept, or another could get the same id

@@ -1,4 +1,4 @@
-"""What a file records of itself, for timm_rs_runtime.format to read"""
+"""What a file records about itself, for timm_rs_runtime.format to read"""
 import json
 from typing import Any, Dict, Optional, Sequence
 
@@ -46,7 +46,7 @@ def describe(
     elif list(class_names) == class_ids:  # the folders of ImageNet
         class_names = imagenet_names
     if class_names is not None and len(class_names) != num_classes:
-        raise UserError(f'There are {len(class_names)} class names, the model has {num_classes} classes.')
+        raise UserError(f'There are {len(class_names)} class names, expected one for each of {num_classes} classes.')
     channels = config['input_size'][0]
     found = dict(
         timm_rs=__version__,

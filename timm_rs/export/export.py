@@ -46,8 +46,8 @@ def export_switchable(
         model: Switchable network.
         path: File to write, complete or not at all.
         class_names: Names of the classes, in their order; if None those that the model records.
-        tolerance: Largest difference of logits between the file and the network in float64 to accept, beside what
-            float32 rounding explains.
+        tolerance: Largest difference of logits between the file and the network in float64 that is accepted, besides
+            what float32 rounding explains.
         overwrite: Replace a file of this name.
 
     Returns:
@@ -55,7 +55,7 @@ def export_switchable(
 
     Raises:
         ExportError: The network cannot be traced or merged, or differs from its file.
-        UserError: The network is not switchable, a weight is not finite, or there is another number of names.
+        UserError: The network is not switchable, a weight is not finite, or the number of names is wrong.
     """
     check_new_file(path, overwrite)
     plain, metadata = _take_all(model, class_names)
@@ -81,15 +81,16 @@ def export_int8(
     Args:
         model: Switchable network.
         path: File to write, complete or not at all.
-        images: Images like those to come, as files or PIL images, for the ranges of activations; some 100.
+        images: Images like those in use, as files or PIL images, for the ranges of activations; about 100.
         class_names: Names of the classes, in their order; if None those that the model records.
         batch_size: Images of a batch.
         overwrite: Replace a file of this name.
-        errors: Where unreadable images are reported, which are left out; by default the first is an error.
+        errors: Where unreadable images are reported, which are left out; by default the first one is raised.
 
     Returns:
-        For each resolution how the file does on these images beside the network: 'agreement', the share with the same
-        top-1, and 'error', the root mean square of the differences of logits over that of the logits (less their mean).
+        For each resolution how the file compares with the network on these images: 'agreement', the share with the
+        same top-1, and 'error', the root mean square of the differences of logits over that of the logits (less their
+        mean).
 
     Raises:
         ExportError: The network has no graph for all sizes or no int8 form, or its int8 form is far from it.
@@ -135,8 +136,8 @@ def export_resolution(
         format: 'onnx', 'torch-export' (for torch.export.load, AOTInductor) or 'torchscript' (for torch.jit.load).
         batch_size: Images of a batch, None for any number.
         class_names: Names of the classes, in their order; if None those that the model records.
-        tolerance: Largest difference of logits between the file and the network in float64 to accept, beside what
-            float32 rounding explains.
+        tolerance: Largest difference of logits between the file and the network in float64 that is accepted, besides
+            what float32 rounding explains.
         overwrite: Replace a file of this name.
 
     Returns:
@@ -151,7 +152,7 @@ def export_resolution(
     if format not in FORMATS:
         raise UserError(f"Unknown format {format!r}, expected one of {', '.join(FORMATS)}.")
     if format == 'torch-export' and not path.endswith('.pt2'):
-        raise UserError(f'{path}: torch.export.load wants a file whose name ends in .pt2.')
+        raise UserError(f'{path}: expected a name that ends in .pt2, which torch.export.load needs.')
     check_new_file(path, overwrite)
     network = _take(model, resolution)
     metadata = describe(model, (resolution,), class_names)
@@ -163,7 +164,7 @@ def export_resolution(
             torch.export.save(trace_program(network, resolution, batch_size), partial, extra_files=extra_files)
             run = torch.export.load(partial).module()
         else:
-            with open(partial, 'wb') as file:  # of names, torch takes only some
+            with open(partial, 'wb') as file:  # torch does not accept every name
                 torch.jit.save(trace_torchscript(network, resolution, batch_size), file, _extra_files=extra_files)
             run = torch.jit.load(partial)
         batch_sizes = (batch_size,) if batch_size else (1, 3)
@@ -171,14 +172,14 @@ def export_resolution(
 
 
 def _take(model: nn.Module, resolution: int) -> nn.Module:
-    """Return the plain network of one resolution in eval mode, of layers that every runtime knows."""
+    """Return the plain network of one resolution in eval mode, with layers that every runtime has."""
     network = model.at(resolution).eval()
     check_finite(network.state_dict(), f'{type(network).__name__} at {resolution} px')
     return fold(network) if is_quantized(network) else network
 
 
 def _take_all(model: nn.Module, class_names: Optional[Sequence[str]]) -> Tuple[Dict[int, nn.Module], Dict[str, Any]]:
-    """Return the plain network of each resolution, and the metadata of a file of them."""
+    """Return the plain network of each resolution, and the metadata of their file."""
     if not isinstance(model, SwitchableMixin):
         raise UserError(f'{type(model).__name__} is not switchable, expected a network of make_switchable.')
     metadata = describe(model, model.resolutions, class_names)

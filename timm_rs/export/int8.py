@@ -1,9 +1,9 @@
 """int8: one copy of the weight codes for all sizes
 
-With a scale per output channel, a BatchNorm behind a convolution changes that scale and the bias, and not the codes of
-the weights. So the sizes share the codes, and each has rows of scales and biases of its own. Zero points are shared.
-Activations are uint8, their ranges are measured at every size on real images. What ONNX Runtime has no integer
-operator for, such as SiLU or attention, stays in float32 between conversions.
+With a scale per output channel, a BatchNorm after a convolution changes that scale and the bias, but not the codes of
+the weights. So the sizes share the codes, and each has its own rows of scales and biases. Zero points are shared.
+Activations are uint8; their ranges are measured at every size on real images. Operators without an integer form in ONNX
+Runtime, such as SiLU or attention, stay in float32 between conversions.
 """
 import copy
 from collections import defaultdict
@@ -21,7 +21,7 @@ from .merge import SizedGraph, build
 __all__ = ['Int8Error', 'measure_ranges', 'to_int8']
 
 MICROSOFT = 'com.microsoft'
-_SAME_RANGE = ('MaxPool', 'Flatten', 'Reshape', 'Transpose', 'Squeeze', 'Unsqueeze')  # hand codes on as they are
+_SAME_RANGE = ('MaxPool', 'Flatten', 'Reshape', 'Transpose', 'Squeeze', 'Unsqueeze')  # pass codes on unchanged
 _BIAS_LIMIT = 2. ** 30  # codes of a bias, which sums of products are added to in int32
 
 Ranges = Dict[str, List[Tuple[float, float]]]
@@ -35,7 +35,7 @@ def measure_ranges(graph: SizedGraph, batches: Dict[int, Sequence[np.ndarray]]) 
     """Return the range of each activation at each size: the mean over batches of their least and greatest values.
 
     Args:
-        graph: Of float32.
+        graph: Graph in float32.
         batches: Preprocessed images of every size.
     """
     names = _needed(graph)
@@ -67,19 +67,19 @@ def to_int8(graph: SizedGraph, ranges: Ranges) -> SizedGraph:
     """Return the int8 form of a graph.
 
     Args:
-        graph: Of float32, its BatchNorms reduced to scale and bias.
+        graph: Graph in float32, its BatchNorms reduced to scale and bias.
         ranges: Least and greatest value of each activation at each size.
 
     Raises:
         Int8Error: It has no convolution.
     """
     if not any(node.op_type == 'Conv' for node in graph.nodes):
-        raise Int8Error('there is no convolution in it.')
+        raise Int8Error('it has no convolution.')
     return _Quantizer(graph, ranges).run()
 
 
 class _Quantizer:
-    """Walks a graph; each activation is there as float32, as codes, or as both once somebody asked for both."""
+    """Walks a graph; each activation exists as float32, as codes, or as both if both are needed."""
 
     def __init__(self, graph: SizedGraph, ranges: Ranges):
         self.graph, self.ranges = copy.deepcopy(graph), ranges
@@ -156,7 +156,7 @@ class _Quantizer:
         return True
 
     def _pad(self, node: onnx.NodeProto) -> bool:
-        """Zeros around an image: left to the convolution behind it."""
+        """Zeros around an image: left to the convolution after it."""
         follower = self._only_reader(node)
         pads = self.constants.get(node.input[1])
         fill = [v for name in node.input[2:3] if name for v in self.constants.get(name, [1.])]
@@ -254,7 +254,7 @@ class _Quantizer:
         return epsilon == [0.] and not np.any(mean) and np.all(np.equal(var, 1))
 
     def _with_activation(self, node: onnx.NodeProto) -> str:
-        """Return the output of a node, of the ReLU or ReLU6 behind it if there is one: then a clip of codes does it."""
+        """Return the output of a node, or of a ReLU or ReLU6 after it, which clipped codes replace."""
         follower = self._only_reader(node)
         if follower is not None and (follower.op_type == 'Relu' or self._is_relu6(follower)):
             return self._take(follower).output[0]
@@ -271,7 +271,7 @@ class _Quantizer:
         return self.codes[name]
 
     def _float(self, name: str) -> None:
-        """Have an activation as float32."""
+        """Return the name of an activation as float32."""
         if name not in self.floats:
             codes = self.codes[name]
             self.nodes.append(helper.make_node(

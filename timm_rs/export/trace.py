@@ -19,7 +19,7 @@ OPSET = 17
 
 
 class ExportError(UserError, RuntimeError):
-    """A network cannot be exported, or its file does not do what the network does; the message says why."""
+    """A network cannot be exported, or its file does not compute what the network does; the message says why."""
 
 
 def trace_onnx(network: nn.Module, resolution: int, batch_size: Optional[int] = None, fuse: bool = False) -> Any:
@@ -29,7 +29,7 @@ def trace_onnx(network: nn.Module, resolution: int, batch_size: Optional[int] = 
         network: Network in eval mode.
         resolution: Input size in pixels.
         batch_size: Images of a batch, None for any number.
-        fuse: Make BatchNorms part of the convolutions before them.
+        fuse: Fuse BatchNorms into the convolutions before them.
 
     Raises:
         ExportError: The network cannot be traced.
@@ -65,10 +65,10 @@ def trace_torchscript(network: nn.Module, resolution: int, batch_size: Optional[
 
 
 def example_images(network: nn.Module, resolution: int, batch_size: int, seed: int = 0) -> torch.Tensor:
-    """Return images as a network gets them: noise with the spectrum of photographs, of mean 0 and deviation 1.
+    """Return images as a network gets them: noise with the spectrum of photographs, mean 0 and deviation 1.
 
-    The amplitude of a frequency falls as its inverse. White noise is unlike any image, and logits of it may be far
-    larger than those of images.
+    The amplitude of a frequency is inverse to it. White noise is unlike any image, and its logits may be far larger
+    than those of images.
 
     Example:
         >>> images = example_images(nn.Flatten(), 32, 4)
@@ -86,7 +86,7 @@ def example_images(network: nn.Module, resolution: int, batch_size: int, seed: i
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep back what tracers print of Python values that are constant here, such as sizes."""
+    """Silence what tracers print about Python values that are constant here, such as sizes."""
     disabled = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')

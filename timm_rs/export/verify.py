@@ -1,4 +1,4 @@
-"""Files against the networks they were made of"""
+"""Files compared with the networks they were made from"""
 import copy
 from typing import Callable, Dict, Sequence
 
@@ -29,8 +29,8 @@ def verify(
 ) -> Dict[int, float]:
     """Return the largest difference between logits of a file and of networks in float64, over a few batches.
 
-    What float32 rounding explains is accepted: 5 times the largest difference of the network itself in float32. Where
-    activations are quantized, rounding moves some of them by a whole level: there the network in float32 is the
+    What float32 rounding explains is accepted: 5 times the largest difference of the network itself in float32. If
+    activations are quantized, rounding moves some of them by a whole level: then the network in float32 is the
     reference, and the root mean square of the differences may be 15 % of that of the logits (less their mean).
 
     Args:
@@ -55,8 +55,8 @@ def verify(
         if error <= max(tolerance, explained) or (has_steps and _relative_error(difference, exact) <= _STEP_TOLERANCE):
             continue
         raise ExportError(
-            f'The exported {name} differs from the network by {error:.2g} at {resolution} px, rounding explains '
-            f'{explained:.2g}; no file was written. --tolerance accepts more.')
+            f'The exported {name} differs from the network by {error:.2g} at {resolution} px, expected at most '
+            f'{explained:.2g}, which rounding explains; no file was written. --tolerance accepts more.')
     return errors
 
 
@@ -66,7 +66,7 @@ def compare_int8(
         batches: Dict[int, Sequence[np.ndarray]],
         name: str,
 ) -> Dict[int, Dict[str, float]]:
-    """Return for each resolution how an int8 file does beside the network, see export_int8.
+    """Return for each resolution how an int8 file compares with the network, see export_int8.
 
     Args:
         run: Computes the file's logits.
@@ -75,7 +75,7 @@ def compare_int8(
         name: Of the network, for the message.
 
     Raises:
-        ExportError: The error is more than a half, or not a number.
+        ExportError: The error is more than one half, or not a number.
     """
     found = {}
     for resolution, network in plain.items():
@@ -98,7 +98,7 @@ def _logits(run: Run, batches: Sequence[torch.Tensor]) -> torch.Tensor:
 def _logits_in_float64(network: nn.Module, batches: Sequence[torch.Tensor]) -> torch.Tensor:
     try:
         return _logits(copy.deepcopy(network).double(), [images.double() for images in batches])
-    except RuntimeError:  # it makes float32 of something
+    except RuntimeError:  # a part of it works only in float32
         return _logits(network, batches)
 
 

@@ -11,7 +11,7 @@ def add_images(parser: argparse.ArgumentParser, what: str, split: str, most: Opt
     """Add the flags that say which images to read.
 
     Args:
-        parser: Of the command.
+        parser: Parser of the command.
         what: The images, for the help.
         split: Split that is read by default.
         most: Number of images that are read by default, all if None.
