@@ -2,6 +2,7 @@
 import io
 import os
 import threading
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -487,6 +488,20 @@ def test_what_waits_at_close_fails_and_what_is_served_is_answered():
         assert futures[0].result(10).in_time
     stats = session.stats()
     assert (stats['failed'], sum(stats['requests'].values()), stats['queue']) == (11, 1, 0)
+
+
+def test_a_signal_handler_may_close_what_it_interrupts():
+    session, _ = adaptive(100)
+
+    class Interrupted(deque):
+        def append(self, request):  # under the lock
+            session.close()
+            super().append(request)
+
+    session._line = Interrupted()
+    with pytest.raises(ClosedError):
+        session.predict(PHOTOGRAPH)
+    assert session.stats()['queue'] == 0
 
 
 def test_the_last_request_closes_the_file(tmp_path, monkeypatch):

@@ -347,7 +347,7 @@ class AdaptiveSession(Closable):
 
         threading.Thread(target=read, daemon=True).start()
         try:
-            return found.result(self.read_timeout)
+            return found.result(min(self.read_timeout, threading.TIMEOUT_MAX))
         except FutureTimeoutError:
             raise ImageError(f'{name_of(images[0])} was not read within {self.read_timeout:g} s.') from None
 
@@ -444,7 +444,7 @@ class AdaptiveSession(Closable):
             self.session.close()
 
     def _after_fork(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close it
         self._line: Deque[_Request] = deque()  # the request that is served, then those that wait
         self._requests = dict.fromkeys(self._controller.resolutions, 0)
         self._misses = self._rejected = self._failed = 0

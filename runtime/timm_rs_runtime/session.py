@@ -97,7 +97,7 @@ class Session(Closable):
         self.madds: Dict[int, int] = {int(r): n for r, n in self.metadata.get('madds', {}).items()}
         self.mean, self.std = (tuple(self.metadata[key]) for key in ('mean', 'std'))
         self.preprocessing = preprocessing_of(self.metadata) if len(self.mean) in IMAGE_MODES else None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close it
         self._sessions: Optional[Dict[int, Any]] = self._open()
         (images,) = self._sessions[self.resolutions[0]].get_inputs()
         self._input = images.name
@@ -218,7 +218,7 @@ class Session(Closable):
         return sessions
 
     def _after_fork(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close it
         for session in set((self._sessions or {}).values()):
             ort.abandon(session)
         self._sessions = None
