@@ -80,8 +80,8 @@ def open_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
             return converted
     except ImageError:
         raise
-    except Image.UnidentifiedImageError as e:
-        raise ImageError(f"{name} is not an image, expected one of {', '.join(_readable_formats())}.") from e
+    except Image.UnidentifiedImageError:  # its message names an object in memory
+        raise ImageError(f"{name} is not an image, expected one of {', '.join(_readable_formats())}.") from None
     except Exception as e:  # Pillow's readers have no common class of what damaged files make them raise
         raise ImageError(f'{name} cannot be read as an image: {str(e) or type(e).__name__}.') from e
 
