@@ -28,7 +28,7 @@ test: $(INSTALLED)  ## run the tests
 fuzz: $(INSTALLED)  ## run the commands on 3,000 mutated files, into results/fuzz.json
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzzing.py --cases 3000 --output results/fuzz.json
 
-zoo: $(INSTALLED)  ## list anew which of timm's architectures become rs_* models
+zoo: $(INSTALLED)  ## list again which of timm's architectures become rs_* models
 	$(BIN)/python tools/make_zoo.py
 
 sweep: $(INSTALLED)  ## try every rs_* model, into results/zoo.csv; goes on where it was stopped

@@ -3,7 +3,7 @@
 
 Requests for real images arrive at random (Poisson), whether or not earlier ones are answered (open loop): a calm rate
 that the largest size can carry, and bursts that it cannot. Both rates are fractions of what was measured at the start:
-a burst's is --burst times the rate at which the largest size alone is fully busy. The same arrivals and images go to
+a burst's is --burst times the rate at which only the largest size is fully busy. The same arrivals and images go to
 
 - adaptive: timm_rs_runtime.AdaptiveSession with --budget-ms;
 - fixed at the largest and at the smallest size: the same queue and the same budget, one size to choose from.

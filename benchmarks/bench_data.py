@@ -4,7 +4,7 @@
 Pictures of 500 x 375 px are written as JPEGs of 110 kB, an average file of ImageNet, and read without a network:
 
 - training: batches at 224 px as train_rs.py loads them, in one loader process, and their pyramid of five sizes, which
-  this process makes meanwhile, against timm's training loader at 224 px alone, both with timm's default augmentation.
+  this process makes meanwhile, against timm's training loader only at 224 px, both with timm's default augmentation.
   An epoch shows every picture --repeats times: at its end the loader process is idle while the last two batches get
   their pyramids, which weighs more the shorter the epoch is. Wanted: at least 0.95 of timm's images per second.
 - evaluation: every image decoded once for 224, 192, 160, 128 and 96 px and normalized, against a pass of timm's

@@ -2,11 +2,11 @@
 """What --memory lean saves and costs: activations held for the backward pass, and time
 
 One step of MultiResolutionTask on rs_resnet18 at 224, 192, 160, 128 and 96 px (forward, loss, backward): activations of
-all sizes held at once (default), or each size recomputed in turn (lean), beside a plain timm step at 224 px alone.
+all sizes held at once (default), or each size recomputed in turn (lean), beside a plain timm step only at 224 px.
 
 Memory is the peak of what a step holds above what is there before it, parameters and their gradients: on the CPU the
 bytes of all storages that operators return, from the call to the moment that the last user lets go, on a GPU (--device
-cuda) torch.cuda.max_memory_allocated. Wanted: lean at most 1.15 times the largest size alone. Time: lean at most 1.45
+cuda) torch.cuda.max_memory_allocated. Wanted: lean at most 1.15 times only the largest size. Time: lean at most 1.45
 times default; sides take turns, n: 2 builds, 3 rounds.
 
     python benchmarks/bench_memory.py
@@ -41,10 +41,10 @@ def main():
     n = f'{args.builds} x {args.rounds}'
     batch = f'rs_{args.model}, batch {args.batch_size}'
     rows = [
-        dict(case=f'{batch}: lean / largest size alone, MiB', value=round(peak['lean'], 1),
+        dict(case=f'{batch}: lean / only the largest size, MiB', value=round(peak['lean'], 1),
              against=round(peak['largest'], 1), ratio=round(peak['lean'] / peak['largest'], 4), wanted='<= 1.15',
              n='1'),
-        dict(case=f'{batch}: default / largest size alone, MiB', value=round(peak['default'], 1),
+        dict(case=f'{batch}: default / only the largest size, MiB', value=round(peak['default'], 1),
              against=round(peak['largest'], 1), ratio=round(peak['default'] / peak['largest'], 4), n='1'),
         dict(case=f'{batch}: lean / default, ms', value=median(runs, 'lean'), against=median(runs, 'default'),
              **ratio(runs, 'lean', 'default'), wanted='<= 1.45', n=n),

@@ -66,7 +66,7 @@ class Run:
 def train_all(runs: Sequence[Run], jobs: int) -> None:
     """Start the runs that are not done, `jobs` at a time; they share the threads, and a failed one ends all.
 
-    A run that was stopped goes on from its last checkpoint.
+    A run that was stopped continues from its last checkpoint.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     env = dict(os.environ)

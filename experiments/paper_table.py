@@ -17,7 +17,7 @@ choose nothing. Flags that this program does not know are those of train_rs.py.
     python experiments/paper_table.py DIR --sizes 48 40 32 24 --seeds 0 1 --jobs 2
     python experiments/paper_table.py DIR --model rs_resnet18 --sizes 128 112 96 80 64 --decoded-cache-side 224 --jobs 4
 
-Every run has a folder in --work with its log; one that was stopped goes on, one that is done is not repeated. Written
+Every run has a folder in --work with its log; a stopped run continues, a finished one is not repeated. Written
 at the end, and with what is there so far by --table-only: a .csv, .md (gains over the I-Nets in brackets), .png
 (accuracy against multiply-adds) and .json (every run with its command).
 """

@@ -67,7 +67,7 @@ def plain_state_dict(model, resolution):
 
 
 def images(*sizes, n=2, channels=3):
-    """Return a batch of each square size, alone if there is one size."""
+    """Return a batch of each square size, not a list if there is only one size."""
     batches = [torch.randn(n, channels, s, s) for s in sizes]
     return batches if len(batches) > 1 else batches[0]
 

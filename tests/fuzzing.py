@@ -219,7 +219,7 @@ def judge_folder(output: Path) -> Tuple[str, str]:
 
 
 def work(connection: Any, originals: str) -> None:
-    """Run cases until there are no more; of a process of its own."""
+    """Run cases until there are no more, in a separate process."""
     import warnings
 
     import torch
@@ -323,10 +323,10 @@ def main() -> None:
     if args.output:
         versions = dict(python=platform.python_version(), torch=torch.__version__, onnxruntime=onnxruntime.__version__,
                         pillow=PIL.__version__, safetensors=safetensors.__version__)
-        told = dict(command=' '.join(['python', 'tests/fuzzing.py', *sys.argv[1:]]), versions=versions, total=total,
+        records = dict(command=' '.join(['python', 'tests/fuzzing.py', *sys.argv[1:]]), versions=versions, total=total,
                     counts=found['counts'], seconds=round(time.monotonic() - start))
         with atomic_write(args.output, overwrite=True) as f:
-            f.write(json.dumps(told, indent=2) + '\n')
+            f.write(json.dumps(records, indent=2) + '\n')
     sys.exit(bool(found['wrong']))
 
 

@@ -35,7 +35,7 @@ class HubServer:
     """Serves repositories from memory on a free port of 127.0.0.1.
 
     Attributes:
-        repos: Of each repo_id.
+        repos: Repository of each repo_id.
         faults: (method, pattern of the path, status or 'drop', times) of requests that are to fail.
         requests: (method, path, authorization) of each request so far.
     """

@@ -15,7 +15,7 @@ from timm.utils import setup_default_logging
 import train_rs
 from timm_rs.train import MultiResolutionTask
 
-CONTEXT = multiprocessing.get_context('fork')  # the children need not import torch anew
+CONTEXT = multiprocessing.get_context('fork')  # the children need not import torch again
 
 
 class Job:
@@ -68,7 +68,7 @@ def _child(rank, world_size, port, target, args):
 
 
 def train(argv, folder):
-    """Train, save the final models of each process beside the folder, and let the first alone write into it."""
+    """Train, save the final models of each process beside the folder, and let only the first write into it."""
     rank, fit, save = int(os.environ['RANK']), train_rs.fit, torch.save
     if rank:
         forbid_writing(folder)

@@ -96,7 +96,7 @@ def test_down_at_once_up_after_several():
     # 224 fits in 19 ms, but not with a quarter to spare; 160 does.
     assert [controller.choose([0.019]) for _ in range(4)] == [96, 96, 160, 160]
     assert [controller.choose([1.]) for _ in range(2)] == [160, 160]
-    assert controller.choose([0.009]) == 160  # starts counting anew
+    assert controller.choose([0.009]) == 160  # starts counting again
     assert [controller.choose([1.]) for _ in range(3)] == [160, 160, 224]
 
 
@@ -426,7 +426,7 @@ def test_not_finite_logits_name_the_image():
 
 
 def test_starts_though_a_size_is_broken():
-    """Whoever asks for it is told; other sizes answer."""
+    """A request for it fails; other sizes answer."""
     class Broken(SimulatedSession):
         def predict(self, batch):
             logits = super().predict(batch)
@@ -521,7 +521,7 @@ def test_the_last_request_closes_the_file(tmp_path, monkeypatch):
 
 
 def test_an_exported_file_served_to_many_threads(tmp_path):
-    """With time enough every answer is that of the largest size, whoever else asks."""
+    """With enough time every answer is that of the largest size, whatever other threads ask."""
     path = str(tmp_path / 'all.onnx')
     export_switchable(rs_model('resnet10t', channels=[8, 8, 16, 16], stem_width=8), path)
     session = AdaptiveSession(path, budget_ms=1e6, threads=1)

@@ -52,7 +52,7 @@ def test_crop_is_the_resize_of_the_part_and_flips_it():
     boxes = torch.tensor([[0.25, 0.5, 0.125, 0.75, 0.], [0., 0.25, 0.5, 0.5, 1.]]).T  # top, height, left, width, flip
     found = crop(pixels, boxes, 10)
     parts = [pixels[:1, :, 10:30, 5:35], pixels[1:, :, 0:10, 20:40].flip(-1)]
-    inner = slice(2, -2)  # at its border the part has neighbours that it lacks alone
+    inner = slice(2, -2)  # at its border the part lacks neighbours
     for image, part in zip(found, parts):
         expected = F.interpolate(part.float(), size=(10, 10), mode='bilinear', antialias=True)[0]
         torch.testing.assert_close(image[:, inner, inner], expected[:, inner, inner])

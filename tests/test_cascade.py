@@ -192,7 +192,7 @@ def test_no_cascade_without_classes(tmp_path):
 # How it is fitted
 
 def test_fit_by_hand():
-    """Of four images of class 0 the small size errs on the two that it is unsure of."""
+    """The small size errs on the two of four images of class 0 that it is unsure of."""
     logits = {96: certain(.9, .8, .4, .3), 160: certain(.9, .9, .45, .9), 224: certain(.9, .9, .9, .9)}
     found = fit(logits, np.zeros(4, int), MADDS, target_accuracy=1.)
     assert found.cascade.resolutions == (96, 224) and not found.cascade.average

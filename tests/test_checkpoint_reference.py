@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' code: networks of its layout, written here anew, against what they are converted to"""
+"""Checkpoints of the authors' code: networks of its layout, written again here, against what they are converted to"""
 import json
 
 import pytest
@@ -47,7 +47,7 @@ def relu(xs):
 
 
 class Block(nn.Module):
-    """Of a ResNet, with three convolutions if it is a bottleneck."""
+    """A block of a ResNet, with three convolutions if it is a bottleneck."""
 
     def __init__(self, inp, planes, stride, bottleneck, groups=1, base_width=64):
         super().__init__()

@@ -89,7 +89,7 @@ def test_logits_of_images_as_timm_prepares_them(model, file, photograph):
         np.testing.assert_allclose(several, np.repeat(logits, 2, 0), rtol=1e-5, atol=1e-5)
 
 
-def test_what_a_session_tells(model, file):
+def test_what_a_session_records(model, file):
     opened = Session(file, threads=1, warm_up=False)
     assert opened.resolutions == RESOLUTIONS and opened.num_classes == 10 and opened.batch_size is None
     assert opened.class_names[4] == 'class 4' and list(opened.madds) == list(RESOLUTIONS)
@@ -315,7 +315,7 @@ def test_what_wraps_a_session_is_copied_too(file, photograph):
             opened.session.predict(photograph)
     with CascadeSession(Session(file, threads=1), {64: 0.}) as given:
         pass
-    assert given.session.predict(photograph).shape == (1, 10)  # whoever opened it closes it
+    assert given.session.predict(photograph).shape == (1, 10)  # it is closed by its owner
 
 
 @pytest.mark.parametrize('threads', (1, 2))

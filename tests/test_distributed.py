@@ -79,7 +79,7 @@ def uninterrupted(images, tmp_path_factory):
 
 
 def build(mode, memory):
-    """Return a task in training mode but for its BN, whose statistics are frozen."""
+    """Return a task in training mode except for its BN, whose statistics are frozen."""
     torch.manual_seed(0)
     task = MultiResolutionTask(rs_model(resolutions=RESOLUTIONS), EnsembleDistillationLoss(mode), verbose=False)
     task.train()
@@ -108,7 +108,7 @@ def half_of_a_step(folder):
             task = build(mode, memory)
             model = task.trainable_module
             task.prepare_distributed()
-            for _ in range(2):  # the second would wait for ever had a parameter been left out of the first
+            for _ in range(2):  # the second would wait forever if the first left out a parameter
                 model.zero_grad()
                 task(x, target)['loss'].backward()
             torch.save(gradients(model), f'{folder}/{mode}-{memory}-{rank}.pth')
@@ -187,7 +187,7 @@ def test_sync_bn_on_a_cpu_is_refused_in_one_line(images, tmp_path, capfd):
 
 
 def test_evaluation_counts_every_image_once(images, uninterrupted, tmp_path):
-    """Of seven images over two processes one is padding; and the loss of uneven batches is that of all images."""
+    """With seven images over two processes one is padding; the loss of uneven batches is that of all images."""
     results = tmp_path / 'results.json'
     output, _ = uninterrupted
     validate_rs.main([
@@ -332,7 +332,7 @@ def test_a_fault_of_one_process_ends_the_others(images, tmp_path, capfd):
 
 
 def train_on_nothing(argv):
-    """Train, the second process with weights that are no numbers in its copy."""
+    """Train, the second process with weights that are not numbers in its copy."""
     fit = train_rs.fit
 
     def break_and_fit(run, *args):
@@ -350,7 +350,7 @@ def test_batches_for_every_process(images, tmp_path, capfd):
 
 
 def test_batches_of_repeated_images(tmp_path, capfd):
-    """Of which a process takes fewer than its share of the images: their number is rounded."""
+    """A process takes fewer of them than its share of the images: their number is rounded."""
     argv = ['--dataset', 'digits', *TINY, '--num-classes', '10', '--output', str(tmp_path / 'o'), '--aug-repeats', '3']
     assert Job(train_rs.main, [*argv, '--batch-size', '641']).finish() == [1, 1]
     errors = [line for line in capfd.readouterr().err.splitlines() if 'error: ' in line]

@@ -62,7 +62,7 @@ def run_onnx(path, x, **sizes):
 
 
 def assert_runs_as(model, path):
-    """The file, run by ONNX Runtime alone, does what the network does at every size."""
+    """The file, run only by ONNX Runtime, computes what the network does at every size."""
     for x in images(*model.resolutions):
         with torch.no_grad():
             expected = model.at(x.shape[-1])(x)
@@ -357,7 +357,7 @@ def test_int8(tiny, photographs, tmp_path):
 
 
 def of_one_conv(gains, biases, resolutions=(16, 12)):
-    """Return a network of a convolution, its BatchNorm and a mean, the BatchNorm as told for each size."""
+    """Return a network of a convolution, its BatchNorm and a mean, with a BatchNorm given for each size."""
     conv = torch.nn.Conv2d(3, 4, 3, padding=1, bias=False)
     bn, pool = torch.nn.BatchNorm2d(4, eps=0.), torch.nn.AdaptiveAvgPool2d(1)
     network = torch.nn.Sequential(conv, bn, pool, torch.nn.Flatten())
@@ -440,7 +440,7 @@ def amplify(model, factor):
 
 
 def test_rounding_of_large_logits_is_accepted(tmp_path):
-    """Of the networks of timm, a trained MobileNetV3 has logits of some 200."""
+    """A trained MobileNetV3 of timm has logits of about 200."""
     model = amplify(rs_model('mobilenetv3_small_050', (64, 48)), 1.13)
     with torch.no_grad():
         assert 100 < model.at(64)(images(64)).abs().max() < 500
@@ -607,7 +607,7 @@ def test_command_overwrites_only_when_told(folder, tmp_path, capsys):
 
 
 def test_command_of_a_training_run(tmp_path, capsys):
-    """Of one channel, with class names beside the checkpoint that are not those of the weights it began with."""
+    """One channel, and class names beside the checkpoint that are not those of the weights it began with."""
     model = rs_model('resnet10t', num_classes=3, in_chans=1, **TINY)
     args = argparse.Namespace(
         model='rs_resnet10t.imagenette', num_classes=3, in_chans=1, resolutions=list(RESOLUTIONS), model_kwargs=TINY)

@@ -164,7 +164,7 @@ def test_bad_metadata(change, message):
     ('{"thresholds": {"24": 0.5, "48": 0}, "average": "no"}', "average is 'no', expected true or false"),
     ('{"thresholds": {"24": "0.5", "48": 0}}', "thresholds.24 is '0.5', expected a number of at least 0 and at most 1"),
     ('{"thresholds": {"big": 0}}', "thresholds.big is 'big', expected an integer from 1 to 4096"),
-    ('{"thresholds": {"48": 0.5, "24": 0}}', 'c.json: {48: 0.5, 24: 0} is no'),
+    ('{"thresholds": {"48": 0.5, "24": 0}}', 'c.json: {48: 0.5, 24: 0} is not a cascade'),
     ('[]', 'c.json: the content is [], expected a dict'),
 ])
 def test_bad_cascades(content, message, tmp_path):

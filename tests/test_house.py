@@ -97,7 +97,7 @@ def test_there_are_no_circles():
         assert name not in above, ' -> '.join([*above[above.index(name):], name])
         if name not in done:
             for imported in GRAPH[name]:
-                # A package runs before its modules; what it lists is below it, whoever asks.
+                # A package runs before its modules; what it lists is below it.
                 if not f'{name}.'.startswith(f'{imported}.'):
                     visit(imported, [*above, name])
             done.add(name)

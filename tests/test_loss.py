@@ -11,7 +11,7 @@ MODES = ('none', 'ens', 'ens_topdown')
 TERMS = ('loss', 'classification', 'ensemble', 'distillation')
 
 # Two images with two classes, at two resolutions with equal ensemble weights. The probabilities of the first image are
-# (.9, .1) and (.5, .5), and as the ensemble's logits are (log 3, 0) its probabilities are (.75, .25). Of the second
+# (.9, .1) and (.5, .5), and as the ensemble's logits are (log 3, 0) its probabilities are (.75, .25). For the second
 # they are (.2, .8) and (.5, .5), and (1/3, 2/3) for the ensemble's logits (0, log 2).
 LOGITS = [[[log(9), 0.], [0., log(4)]], [[0., 0.], [0., 0.]]]
 TARGET = [0, 1]

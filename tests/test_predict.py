@@ -155,9 +155,9 @@ def test_no_answer_is_not_a_number(folder, capsys, tmp_path):
 def test_budgets(file, folder, capsys):
     lines, errors = predict(capsys, folder / 'a.png', '--budget-ms', 1e6, '--model', file)
     assert ': 64 px,' in lines[0] and not errors
-    lines, (told,) = predict(capsys, folder / 'a.png', '--budget-ms', 1e-3, '--model', file)
+    lines, (line,) = predict(capsys, folder / 'a.png', '--budget-ms', 1e-3, '--model', file)
     assert ': 32 px,' in lines[0] and len(lines) == 6
-    assert told.startswith('timm-rs predict: A budget of 0.001 ms is below the')
+    assert line.startswith('timm-rs predict: A budget of 0.001 ms is below the')
 
 
 def test_cascades(file, folder, capsys, tmp_path):

@@ -189,7 +189,7 @@ def test_a_bit_that_is_not_used_stays():
     quantizer(torch.zeros(3, 4, 2, 2))
     assert quantizer.basis[0].tolist() == [v0, v1] and quantizer.basis_updates == 1
     quantizer = ActivationQuantizer(2)
-    quantizer(torch.tensor([0., 0.5, 0.6]))  # the first bit alone
+    quantizer(torch.tensor([0., 0.5, 0.6]))  # only the first bit
     torch.testing.assert_close(quantizer.basis[0], torch.tensor([0.55, v1]))
     quantizer = ActivationQuantizer(2)
     quantizer(torch.tensor([0., 7., 9.]))  # both bits, always together: their sum is known, their difference stays

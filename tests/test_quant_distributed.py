@@ -14,7 +14,7 @@ STEPS = 2
 
 
 def build(memory):
-    """Return a task in training mode but for its BN, whose statistics are frozen."""
+    """Return a task in training mode except for its BN, whose statistics are frozen."""
     torch.manual_seed(0)
     task = MultiResolutionTask(quantize(rs_model(resolutions=RESOLUTIONS), activation_bits=2), verbose=False).train()
     for module in task.modules():

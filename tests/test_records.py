@@ -31,7 +31,7 @@ def _audit(event, args):
         _events.append((event, args[0]))
 
 
-sys.addaudithook(_audit)  # which stays for good, and does nothing while there is no test
+sys.addaudithook(_audit)  # it stays, and does nothing outside of a test
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ def run(program):
     'import timm, timm_rs',
     'import timm_rs.switchable',  # which needs timm, which needs it to register
 ])
-def test_models_are_registered_whoever_comes_first(first):
+def test_models_are_registered_whichever_comes_first(first):
     run(f"{first}; {COUNT}; assert not any('timm_rs' in type(f).__module__ for f in sys.meta_path)")
 
 

@@ -27,7 +27,7 @@ def test_weights_leave_the_least_squared_error(interpolation):
         F.interpolate(fine, (s, 80), mode=interpolation, antialias=True)[0, 0].float() for s in (10, 7))
     weights = matched_weights(10, 7, interpolation)
     torch.testing.assert_close(weights.sum(1), torch.ones(7), rtol=0, atol=1e-6)
-    residual = (weights @ larger - smaller) @ larger.T  # zero but for the scaling of rows
+    residual = (weights @ larger - smaller) @ larger.T  # zero except for the scaling of rows
     assert residual.abs().max() < 0.01 * (smaller @ larger.T).abs().max()
 
 

@@ -131,7 +131,7 @@ def test_kill_at_random_moments(images, tmp_path, uninterrupted, seed):
     check(tmp_path, uninterrupted)
 
 
-# Of args.yaml, of recovery checkpoints, of summary.csv, of the last, the numbered and the best checkpoint.
+# Writes of args.yaml, recovery checkpoints, summary.csv, and the last, the numbered and the best checkpoint.
 @pytest.mark.parametrize('n', [1, 4, 4.5, 13, 13.5, 14.5, 15.5, 16, 16.5, 17, 17.5])
 def test_kill_within_a_save(images, tmp_path, uninterrupted, n):
     assert run(images, tmp_path, kill_at_replace=n) == -signal.SIGKILL
@@ -180,8 +180,8 @@ def test_a_damaged_checkpoint_is_passed_over(images, tmp_path, finished, uninter
     assert {f'{folder}/{name}.pth.tar' for name in damaged} <= set(passed)
     capfd.readouterr()
     assert run(images, tmp_path) == 0
-    told = capfd.readouterr().err
-    assert all(f'{folder}/{name}.pth.tar is damaged' in told for name in damaged)
+    printed = capfd.readouterr().err
+    assert all(f'{folder}/{name}.pth.tar is damaged' in printed for name in damaged)
     check(tmp_path, uninterrupted)
 
 
@@ -205,8 +205,8 @@ def test_a_run_without_a_whole_checkpoint_is_not_trained_over(images, tmp_path, 
     capfd.readouterr()
     assert run(images, tmp_path) == 1
     line = capfd.readouterr().err.splitlines()[-1]
-    told = 'none of its checkpoints is whole (' if how == 'truncated' else 'summary.csv has 3 epochs, but there is no'
-    assert f'train_rs.py: error: {folder}: {told}' in line
+    what = 'none of its checkpoints is whole (' if how == 'truncated' else 'summary.csv has 3 epochs, but there is no'
+    assert f'train_rs.py: error: {folder}: {what}' in line
     assert contents(folder) == before
 
 
@@ -298,7 +298,7 @@ def test_children_of_a_killed_run_do_not_keep_its_folder(tmp_path):
     os.kill(child, signal.SIGKILL)
 
 
-def test_sigterm_saves_and_tells(images, tmp_path, uninterrupted, capfd):
+def test_sigterm_saves_and_says_so(images, tmp_path, uninterrupted, capfd):
     flags = ('--recovery-interval', '0')
     code = run(images, tmp_path, sigterm_at=tmp_path / 'run' / 'checkpoint-0.pth.tar', flags=flags)
     assert code == 128 + signal.SIGTERM

@@ -138,7 +138,7 @@ def test_two_processes(source, uninterrupted, folder, tmp_path):
 
 
 @pytest.mark.parametrize('source', KINDS, indirect=True)
-def test_resume_reads_the_stream_anew(source, uninterrupted, tmp_path):
+def test_resume_reads_the_stream_again(source, uninterrupted, tmp_path):
     """Killed in the second epoch; the batches that are done come again and are passed over."""
     output = tmp_path / 'o'
     batches = 4 if '--train-num-samples' in source[0] else 2  # a stream rounds up to whole batches of every worker
@@ -180,7 +180,7 @@ def flags(tars, tmp_path):
         '--val-split', TARS[1], '--val-num-samples', '7', *TINY, '--output', str(tmp_path), '--experiment', 'run']
 
 
-def test_every_epoch_is_shuffled_anew(flags, monkeypatch):
+def test_every_epoch_is_shuffled_again(flags, monkeypatch):
     epochs = []
     monkeypatch.setattr(IterableImageDataset, 'set_epoch', lambda self, epoch: epochs.append(epoch))
     train_rs.main([*flags, '--workers', '0'])

@@ -274,7 +274,7 @@ def test_at_is_the_plain_network_on_the_same_tensors(name):
 
 
 def test_at_keeps_the_mode_of_every_module():
-    """Of a graph of torch.fx too, which torch copies into train mode."""
+    """Also in a graph of torch.fx, which torch copies into train mode."""
     model = rs_model(features_only=True, out_indices=(0, 2), feature_cls='fx').eval()
     assert not any(m.training for m in model.at(48).modules())
     x = images(48)

@@ -125,7 +125,7 @@ def one_step(*flags, **kwargs):
     '--distill ens --grad-accum-steps 4 --amp',
 ])
 def test_comes_to_what_the_plain_path_comes_to(flags):
-    """Loss, weights, running statistics and moving average after two updates; --amp with its scaler alone.
+    """Loss, weights, running statistics and moving average after two updates; --amp also with only its scaler.
 
     In float64, for a ReLU that rounding turns on or off would change float32 gradients.
     """
@@ -155,7 +155,7 @@ def test_comes_to_what_the_plain_path_comes_to(flags):
 
 
 def test_accumulated_gradients():
-    """Of the update that two halves make, exactly those of the whole batch."""
+    """Two halves of a batch make exactly the update of the whole batch."""
     halves, whole = [], []
     for found, steps in ((halves, 2), (whole, 1)):
         args, task = build('--grad-accum-steps', str(steps), frozen=True)
@@ -242,7 +242,7 @@ def test_clipping(mode, scaled):
         expected = {n: g * 0.02 / norm for n, g in gradient.items()}
     elif mode == 'value':
         expected = {n: g.clamp(-0.02, 0.02) for n, g in gradient.items()}
-    else:  # of each output channel, against the norm of its weights, but for the classifier
+    else:  # per output channel, against the norm of its weights, except in the classifier
         expected = {}
         for name, g in gradient.items():
             dims = tuple(range(1, g.ndim)) or 0
@@ -328,7 +328,7 @@ def test_schedules(name, on_updates):
     flags = '--epochs 3 --warmup-epochs 1 --decay-epochs 1 --decay-milestones 2 --layer-decay 0.5 --sched'.split()
     args, task = build(*flags, name, *['--sched-on-updates'] * on_updates)
     if on_updates and name == 'plateau':
-        pytest.skip('timm knows it by epochs alone')
+        pytest.skip('timm has it only by epochs')
     optimizer = build_optimizer(args, task.trainable_module)
     scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=2)
     assert epochs == 3 and (scheduler is None) == (name == 'none')
@@ -349,7 +349,7 @@ def test_schedules(name, on_updates):
 
 
 @pytest.mark.parametrize('flags, expected', [
-    ((), ('matched', 'bilinear')),  # timm draws it anew for each image: then that of evaluation
+    ((), ('matched', 'bilinear')),  # timm draws it for each image: then that of evaluation
     (('--train-interpolation', 'bicubic'), ('matched', 'bicubic')),
     (('--interpolation', 'bicubic'), ('matched', 'bicubic')),
     (('--train-interpolation', 'bicubic', '--no-aug'), ('matched', 'bilinear')),
@@ -370,7 +370,7 @@ class Draws(list):
 
 @pytest.mark.parametrize('repeats', [1, 2, 2.5, 3])
 @pytest.mark.parametrize('world_size', [1, 2, 4])
-def test_repeated_images_are_augmented_anew(repeats, world_size):
+def test_repeated_images_are_augmented_differently(repeats, world_size):
     """On all processes together; and from any batch on, as in the whole epoch."""
     images, seen = Draws(range(20)), []
     for rank in range(world_size):
@@ -390,7 +390,7 @@ def test_repeated_images_are_augmented_anew(repeats, world_size):
     RandomSampler(range(20)), DistributedSampler(range(19), 2, 1), RepeatAugSampler(range(20), 2, 1, num_repeats=1),
 ])
 def test_images_that_are_not_repeated_are_augmented_as_ever(sampler):
-    """From (seed, epoch, index) alone: runs of earlier versions go on."""
+    """Only from (seed, epoch, index), so that runs of earlier versions continue."""
     order, dataset = EpochSampler(sampler, 42, 4), SeededDataset(Draws(range(20)), mix_seed(42, 1))
     order.set_epoch(5)
     for key in order:

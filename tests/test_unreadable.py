@@ -249,7 +249,7 @@ def test_means_are_those_of_the_other_images():
 
 
 def test_padding_is_not_unreadable():
-    """Of five images in this process, number 5 is the loader's padding."""
+    """Number 5 of the five images in this process is the loader's padding."""
     row = evaluate_shades(max_samples=4)
     assert (row['images'], row['unreadable']) == (3, 1)
     assert row['top1'] == pytest.approx(200 / 3)

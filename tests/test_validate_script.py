@@ -102,7 +102,7 @@ def test_validation_reads_images_of_the_channels_of_the_model(images, tmp_path):
     assert list(validated(images, tmp_path, '--model', f'local-dir:{folder}')) == [32, 16, 'ens']
 
 
-# Of timm 1.0.31 and of those before that had --amp-impl.
+# Flags of timm 1.0.31 and of earlier versions that had --amp-impl.
 VALIDATE_FLAGS = (
     'data-dir dataset split num-samples dataset-download class-map input-key input-img-mode target-key '
     'dataset-trust-remote-code model pretrained workers batch-size img-size in-chans input-size use-train-size '
@@ -181,10 +181,10 @@ def test_validation_of_a_checkpoint_of_other_classes(images, trained, capfd):
     assert 'fc.weight is (2, 96), expected (5, 96)' in fails(validate_rs.main, argv, capfd)
 
 
-@pytest.mark.parametrize('told', [dict(model='resnet10t'), argparse.Namespace(arch='resnet10t')])
-def test_validation_of_a_checkpoint_of_another_program(images, tmp_path, capfd, told):
+@pytest.mark.parametrize('args', [dict(model='resnet10t'), argparse.Namespace(arch='resnet10t')])
+def test_validation_of_a_checkpoint_of_another_program(images, tmp_path, capfd, args):
     model = timm.create_model(MODEL[3:], num_classes=2)
-    torch.save(dict(state_dict=model.state_dict(), args=told), tmp_path / 'x.pth')
+    torch.save(dict(state_dict=model.state_dict(), args=args), tmp_path / 'x.pth')
     argv = [str(images), '--checkpoint', str(tmp_path / 'x.pth'), '--device', 'cpu', '--workers', '0']
     assert 'does not record its model, give --model' in fails(validate_rs.main, argv, capfd)
     validate_rs.main([*argv, '--model', MODEL[3:], '--num-classes', '2', '--img-size', '32'])

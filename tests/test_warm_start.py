@@ -26,7 +26,7 @@ def create(name, path=None, **kwargs):
 
 
 def write(model, path):
-    """Write weights in the format that the name of the file tells."""
+    """Write weights in the format of the name of the file."""
     state_dict = {k: v.clone() for k, v in model.state_dict().items()}
     if path.suffix == '.safetensors':
         safetensors.torch.save_file(state_dict, path)

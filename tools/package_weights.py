@@ -52,14 +52,14 @@ def main():
             {k: v.half().contiguous() if v.is_floating_point() else v for k, v in weights.items()},
             partial, metadata=dict(format='pt'))
         os.chmod(partial, 0o644)
-    told = dict(
+    records = dict(
         resolutions=sorted(args.resolutions, reverse=True),
         pretrained_cfg=dict(
             num_classes=len(labels), input_size=(3, *[max(args.resolutions)] * 2), pool_size=None,
             interpolation='bilinear', crop_pct=1., mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
             label_names=labels, license='apache-2.0', **place))
     with atomic_write(FOLDER / f'{name}.json', overwrite=True) as f:
-        f.write(json.dumps(told, indent=2) + '\n')
+        f.write(json.dumps(records, indent=2) + '\n')
     with atomic_write(FOLDER / f'{name}.md', overwrite=True) as f:
         f.write(card(name, model, labels, read_metrics(args.metrics), args))
     print(f'{name}: {(FOLDER / f"{name}.safetensors").stat().st_size / 1e6:.1f} MB')

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Export a network of every family of timm that becomes rs_* models, into results/exports.csv
 
-Of each family, timm's module, the network of the fewest multiply-adds is written as one ONNX file for two resolutions,
-in float32 and in int8, and compared with PyTorch. Where that cannot be, the row says why.
+The network with the fewest multiply-adds of each family (module of timm) is written as one ONNX file for two
+resolutions, in float32 and in int8, and compared with PyTorch. Where that cannot be, the row says why.
 
     python tools/sweep_exports.py
 
