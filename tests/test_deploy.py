@@ -213,6 +213,14 @@ def test_other_files_are_refused(model, tmp_path):
             Session(tmp_path / name)
 
 
+def test_files_with_tensors_elsewhere_are_refused(file, tmp_path):
+    import onnx
+
+    onnx.save(onnx.load(file), tmp_path / 'a.onnx', save_as_external_data=True, location='a.data', size_threshold=0)
+    with pytest.raises(ValueError, match='a.onnx keeps tensors in other files, which are not opened'):
+        Session(tmp_path / 'a.onnx')
+
+
 @pytest.mark.parametrize('arguments, message', [
     (dict(mode='quick'), "Unknown mode 'quick', expected 'fast' or 'low_memory'"),
     (dict(threads=0), 'threads is 0, expected a whole number from 1 to 1024'),

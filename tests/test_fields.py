@@ -67,8 +67,11 @@ WRONG = [
     (resolutions(), [5000], '[0] is 5000, expected an integer from 1 to 4096'),
     (size_text, '96x', "is '96x', expected an integer from 1 to 4096"),
     (size_text, '٣٣٣٣٣', 'expected an integer from 1 to 4096'),
-    (plain(), [[[[[1]]]]], '[0][0][0] is [[1]], expected true or false or'),
-    (plain(), dict(a=1e7), 'a is 10000000.0, expected'),
+    (plain(), [[[[[[1]]]]]], 'is [[[[[[1]]]]]], expected at most 2000 values on at most 5 levels'),
+    (plain(), [[0] * 1000] * 1000, 'expected at most 2000 values'),
+    (plain(), dict(a=[1e7]), 'a[0] is 10000000.0, expected true or false or a number'),
+    (plain(), [{3}], '[0] is {3}, expected'),
+    (plain(), {10 ** 400: 1}, ', expected text of at most 100 characters'),
 ]
 
 

@@ -132,7 +132,7 @@ def folder(tmp_path_factory):
     (lambda c: c.update(model_args=dict(c['model_args'], resolutions=[])), 'Cannot load'),
     (lambda c: c.update(model_args=dict(c['model_args'], layers=[10 ** 6] * 4)), 'of more than'),
     (lambda c: c['model_args'].update(channels=[10 ** 5] * 4), 'config.json describes a network of'),
-    (lambda c: c['model_args'].update(stem_width=[[[[[1]]]]]), 'model_args.stem_width'),
+    (lambda c: c['model_args'].update(stem_width=[[[[[[1]]]]]]), 'model_args.stem_width'),
 ])
 def test_bad_configs(change, message, folder, tmp_path, watched):
     shutil.copytree(folder, tmp_path / 'm')
@@ -356,3 +356,23 @@ def test_args_of_a_run_open_nothing(tmp_path, watched, caplog):
         (tmp_path / 'args.yaml').write_text(yaml.safe_dump(dict(args, **change)))
         with pytest.raises(UserError, match=message):
             read_run(str(tmp_path)).madds()
+
+
+def test_flags_of_another_network_are_not_taken(tmp_path):
+    model = rs_model()
+    path = save(tmp_path / 'a.pth', model, model='hf-hub:user/name')
+    assert torch.equal(load_model(path, NAME).model.fc.weight, model.fc.weight)  # which the user names here
+    path = save(tmp_path / 'b.pth', model, model='rs_resnet10t.x')
+    assert torch.equal(load_model(path, 'resnet10t').model.fc.weight, model.fc.weight)
+    with pytest.raises(UserError, match='does not fit rs_resnet18: conv1.weight'):
+        load_model(path, 'rs_resnet18')
+    with pytest.raises(UserError, match='does not fit rs_resnet10t: .*conv1'):  # without the widths of another
+        load_model(save(tmp_path / 'c.pth', model, model='rs_resnet18'), NAME)
+
+
+def test_config_builds_the_network_for_others(folder):
+    """transformers passes num_classes beside model_args."""
+    config = json.loads((folder / 'config.json').read_text())
+    model = timm.create_model(config['architecture'], num_classes=config['num_classes'], **config['model_args'])
+    weights = safetensors.torch.load_file(folder / 'model.safetensors')
+    assert model.load_state_dict(weights).missing_keys == []

@@ -104,8 +104,9 @@ def load_model(
 
     checkpoint = read_checkpoint(source, use_ema)
     state_dict, args, path = checkpoint.state_dict, checkpoint.args, checkpoint.path
-    is_same = name is None or name.removeprefix(PREFIX) == (args.get('model') or '').removeprefix(PREFIX)
-    name = _model_name(path, name or args.get('model'), keep_plain)
+    saved = args.get('model') or ''
+    is_same = name is None or ':' in saved or _plain_name(name) == _plain_name(saved)
+    name = _model_name(path, name or saved, keep_plain)
     if is_reference(state_dict):
         data = _REFERENCE_DATA
         resolutions = check_resolutions(resolutions or RESOLUTIONS)
@@ -283,7 +284,11 @@ def _adapt(model: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str
     return state_dict
 
 
-def _model_name(source: str, name: Optional[str], keep_plain: bool) -> str:
+def _plain_name(name: str) -> str:
+    return name.partition('.')[0].removeprefix(PREFIX)
+
+
+def _model_name(source: str, name: str, keep_plain: bool) -> str:
     if not name:
         raise UserError(f'{source} does not record its model, give --model.')
     if ':' in name:  # a run that started from the Hub or a folder

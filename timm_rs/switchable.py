@@ -292,7 +292,9 @@ def view(network: nn.Module, switch: Switch, resolution: Optional[int] = None) -
             for name in HOOK_DICTS:
                 attributes[name] = type(attributes[name])({**attributes[name], **vars(module)[name]})
             attributes['_is_full_backward_hook'] = module._is_full_backward_hook
-        memo.update((id(leaf), leaf) for leaf in tree_leaves(list(attributes.values())) if torch.is_tensor(leaf))
+        # Results that a module keeps with their graph, e.g. the attention biases of LeViT, could not be copied later.
+        memo.update((id(leaf), leaf if leaf.is_leaf else leaf.detach())
+                    for leaf in tree_leaves(list(attributes.values())) if torch.is_tensor(leaf))
         if not isinstance(module, GraphModule):
             memo[id(module)] = memo[id(source)] = object.__new__(type(source))
         sources.append((module, attributes))

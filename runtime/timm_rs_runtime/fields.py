@@ -171,16 +171,23 @@ def size_text(value: Any) -> int:
     return integer(1, MAX_SIZE)(value)
 
 
-def plain(most: int = 1000, depth: int = 3) -> Check:
-    """Expect a value of JSON of any kind, neither long nor deep, with numbers of at most a million."""
-    scalar = either(flag(), number(-1e6, 1e6), text(most), _check(lambda v: v is None, 'null'))
+def plain(most: int = 2000) -> Check:
+    """Expect a value of JSON of any kind: `most` parts on at most 5 levels, with numbers of at most a million."""
+    scalar = either(flag(), number(-1e6, 1e6), text(), _check(lambda v: v is None, 'null'))
 
     def check(value: Any) -> Any:
-        if isinstance(value, (list, tuple)) and depth:
-            return list(array(plain(most, depth - 1))(value))
-        if isinstance(value, Mapping) and depth:
-            return table(text(100), plain(most, depth - 1))(value)
-        return scalar(value)
+        parts = [('', value, 0)]
+        for place, part, level in parts:  # which grows; a part that stands in several places counts each time
+            if not isinstance(part, (list, tuple, Mapping)):
+                _at(scalar, part, place)
+                continue
+            if len(parts) + len(part) > most or level == 5:
+                raise Mismatch(value, f'at most {most} values on at most 5 levels')
+            if isinstance(part, Mapping):
+                parts += [(f'{place}.{_at(text(100), k, place)}', v, level + 1) for k, v in part.items()]
+            else:
+                parts += [(f'{place}[{i}]', v, level + 1) for i, v in enumerate(part)]
+        return value
 
     return check
 

@@ -1,5 +1,7 @@
 """What a file of timm-rs export is made of, for those who write and those who read it"""
+import mmap
 import os
+import re
 from typing import Any, Dict, Mapping
 
 from PIL import Image
@@ -66,6 +68,8 @@ def read_metadata(path: str) -> Dict[str, Any]:
     """Return what a file of timm-rs export records about itself, see parse_metadata."""
     if not os.path.isfile(path):
         raise UserError(f'{path} does not exist, expected a file of timm-rs export.')
+    if _refers_to_files(path):
+        raise UserError(f'{path} keeps tensors in other files, which are not opened: expected a file of timm-rs export.')
     session = open_onnx(path, threads=1, optimize=False)
     metadata = parse_metadata(session.get_modelmeta().custom_metadata_map, path)
     inputs, outputs = session.get_inputs(), session.get_outputs()
@@ -80,3 +84,14 @@ def read_metadata(path: str) -> Dict[str, Any]:
         if isinstance(found, int) and found not in expected:
             raise UserError(f'{path}: the graph has {found}, but {name} records {expected[0]}.')
     return metadata
+
+
+def _refers_to_files(path: str) -> bool:
+    """Return whether a model names a file of external data: an entry of the key `location`, of 8 characters."""
+    if not os.path.getsize(path):
+        return False
+    with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        found = content.find(b'location')
+        while found >= 0 and not re.search(rb'\n(\x08|\x88\x80*\x00)$', content[max(0, found - 12):found]):
+            found = content.find(b'location', found + 1)
+    return found >= 0

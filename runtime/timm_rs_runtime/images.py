@@ -124,8 +124,10 @@ def read_file(path: Union[str, os.PathLike]) -> bytes:
         ImageError: There is no such file, it is larger than MAX_BYTES, or it cannot be read.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
             raise ImageError(f'{path} is not a regular file, expected an image.')
+        _check_bytes(found.st_size, path)
         with open(path, 'rb', opener=_open_without_waiting) as file:
             return _read_most(file, path)
     except ImageError:
@@ -142,9 +144,13 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 def _read_most(file: IO[bytes], name: str) -> bytes:
     content = file.read(MAX_BYTES + 1) or b''
-    if len(content) > MAX_BYTES:
-        raise ImageError(f'{name} is larger than the {MAX_BYTES:,} bytes that are read of an image.')
+    _check_bytes(len(content), name)
     return content
+
+
+def _check_bytes(count: int, name: str) -> None:
+    if count > MAX_BYTES:
+        raise ImageError(f'{name} is larger than the {MAX_BYTES:,} bytes that are read of an image.')
 
 
 def is_in_memory(source: ImageSource) -> bool:
