@@ -106,7 +106,7 @@ def test_wrong_flags_are_refused_before_anything_is_trained(argv, tmp_path, capf
 
 
 def test_a_failed_run_is_named_with_its_error(argv):
-    with pytest.raises(SystemExit, match='ens-lr0.05-seed0 failed: train_rs.py: error: --batch-size 1000: expected at most'):
+    with pytest.raises(SystemExit, match='ens-lr0.05-seed0 failed: .*--batch-size 1000: expected at most'):
         paper_table.main([*argv, '--methods', 'ens', '--batch-size', '1000'])
 
 

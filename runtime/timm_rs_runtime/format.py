@@ -69,7 +69,7 @@ def read_metadata(path: str) -> Dict[str, Any]:
     if not os.path.isfile(path):
         raise UserError(f'{path} does not exist, expected a file of timm-rs export.')
     if _refers_to_files(path):
-        raise UserError(f'{path} keeps tensors in other files, which are not opened: expected a file of timm-rs export.')
+        raise UserError(f'{path} keeps tensors in other files, expected one file of timm-rs export.')
     session = open_onnx(path, threads=1, optimize=False)
     metadata = parse_metadata(session.get_modelmeta().custom_metadata_map, path)
     inputs, outputs = session.get_inputs(), session.get_outputs()
