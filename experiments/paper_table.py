@@ -88,7 +88,8 @@ def parse_args(argv=None):
     if args.jobs < 1:
         parser.error(f'--jobs is {args.jobs}, expected at least 1.')
     sizes = ['--resolutions', *map(str, args.sizes)] if args.sizes else []
-    args.recipe = parse_flags(['--config', args.config, *args.flags, *sizes])
+    cache = ['--decoded-cache', str(args.work / 'decoded')]
+    args.recipe = parse_flags(['--config', args.config, *args.flags, *cache, *sizes])
     if args.recipe.resolutions is None or args.recipe.lr is None and not args.lrs:
         parser.error(f'{args.config} does not name resolutions or a learning rate, give --sizes and --lrs.')
     args.sizes, args.epochs = args.recipe.resolutions, args.epochs or args.recipe.epochs

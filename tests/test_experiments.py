@@ -54,7 +54,7 @@ def write_run(folder, flags, scores):
 @pytest.mark.slow
 def test_table_of_trained_networks(argv, tmp_path):
     """Through train_rs.py itself; what is done is not trained again."""
-    argv = [*argv, '--methods', 'inet', 'random_size', '--epochs', '1']
+    argv = [*argv, '--methods', 'inet', 'random_size', '--epochs', '1', '--decoded-cache-side', '40']
     paper_table.main(argv)
     table = json.loads((tmp_path / 'table.json').read_text())
     assert [(r['method'], r['sizes']) for r in table['runs']] == [
