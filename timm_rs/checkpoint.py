@@ -4,7 +4,8 @@ In the keys of a switchable network the resolution follows the layer (`bn1.weigh
 `bn1.192.weight`, ...), and the ensemble weights are `alpha`. Everything else keeps timm's key.
 
 The authors' code wraps shared layers in a `module` and numbers the BN layers, the largest size first: `conv1.weight`
-is `conv1.module.weight`, `bn1.224.weight` is `bn1.bn_0.weight`.
+is `conv1.module.weight`, `bn1.224.weight` is `bn1.bn_0.weight`. EfficientNet-PyTorch numbers blocks throughout,
+`blocks.1.0.conv_pw.weight` is `_blocks.1._expand_conv.weight`.
 """
 import argparse
 import logging
@@ -36,6 +37,13 @@ _MOBILENETV2_LAYERS = {
     4: ('conv_dw', 'bn1', 'conv_pw', 'bn2'),
     6: ('conv_pw', 'bn1', 'conv_dw', 'bn2', 'conv_pwl', 'bn3'),
 }
+_EFFICIENTNET_KEY = re.compile(r'(?:_blocks\.(?P<block>\d{1,4})\.)?_(?P<layer>\w+)\.(?P<rest>\w+)')
+_EFFICIENTNET_LAYERS = dict(conv_stem='conv_stem', bn0='bn1', conv_head='conv_head', bn1='bn2', fc='classifier')
+_SEPARABLE_LAYERS = dict(
+    depthwise_conv='conv_dw', bn1='bn1', se_reduce='se.conv_reduce', se_expand='se.conv_expand',
+    project_conv='conv_pw', bn2='bn2')
+_INVERTED_LAYERS = dict(
+    _SEPARABLE_LAYERS, expand_conv='conv_pw', bn0='bn1', bn1='bn2', project_conv='conv_pwl', bn2='bn3')
 
 
 @dataclass(frozen=True)
@@ -54,16 +62,17 @@ class Checkpoint:
     epoch: Optional[int] = None
 
 
-def read_checkpoint(path: str, use_ema: Optional[bool] = None) -> Checkpoint:
+def read_checkpoint(path: str, use_ema: Optional[bool] = None, name: Optional[str] = None) -> Checkpoint:
     """Read a checkpoint: safetensors, or a pickle of tensors and plain values. No other file is opened.
 
     Args:
         path: Name of the file, which ends in .safetensors if it is one, or the output folder of a run.
         use_ema: Take the moving average (True) or not (False); None takes it if there is one, as timm does.
+        name: Model to load it into, if it is known.
 
     Raises:
         UserError: There is no such file, it is damaged or not a checkpoint, reading it would run code that it holds,
-            it holds no weights or no moving average, or a weight is not finite.
+            it holds no weights or no moving average, a weight is not finite, or the model pads images in another way.
     """
     path = find_checkpoint(path)
     content = _read(path)
@@ -71,6 +80,12 @@ def read_checkpoint(path: str, use_ema: Optional[bool] = None) -> Checkpoint:
         state_dict = _pick_state_dict(content, use_ema)
     except UserError as e:
         raise UserError(f'{path}: {e}') from e
+    if '_conv_stem.weight' in state_dict:
+        if name and 'tf_' not in name:
+            raise UserError(
+                f'{path} holds weights of EfficientNet-PyTorch, whose convolutions pad as those of TensorFlow do. '
+                f'{name} does not: give a tf_efficientnet_* model.')
+        state_dict = _adapt_efficientnet(state_dict)
     check_tensors(state_dict, path)
     args = content.get('args')
     args = check_run(vars(args), path) if isinstance(args, argparse.Namespace) else {}
@@ -351,6 +366,29 @@ def adapt_state_dict(
             raise UserError(f"alpha is {tuple(state_dict['alpha'].shape)}, expected {(len(found),)}.")
         index = {r: i for i, r in enumerate(found)}
         adapted['alpha'] = torch.stack([state_dict['alpha'][index[source[r]]] for r in resolutions])
+    return adapted
+
+
+def _adapt_efficientnet(state_dict: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Return weights of EfficientNet-PyTorch under timm's keys; unknown keys stay as they are."""
+    widths = {int(m['block']): len(v) for k, v in state_dict.items()
+              if (m := _EFFICIENTNET_KEY.fullmatch(k)) and m['layer'] == 'project_conv'}
+    places, stage, first = {}, -1, 0
+    for block in sorted(widths):
+        if widths[block] != widths.get(block - 1):  # all blocks of a stage are equally wide, each stage is wider
+            stage, first = stage + 1, block
+        places[block] = f'blocks.{stage}.{block - first}.'
+    adapted = {}
+    for key, value in state_dict.items():
+        match = _EFFICIENTNET_KEY.fullmatch(key)
+        place, layers = '', _EFFICIENTNET_LAYERS
+        if match and match['block']:
+            place = places.get(int(match['block']))
+            expands = f"_blocks.{match['block']}._expand_conv.weight" in state_dict
+            layers = _INVERTED_LAYERS if expands else _SEPARABLE_LAYERS
+        if match and place is not None and match['layer'] in layers:
+            key = f"{place}{layers[match['layer']]}.{match['rest']}"
+        adapted[key] = value
     return adapted
 
 

@@ -75,9 +75,9 @@ def load_model(
     What a file records is checked, and bounded by the weights that it holds. No other file is opened.
 
     Args:
-        source: A file of train_rs.py, of timm (weights or training checkpoint, plain or switchable) or of the authors'
-            code; the output folder of a run; a folder with config.json, or a name for timm.create_model such as
-            hf-hub:user/name or that of a pretrained model.
+        source: A file of train_rs.py, of timm (weights or training checkpoint, plain or switchable), of the authors'
+            code or of EfficientNet-PyTorch; the output folder of a run; a folder with config.json, or a name for
+            timm.create_model such as hf-hub:user/name or that of a pretrained model.
         name: Name of an rs_* model, or the plain architecture of a plain checkpoint.
         resolutions: Input sizes in pixels. Those of a switchable checkpoint are taken from it, others start from the
             nearest; the authors' checkpoints need as many as they hold.
@@ -102,7 +102,7 @@ def load_model(
         model.pretrained_cfg.update(data_config)
         return LoadedModel(model.eval(), source)
 
-    checkpoint = read_checkpoint(source, use_ema)
+    checkpoint = read_checkpoint(source, use_ema, name)
     state_dict, args, path = checkpoint.state_dict, checkpoint.args, checkpoint.path
     saved = args.get('model') or ''
     is_same = name is None or ':' in saved or _plain_name(name) == _plain_name(saved)
@@ -145,7 +145,7 @@ def load_weights(model: nn.Module, path: str, use_ema: Optional[bool] = None) ->
     Raises:
         UserError: The file cannot be read or does not fit the model; the message names the first keys that do not fit.
     """
-    checkpoint = read_checkpoint(path, use_ema)
+    checkpoint = read_checkpoint(path, use_ema, (getattr(model, 'pretrained_cfg', None) or {}).get('architecture'))
     model.load_state_dict(_adapt(model, checkpoint.state_dict, checkpoint.path))
 
 

@@ -10,8 +10,8 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say where a network comes from."""
     add = parser.add_argument
     add('checkpoint', metavar='CHECKPOINT',
-        help="file of train_rs.py, of timm or of the authors' code, folder with config.json, hf-hub:user/name, or "
-             'name of a pretrained rs_* model')
+        help="file of train_rs.py, of timm, of the authors' code or of EfficientNet-PyTorch, folder with config.json, "
+             'hf-hub:user/name, or name of a pretrained rs_* model')
     add('--model', metavar='NAME', help='name of an rs_* model (default: what the checkpoint records)')
     add('--resolutions', type=int, nargs='+', metavar='N',
         help='input sizes in pixels (default: what the checkpoint records, else 224 192 160 128 96)')

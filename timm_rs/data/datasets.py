@@ -34,6 +34,7 @@ __all__ = [
     'create_eval_loader',
     'describe',
     'explain_classes',
+    'imagenet_classes',
     'number_classes',
     'share_shards',
 ]
@@ -190,6 +191,20 @@ def count_classes(dataset: torch.utils.data.Dataset) -> Optional[int]:
 def number_classes(dataset: torch.utils.data.Dataset) -> Optional[Mapping[Any, int]]:
     """Return the index of each class by its name if a data set records them, else None."""
     return getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None) or None
+
+
+def imagenet_classes(num_classes: int) -> Tuple[Optional[List[str]], Optional[List[str]]]:
+    """Return the WordNet ids and the names of the classes of ImageNet, None if it has no set of as many.
+
+    Example:
+        >>> imagenet_classes(1000)[1][0]
+        'tench, Tinca tinca'
+    """
+    subset = timm_data.infer_imagenet_subset(dict(num_classes=num_classes))
+    if subset is None:
+        return None, None
+    info = timm_data.ImageNetInfo(subset)
+    return info.label_names(), [info.index_to_description(i) for i in range(num_classes)]
 
 
 def explain_classes(found: Mapping[Any, int], expected: Mapping[Any, int]) -> Optional[str]:

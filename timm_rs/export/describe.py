@@ -3,13 +3,13 @@ import json
 from typing import Any, Dict, Optional, Sequence
 
 import torch.nn as nn
-from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.data.model_config import resolve_input_data_config
 
 from timm_rs_runtime.errors import UserError
 from timm_rs_runtime.format import preprocessing_of
 from timm_rs_runtime.images import MODES
 
+from ..data.datasets import imagenet_classes
 from ..evaluate import count_madds
 from ..version import __version__
 
@@ -34,11 +34,7 @@ def describe(
     config = resolve_input_data_config(model)
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     num_classes = model.num_classes
-    class_ids = imagenet_names = None
-    subset = infer_imagenet_subset(dict(num_classes=num_classes))
-    if subset is not None:
-        info = ImageNetInfo(subset)
-        class_ids, imagenet_names = info.label_names(), [info.index_to_description(i) for i in range(num_classes)]
+    class_ids, imagenet_names = imagenet_classes(num_classes)
     if class_names is None:
         class_names = cfg.get('label_names') or ()
         if len(class_names) != num_classes:  # of weights for other classes

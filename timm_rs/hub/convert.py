@@ -16,6 +16,7 @@ from timm_rs_runtime.errors import UserError
 from timm_rs_runtime.files import atomic_folder, check_new_folder
 
 from ..checkpoint import check_finite
+from ..data.datasets import imagenet_classes
 from ..models.rs_models import PREFIX
 from ..quant.packing import pack_state_dict
 from ..quant.quantize import StepFunction, fold, is_quantized
@@ -37,7 +38,7 @@ def save_model(
     Args:
         model: A network of timm. A plain one with quantized weights is folded, see timm_rs.quant.fold.
         folder: Folder to make; it must not exist, or be empty.
-        label_names: Names of the classes, in their order.
+        label_names: Names of the classes, in their order; if None those that the model records, or ImageNet's.
         packed: Write the weights of a quantized network as K bits each, see timm_rs.quant.pack_state_dict.
 
     Raises:
@@ -78,7 +79,7 @@ def write_model(
     _check_classifier(model)
     if label_names is None:
         label_names = model.pretrained_cfg.get('label_names') or ()
-        label_names = label_names if len(label_names) == model.num_classes else None
+        label_names = label_names if len(label_names) == model.num_classes else imagenet_classes(model.num_classes)[1]
     elif len(label_names) != model.num_classes:
         raise UserError(
             f'There are {len(label_names)} label names, expected one for each of {model.num_classes} classes.')

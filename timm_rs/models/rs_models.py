@@ -132,7 +132,7 @@ def _foreign_weights(cfg: PretrainedCfg, cache_dir: Optional[str]) -> Optional[M
     if cfg.state_dict:
         return cfg.state_dict
     if cfg.file and (cfg.source == 'local-dir' or not cfg.custom_load):
-        return read_checkpoint(cfg.file).state_dict
+        return read_checkpoint(cfg.file, name=cfg.architecture).state_dict
     if cfg.hf_hub_id and not cfg.hf_hub_id.startswith('timm/') and not cfg.custom_load:
         filename = {'filename': cfg.hf_hub_filename} if cfg.hf_hub_filename else {}
         weights = load_state_dict_from_hf(cfg.hf_hub_id, cache_dir=cache_dir, **filename)
