@@ -2,7 +2,7 @@
 import io
 import os
 import stat
-from typing import IO, Iterator, List, Optional, Sequence, Union
+from typing import IO, List, Optional, Sequence, Union
 
 import numpy as np
 from PIL import Image
@@ -20,7 +20,6 @@ __all__ = [
     'extensions',
     'find_images',
     'open_image',
-    'read_file',
     'split_folder',
     'spread',
 ]
@@ -64,26 +63,23 @@ def open_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
     """
     name = name_of(source)
     try:
-        if isinstance(source, Image.Image):
-            _check_size(source, name)
-            source.load()
-            return source if source.mode == mode else _convert(source, mode, name)
-        if not is_image_source(source):
-            raise ImageError(f'Got {type(source).__name__}, expected the name of an image, a binary file or an image.')
-        if isinstance(source, (str, os.PathLike)):
-            source = read_file(source)
-        file = io.BytesIO(source) if isinstance(source, _IN_MEMORY) else source
-        with Image.open(file, formats=_readable_formats()) as image:
-            _check_size(image, name)
-            converted = _convert(image, mode, name)
-            converted.filename = name  # for messages
-            return converted
+        image = source
+        if not isinstance(source, Image.Image):
+            content = buffered(source)
+            file = io.BytesIO(content) if isinstance(content, _IN_MEMORY) else content
+            image = Image.open(file, formats=_readable_formats())
+        _check_size(image, name)
+        image.load()
+        converted = image if image.mode == mode else _convert(image, mode, name)
     except ImageError:
         raise
     except Image.UnidentifiedImageError:  # its message names an object in memory
         raise ImageError(f"{name} is not an image, expected one of {', '.join(_readable_formats())}.") from None
     except Exception as e:  # Pillow's readers have no common class of what damaged files make them raise
         raise ImageError(f'{name} cannot be read as an image: {str(e) or type(e).__name__}.') from e
+    if converted is not source:
+        converted.filename = name  # for messages
+    return converted
 
 
 def _readable_formats() -> List[str]:
@@ -117,74 +113,53 @@ def _convert(image: Image.Image, mode: str, name: str) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8)).convert(mode)
 
 
-def read_file(path: Union[str, os.PathLike]) -> bytes:
-    """Return what is in a regular file. Pipes and devices are refused: they could keep their reader waiting for ever.
-
-    Raises:
-        ImageError: There is no such file, it is larger than MAX_BYTES, or it cannot be read.
-    """
-    try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
-            raise ImageError(f'{path} is not a regular file, expected an image.')
-        _check_bytes(found.st_size, path)
-        with open(path, 'rb', opener=_open_without_waiting) as file:
-            return _read_most(file, path)
-    except ImageError:
-        raise
-    except FileNotFoundError as e:
-        raise ImageError(f'{path} does not exist, expected an image.') from e
-    except (OSError, ValueError) as e:  # ValueError: a name that holds a null character
-        raise ImageError(f'{path} cannot be read: {one_line(e)}.') from e
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, 'O_NONBLOCK', 0))  # it may have become a pipe
-
-
-def _read_most(file: IO[bytes], name: str) -> bytes:
-    content = file.read(MAX_BYTES + 1) or b''
-    _check_bytes(len(content), name)
-    return content
-
-
-def _check_bytes(count: int, name: str) -> None:
-    if count > MAX_BYTES:
-        raise ImageError(f'{name} is larger than the {MAX_BYTES:,} bytes that are read of an image.')
-
-
 def is_in_memory(source: ImageSource) -> bool:
     """Return whether nothing has to be read from a disk or a client."""
-    file = getattr(source, 'fp', None) if isinstance(source, Image.Image) else source
-    return file is None or isinstance(file, (*_IN_MEMORY, io.BytesIO))
+    if isinstance(source, Image.Image):
+        source = getattr(source, 'fp', None) or b''
+    return isinstance(source, (*_IN_MEMORY, io.BytesIO))
 
 
 def buffered(source: ImageSource) -> ImageSource:
     """Return an image that is in memory: what is in a file, a binary file from its beginning to its end.
 
+    Names of pipes and devices are refused: they could keep their reader waiting for ever.
+
     Raises:
-        ImageError: It cannot be read.
+        ImageError: It cannot be read, or it is larger than MAX_BYTES.
     """
-    name = name_of(source)
+    if is_in_memory(source):
+        return source
     if isinstance(source, Image.Image):
-        if not is_in_memory(source):
-            open_image(source, source.mode)
-        return source
-    if isinstance(source, _IN_MEMORY) or not is_image_source(source):  # the latter for open_image to refuse
-        return source
+        return open_image(source, source.mode)
+    if not is_image_source(source):
+        raise ImageError(f'Got {type(source).__name__}, expected the name of an image, a binary file or an image.')
+    name = name_of(source)
     try:
         if isinstance(source, (str, os.PathLike)):
-            buffer = io.BytesIO(read_file(source))
+            if not stat.S_ISREG(os.stat(source).st_mode):
+                raise ImageError(f'{name} is not a regular file, expected an image.')
+            with open(source, 'rb', opener=_open_without_waiting) as file:
+                content = file.read(MAX_BYTES + 1)
         else:
             if getattr(source, 'seekable', bool)():
                 source.seek(0)  # as Pillow does, so that a request can be made once more
-            buffer = io.BytesIO(_read_most(source, name))
+            content = source.read(MAX_BYTES + 1) or b''
     except ImageError:
         raise
+    except FileNotFoundError as e:
+        raise ImageError(f'{name} does not exist, expected an image.') from e
     except Exception as e:  # of any kind of file
         raise ImageError(f'{name} cannot be read: {one_line(e)}.') from e
+    if len(content) > MAX_BYTES:
+        raise ImageError(f'{name} is larger than the {MAX_BYTES:,} bytes that are read of an image.')
+    buffer = io.BytesIO(content)
     buffer.name = name
     return buffer
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, 'O_NONBLOCK', 0))  # it may have become a pipe
 
 
 def split_folder(folder: Union[str, os.PathLike], split: str) -> str:
@@ -210,7 +185,7 @@ def split_folder(folder: Union[str, os.PathLike], split: str) -> str:
     folder = os.fspath(folder)
     if not os.path.isdir(folder):
         raise UserError(f'{folder} does not exist, expected a folder of images.')
-    names = {name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name))}
+    names = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
     splits = names & set().union(*SPLITS)
     for name in (split, *next((same for same in SPLITS if split in same), ())):
         if name and name in names:
@@ -235,11 +210,17 @@ def find_images(folder: Union[str, os.PathLike], most: Optional[int] = None) -> 
     """
     if not os.path.isdir(folder):
         raise ImageError(f'{folder} does not exist, expected a folder of images.')
-    known = extensions()
-    paths = sorted(p for p in _walk(folder) if os.path.splitext(p)[1].lower() in known)
+    known, paths, seen = extensions(), [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:  # each folder once, however many links lead to it
+            folders.clear()
+            continue
+        seen.add(real)
+        paths += [os.path.join(root, name) for name in names if os.path.splitext(name)[1].lower() in known]
     if not paths:
         raise ImageError(f'{folder} holds no images.')
-    return spread(paths, most)
+    return spread(sorted(paths), most)
 
 
 def spread(paths: Sequence[str], most: Optional[int]) -> List[str]:
@@ -249,18 +230,6 @@ def spread(paths: Sequence[str], most: Optional[int]) -> List[str]:
     if most is None or most >= len(paths):
         return list(paths)
     return [paths[i * len(paths) // most] for i in range(most)]
-
-
-def _walk(folder: Union[str, os.PathLike]) -> Iterator[str]:
-    """Yield all files below a folder, each folder once however many links lead to it."""
-    seen = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield from (os.path.join(root, name) for name in names)
 
 
 def name_of(source: ImageSource) -> str:
