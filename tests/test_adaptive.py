@@ -134,8 +134,8 @@ def test_floor():
 
 @pytest.mark.parametrize('options, message', [
     (dict(floor=100), 'Unknown floor 100, expected one of 224, 160, 96'),
-    (dict(patience=0), 'patience is 0, expected a whole number from 1'),
-    (dict(headroom=-1), 'headroom -1, expected numbers that are not negative'),
+    (dict(patience=0), 'patience is 0, expected an integer from 1'),
+    (dict(headroom=-1), 'headroom is -1, expected a number of at least 0'),
     (dict(margin=float('nan')), 'margin is nan'),
 ])
 def test_unusable_options(options, message):
@@ -357,11 +357,11 @@ def test_prometheus_text():
 
 
 @pytest.mark.parametrize('budget, kwargs, message', [
-    (0, {}, 'budget_ms is 0, expected a positive number'),
+    (0, {}, 'budget_ms is 0, expected a number above 0'),
     (float('nan'), {}, 'budget_ms is nan'),
     (float('inf'), {}, 'budget_ms is inf'),
     ('10', {}, "budget_ms is '10'"),
-    (10, dict(max_queue=-1), 'max_queue is -1, expected a whole number from 0 to 1000000'),
+    (10, dict(max_queue=-1), 'max_queue is -1, expected an integer from 0 to 1000000'),
     (10, dict(max_queue=1.5), 'max_queue is 1.5'),
     (10, dict(read_timeout=0), 'read_timeout is 0'),
     (10, dict(floor=64), 'Unknown floor 64'),

@@ -223,7 +223,7 @@ def test_files_with_tensors_elsewhere_are_refused(file, tmp_path):
 
 @pytest.mark.parametrize('arguments, message', [
     (dict(mode='quick'), "Unknown mode 'quick', expected 'fast' or 'low_memory'"),
-    (dict(threads=0), 'threads is 0, expected a whole number from 1 to 1024'),
+    (dict(threads=0), 'threads is 0, expected an integer from 1 to 1024'),
     (dict(threads=10 ** 9), 'threads is 1000000000'),
     (dict(threads='2'), "threads is '2'"),
 ])
@@ -386,7 +386,7 @@ def test_opens_names_only():
 
 def test_images_of_a_request_are_bounded(file):
     opened = Session(file, threads=1)
-    with pytest.raises(UserError, match='number of images is 4097, expected a whole number from 0 to 4096'):
+    with pytest.raises(UserError, match='number of images is 4097, expected an integer from 0 to 4096'):
         opened.predict('a.jpg' for _ in itertools.count())
     with pytest.raises(ImageError, match='Got NoneType, expected images'):
         opened.predict(None)

@@ -231,12 +231,12 @@ def test_a_photograph_of_a_telephone_is_read(tmp_path):
 
 @pytest.mark.parametrize('config, message', [
     (dict(mean=(0.5,), std=(0.5, 0.5)), 'channels'),
-    (dict(interpolation='random'), "'random'"),
-    (dict(crop_mode='middle'), "'middle'"),
+    (dict(interpolation='random'), "interpolation is 'random', expected one of nearest"),
+    (dict(crop_mode='middle'), "crop_mode is 'middle', expected one of center"),
     (dict(crop_pct=0), 'crop_pct is 0'),
-    (dict(crop_pct=87.5), 'crop_pct is 87.5, expected a share'),
-    (dict(std=(0., 1., 1.)), 'positive deviations'),
-    (dict(mean=(math.nan,) * 3), 'expected finite means'),
+    (dict(crop_pct=87.5), 'crop_pct is 87.5, expected a number above 0 and at most 4'),
+    (dict(std=(0., 1., 1.)), r'std\[0\] is 0.0, expected a number above 0'),
+    (dict(mean=(math.nan,) * 3), r'mean\[0\] is nan, expected a finite number'),
 ])
 def test_unusable_settings(config, message):
     with pytest.raises(ValueError, match=message):

@@ -243,7 +243,7 @@ def test_names_of_other_classes_do_not_come_along(tmp_path):
 
 
 @pytest.mark.parametrize('change, message', [
-    (dict(interpolation='cubic'), "Unknown interpolation 'cubic'"),
+    (dict(interpolation='cubic'), "interpolation is 'cubic', expected one of nearest"),
     (dict(std=(0., 0., 0.)), 'positive deviations'),
     (dict(crop_pct=87.5), 'crop_pct is 87.5'),
 ])

@@ -169,7 +169,7 @@ def test_cascades(file, folder, capsys, tmp_path):
 
 @pytest.mark.parametrize('arguments, code, message', [
     (['--resolution', '40'], 1, 'Unknown resolution 40'),
-    (['--budget-ms', '-1'], 1, 'budget_ms is -1.0, expected a positive number'),
+    (['--budget-ms', '-1'], 1, 'budget_ms is -1.0, expected a number above 0'),
     (['--cascade', 'nowhere.json'], 1, 'nowhere.json does not exist'),
     (['--top', '0'], 1, '--top is 0'),
     (['--budget-ms', '5', '--resolution', '64'], 2, 'not allowed with argument'),

@@ -15,7 +15,7 @@ import yaml
 from timm_rs_runtime import fields
 from timm_rs_runtime.errors import UserError, one_line
 from timm_rs_runtime.files import atomic_write
-from timm_rs_runtime.format import PREPROCESSING
+from timm_rs_runtime.preprocess import PREPROCESSING
 
 from ._compat import parse_model_cfg
 

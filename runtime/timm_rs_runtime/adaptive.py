@@ -1,24 +1,22 @@
 """A session that keeps a latency budget by choosing the resolution of each request"""
-import math
 import os
 import statistics
 import threading
 import time
 import warnings
-from collections import deque
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from collections import Counter, deque
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from PIL import Image
 
-from .checks import check_count, check_positive
 from .errors import UserError
+from .fields import check_argument, integer, number
 from .images import MODES, ImageError, ImageSource, buffered, is_in_memory, name_of, open_image
 from .lifetime import Closable
 from .session import NotFiniteError, Session, image_list
@@ -27,6 +25,18 @@ __all__ = ['AdaptiveSession', 'Controller', 'Prediction', 'QueueFullError', 'mea
 
 READ_AHEAD = 3  # requests whose images are decoded while they wait
 MAX_QUEUE = 10 ** 6
+_POSITIVE = number(0, above=True)
+_METRICS = {
+    'requests': ('requests_total', 'Requests served, by resolution.'),
+    'misses': ('deadline_misses_total', 'Requests served later than their budget.'),
+    'rejected': ('rejected_total', 'Requests refused because the queue was full.'),
+    'failed': ('failed_total', 'Requests that ended in another error.'),
+    'queue': ('queue_length', 'Requests that wait.'),
+    'resolution': ('resolution_pixels', 'Resolution chosen last.'),
+    'slowdown': ('slowdown_ratio', 'Recent latency of inference against that at the start.'),
+    'expected_ms': ('expected_seconds', 'Expected time of an image, by resolution.'),
+    'budget_ms': ('budget_seconds', 'Budget of a request.'),
+}  # of Prometheus, by their keys in stats()
 
 
 class QueueFullError(UserError, RuntimeError):
@@ -115,17 +125,14 @@ class Controller:
     ):
         if floor is not None and floor not in latency:
             raise UserError(f"Unknown floor {floor!r}, expected one of {', '.join(map(str, latency))}.")
-        if not all(0 <= value < math.inf for value in (margin, headroom)):
-            raise UserError(f'margin is {margin}, headroom {headroom}, expected numbers that are not negative.')
-        check_count('patience', patience, 1, MAX_QUEUE)
         self.resolutions = tuple(sorted((r for r in latency if r >= (floor or 0)), reverse=True))
         self.resolution = self.resolutions[0]
         self._latency = dict(latency)
         self._slowdown = Estimate(1.)
         self._overhead = Estimate(overhead)
-        self._margin = margin
-        self._headroom = headroom
-        self._patience = patience
+        self._margin = check_argument('margin', margin, number(0))
+        self._headroom = check_argument('headroom', headroom, number(0))
+        self._patience = check_argument('patience', patience, integer(1, MAX_QUEUE))
         self._roomy = 0
 
     def choose(self, left: Sequence[float], counts: Optional[Sequence[int]] = None) -> int:
@@ -160,8 +167,7 @@ class Controller:
 
     def expected(self, resolution: int) -> float:
         """Return the seconds to expect for an image."""
-        return (self._overhead.upper(self._margin)
-                + self._latency[resolution] * self._slowdown.upper(self._margin))
+        return self._overhead.upper(self._margin) + self._latency[resolution] * self._slowdown.upper(self._margin)
 
     @property
     def slowdown(self) -> float:
@@ -170,10 +176,7 @@ class Controller:
 
     def _largest(self, left: Sequence[float], counts: Sequence[int], factor: float) -> int:
         """Return the largest size at which all would be in time, the floor if there is none."""
-        waiting, pace = 0, float('inf')
-        for seconds, count in zip(left, counts):
-            waiting += count
-            pace = min(pace, seconds / waiting)
+        pace = min(seconds / waiting for seconds, waiting in zip(left, accumulate(counts)))
         return next((r for r in self.resolutions if factor * self.expected(r) <= pace), self.resolutions[-1])
 
 
@@ -238,9 +241,9 @@ class AdaptiveSession(Closable):
             clock: Callable[[], float] = time.perf_counter,
             **options: Any,
     ):
-        self.budget_ms = check_positive('budget_ms', budget_ms)
-        self.max_queue = check_count('max_queue', max_queue, 0, MAX_QUEUE)
-        self.read_timeout = check_positive('read_timeout', read_timeout)
+        self.budget_ms = check_argument('budget_ms', budget_ms, _POSITIVE)
+        self.max_queue = check_argument('max_queue', max_queue, integer(0, MAX_QUEUE))
+        self.read_timeout = check_argument('read_timeout', read_timeout, number(0, threading.TIMEOUT_MAX, above=True))
         self.session = Session.open(path, threads, mode)
         self._is_owner = self.session is not path
         self._clock = clock
@@ -285,27 +288,19 @@ class AdaptiveSession(Closable):
             budget_ms: Budget of this request, the session's if None.
 
         Raises:
-            ClosedError: The session was closed.
-            ImageError: An image cannot be used; the message names it.
-            InferenceError: ONNX Runtime fails, for example for lack of memory.
-            NotFiniteError: The network answers with NaN or infinity.
             QueueFullError: Too many requests are waiting.
-            UserError: There are no images, or more than MAX_IMAGES, or the budget is not a positive number.
+            UserError: There are no images, the budget is not a positive number, or see Session.predict.
         """
         start = self._clock()
         try:
             found = self._predict(images, self.budget_ms if budget_ms is None else budget_ms, start)
-        except QueueFullError:
+        except BaseException as e:
             with self._lock:
-                self._rejected += 1
-            raise
-        except BaseException:
-            with self._lock:
-                self._failed += 1
+                self._counts['rejected' if isinstance(e, QueueFullError) else 'failed'] += 1
             raise
         with self._lock:
-            self._requests[found.resolution] += 1
-            self._misses += not found.in_time
+            self._counts[found.resolution] += 1
+            self._counts['misses'] += not found.in_time
         return found
 
     def _predict(
@@ -314,7 +309,7 @@ class AdaptiveSession(Closable):
             budget_ms: float,
             start: float,
     ) -> Prediction:
-        check_positive('budget_ms', budget_ms)
+        check_argument('budget_ms', budget_ms, _POSITIVE)
         images = image_list(images)
         if not images:
             raise UserError('Got no images, expected at least one.')
@@ -346,10 +341,9 @@ class AdaptiveSession(Closable):
                 found.set_exception(e)
 
         threading.Thread(target=read, daemon=True).start()
-        try:
-            return found.result(min(self.read_timeout, threading.TIMEOUT_MAX))
-        except FutureTimeoutError:
-            raise ImageError(f'{name_of(images[0])} was not read within {self.read_timeout:g} s.') from None
+        if not wait([found], self.read_timeout).done:
+            raise ImageError(f'{name_of(images[0])} was not read within {self.read_timeout:g} s.')
+        return found.result()
 
     def stats(self) -> Dict[str, Any]:
         """Return the counters since the start, and the state now.
@@ -362,10 +356,10 @@ class AdaptiveSession(Closable):
         """
         with self._lock:
             return dict(
-                requests=dict(self._requests),
-                misses=self._misses,
-                rejected=self._rejected,
-                failed=self._failed,
+                requests={r: self._counts[r] for r in self._controller.resolutions},
+                misses=self._counts['misses'],
+                rejected=self._counts['rejected'],
+                failed=self._counts['failed'],
                 queue=max(len(self._line) - 1, 0),
                 resolution=self._controller.resolution,
                 slowdown=self._controller.slowdown,
@@ -376,25 +370,14 @@ class AdaptiveSession(Closable):
 
     def prometheus(self) -> str:
         """Return the statistics in the text format that Prometheus reads."""
-        stats = self.stats()
-        sizes = stats['requests']
-        lines = []
-        for name, kind, text, values in (
-            ('requests_total', 'counter', 'Requests served, by resolution.',
-             {f'{{resolution="{r}"}}': n for r, n in sizes.items()}),
-            ('deadline_misses_total', 'counter', 'Requests served later than their budget.', {'': stats['misses']}),
-            ('rejected_total', 'counter', 'Requests refused because the queue was full.', {'': stats['rejected']}),
-            ('failed_total', 'counter', 'Requests that ended in another error.', {'': stats['failed']}),
-            ('queue_length', 'gauge', 'Requests that wait.', {'': stats['queue']}),
-            ('resolution_pixels', 'gauge', 'Resolution chosen last.', {'': stats['resolution']}),
-            ('slowdown_ratio', 'gauge', 'Recent latency of inference against that at the start.',
-             {'': round(stats['slowdown'], 6)}),
-            ('expected_seconds', 'gauge', 'Expected time of an image, by resolution.',
-             {f'{{resolution="{r}"}}': round(ms / 1e3, 9) for r, ms in stats['expected_ms'].items()}),
-            ('budget_seconds', 'gauge', 'Budget of a request.', {'': stats['budget_ms'] / 1e3}),
-        ):
+        stats, lines = self.stats(), []
+        for key, (name, text) in _METRICS.items():
+            value = stats[key]
+            values = {f'{{resolution="{r}"}}': v for r, v in value.items()} if isinstance(value, dict) else {'': value}
+            scale = 1e-3 if key.endswith('_ms') else 1
+            kind = 'counter' if name.endswith('_total') else 'gauge'
             lines += [f'# HELP timm_rs_{name} {text}', f'# TYPE timm_rs_{name} {kind}']
-            lines += [f'timm_rs_{name}{labels} {value}' for labels, value in values.items()]
+            lines += [f'timm_rs_{name}{labels} {round(scale * v, 9)}' for labels, v in values.items()]
         return '\n'.join(lines) + '\n'
 
     def _serve(self, images: Sequence[ImageSource]) -> Tuple[int, np.ndarray]:
@@ -434,10 +417,10 @@ class AdaptiveSession(Closable):
 
     def _call_up(self) -> None:
         """Let the first of the line know that it is their turn, and the next ones that it soon will be."""
-        for i, request in enumerate(islice(self._line, 1 + READ_AHEAD)):
+        for request in islice(self._line, 1 + READ_AHEAD):
             request.near.set()
-            if i == 0:
-                request.turn.set()
+        if self._line:
+            self._line[0].turn.set()
 
     def _end_if_over(self) -> None:
         if self._closed and self._is_owner and not self._line:
@@ -446,8 +429,7 @@ class AdaptiveSession(Closable):
     def _after_fork(self) -> None:
         self._lock = threading.RLock()  # a signal handler may close it
         self._line: Deque[_Request] = deque()  # the request that is served, then those that wait
-        self._requests = dict.fromkeys(self._controller.resolutions, 0)
-        self._misses = self._rejected = self._failed = 0
+        self._counts = Counter()
 
 
 def measure_latency(

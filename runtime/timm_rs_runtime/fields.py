@@ -1,10 +1,11 @@
-"""Values from files, checked where they are read
+"""Values from files and arguments, checked where they are read
 
-A check is a function that returns a value in the form in which it is used, or raises Mismatch. `check_fields` turns
-that into one line that names the file, the field, the value and what was expected.
+A check is a function that returns a value in the form in which it is used, or raises Mismatch. `check_fields` and
+`check_argument` turn that into one line that names the file, the field, the value and what was expected.
 """
 import json
 import math
+import numbers
 import os
 import reprlib
 from typing import Any, Callable, Dict, Mapping, Sequence, Union
@@ -12,8 +13,9 @@ from typing import Any, Callable, Dict, Mapping, Sequence, Union
 from .errors import UserError, one_line
 
 __all__ = [
-    'MAX_BYTES', 'MAX_CLASSES', 'MAX_SIZE', 'array', 'check_fields', 'either', 'flag', 'integer', 'number', 'optional',
-    'parse_json', 'plain', 'read_json', 'read_text', 'record', 'resolutions', 'shown', 'size_text', 'table', 'text']
+    'MAX_BYTES', 'MAX_CLASSES', 'MAX_SIZE', 'array', 'check_argument', 'check_fields', 'either', 'flag', 'integer',
+    'number', 'optional', 'parse_json', 'plain', 'read_json', 'read_text', 'record', 'resolutions', 'shown',
+    'size_text', 'table', 'text']
 
 MAX_BYTES = 2 ** 24  # of a text file
 MAX_CLASSES = 10 ** 6
@@ -71,8 +73,30 @@ def check_fields(value: Any, check: Check, source: str) -> Any:
         raise UserError(f'{source}: {place} is {shown(e.value)}, expected {e.expected}.') from None
 
 
+def check_argument(name: str, value: Any, check: Check) -> Any:
+    """Return an argument, checked.
+
+    Args:
+        name: Its name, for the message.
+        value: The argument.
+        check: Its check.
+
+    Raises:
+        UserError: It is something else.
+
+    Example:
+        >>> check_argument('--threads', 0, integer(1, 1024))
+        Traceback (most recent call last):
+        timm_rs_runtime.errors.UserError: --threads is 0, expected an integer from 1 to 1024.
+    """
+    try:
+        return check(value)
+    except Mismatch as e:
+        raise UserError(f'{name}{e.place} is {shown(e.value)}, expected {e.expected}.') from None
+
+
 def integer(low: int, high: int) -> Check:
-    return _check(lambda v: type(v) is int and low <= v <= high, f'an integer from {low} to {high}')
+    return _check(lambda v: _is(numbers.Integral, v) and low <= v <= high, f'an integer from {low} to {high}')
 
 
 def number(low: float = -math.inf, high: float = math.inf, above: bool = False) -> Check:
@@ -84,7 +108,7 @@ def number(low: float = -math.inf, high: float = math.inf, above: bool = False) 
         expected += f' and at most {high:g}'
 
     def is_right(value: Any) -> bool:
-        if type(value) not in (int, float) or not -1e300 < value < 1e300:
+        if not _is(numbers.Real, value) or not -1e300 < value < 1e300:
             return False
         return low <= value <= high and not (above and value == low)
 
@@ -233,6 +257,10 @@ def parse_json(content: str, source: str) -> Any:
 def read_json(path: Union[str, os.PathLike], check: Check) -> Any:
     """Return what a JSON file holds, checked; see check_fields."""
     return check_fields(parse_json(read_text(path), os.fspath(path)), check, os.fspath(path))
+
+
+def _is(kind: type, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _check(is_right: Callable[[Any], bool], expected: str) -> Check:

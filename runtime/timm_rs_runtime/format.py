@@ -4,24 +4,15 @@ import os
 import re
 from typing import Any, Dict, Mapping
 
-from PIL import Image
-
 from . import fields
 from .errors import UserError
 from .ort import open_onnx
-from .preprocess import Preprocessing
+from .preprocess import PREPROCESSING, Preprocessing
 
-__all__ = ['INDEX', 'PREPROCESSING', 'parse_metadata', 'preprocessing_of', 'read_metadata']
+__all__ = ['INDEX', 'parse_metadata', 'preprocessing_of', 'read_metadata']
 
 INDEX = 'resolution_index'  # in the graph: int64 scalar, the row of the tables, 0 for the largest size
 
-PREPROCESSING = dict(
-    mean=fields.array(fields.number(), 1, fields.MAX_SIZE),
-    std=fields.array(fields.number(0, above=True), 1, fields.MAX_SIZE),
-    interpolation=fields.text(choices=[name.lower() for name in Image.Resampling.__members__]),
-    crop_pct=fields.number(0, 4, above=True),  # the crop may be larger than the image
-    crop_mode=fields.text(choices=('center', 'squash', 'border')),
-)
 _REQUIRED = ('resolutions', 'num_classes', *PREPROCESSING)
 _METADATA = fields.record(dict(
     PREPROCESSING,
@@ -32,7 +23,7 @@ _METADATA = fields.record(dict(
     madds=fields.table(fields.size_text, fields.integer(0, 10 ** 18)),
     architecture=fields.text(),
     precision=fields.text(choices=('float32', 'int8')),
-), required=_REQUIRED)
+))
 
 
 def parse_metadata(texts: Mapping[str, str], path: str) -> Dict[str, Any]:
@@ -60,8 +51,7 @@ def parse_metadata(texts: Mapping[str, str], path: str) -> Dict[str, Any]:
 
 def preprocessing_of(metadata: Dict[str, Any]) -> Preprocessing:
     """Return the preprocessing in the metadata of a file."""
-    values = {k: metadata[k] for k in PREPROCESSING}
-    return Preprocessing(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return Preprocessing(**{name: metadata[name] for name in PREPROCESSING})
 
 
 def read_metadata(path: str) -> Dict[str, Any]:

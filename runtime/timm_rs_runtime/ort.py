@@ -9,14 +9,16 @@ from typing import Dict, List, Optional, Union
 
 import numpy as np
 
-from .checks import MAX_THREADS, check_count
+from . import fields
 from .errors import UserError
 
 os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')
 
 import onnxruntime  # noqa: E402
 
-__all__ = ['InferenceError', 'abandon', 'open_onnx', 'run']
+__all__ = ['MAX_THREADS', 'InferenceError', 'abandon', 'open_onnx', 'run']
+
+MAX_THREADS = 1024  # of an inference
 
 
 class InferenceError(UserError, RuntimeError):
@@ -44,7 +46,7 @@ def open_onnx(
     options.log_severity_level = 3
     options.add_session_config_entry('session.force_spinning_stop', '1')  # another size's threads take over
     if threads is not None:
-        options.intra_op_num_threads = check_count('threads', threads, 1, MAX_THREADS)
+        options.intra_op_num_threads = fields.check_argument('threads', threads, fields.integer(1, MAX_THREADS))
         if threads > (os.cpu_count() or 1):  # spinning threads would keep the others from working
             options.add_session_config_entry('session.intra_op.allow_spinning', '0')
     if not optimize:

@@ -44,7 +44,7 @@ class Predictor:
     ):
         self.session = session = Session.open(path, threads, mode)
         session.check_takes_images()
-        self._resolution = session.check_resolution(session.resolutions[0] if resolution is None else resolution)
+        self._resolution = session.check_resolution(resolution)
         self._adaptive = None if budget_ms is None else AdaptiveSession(session, budget_ms)
         self._cascade = None if cascade is None else CascadeSession(session, cascade)
 

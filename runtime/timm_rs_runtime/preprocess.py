@@ -1,17 +1,24 @@
 """timm's evaluation preprocessing with Pillow and NumPy only"""
 import math
 from dataclasses import dataclass
-from typing import Sequence, Tuple
+from typing import Tuple
 
 import numpy as np
 from PIL import Image
 
+from . import fields
 from .errors import UserError
 from .images import MAX_PIXELS, MODES, ImageError, ImageSource, name_of, open_image
 
-__all__ = ['Preprocessing', 'stack']
+__all__ = ['PREPROCESSING', 'Preprocessing']
 
-_MAX_CROP_PCT = 4  # the crop may be larger than the image
+PREPROCESSING = dict(
+    mean=fields.array(fields.number(), 1, fields.MAX_SIZE),
+    std=fields.array(fields.number(0, above=True), 1, fields.MAX_SIZE),
+    interpolation=fields.text(choices=[name.lower() for name in Image.Resampling.__members__]),
+    crop_pct=fields.number(0, 4, above=True),  # the crop may be larger than the image
+    crop_mode=fields.text(choices=('center', 'squash', 'border')),
+)
 
 
 @dataclass(frozen=True)
@@ -41,19 +48,9 @@ class Preprocessing:
     crop_mode: str = 'center'
 
     def __post_init__(self):
+        fields.check_fields(vars(self), fields.record(PREPROCESSING), 'Preprocessing')
         if len(self.mean) != len(self.std) or len(self.mean) not in MODES:
             raise UserError(f'mean is {self.mean} and std is {self.std}, expected 1 or 3 channels each.')
-        if self.interpolation.upper() not in Image.Resampling.__members__:
-            known = ', '.join(Image.Resampling.__members__).lower()
-            raise UserError(f'Unknown interpolation {self.interpolation!r}, expected one of {known}.')
-        if self.crop_mode not in ('center', 'squash', 'border'):
-            raise UserError(f'Unknown crop mode {self.crop_mode!r}, expected center, squash or border.')
-        if not all(map(math.isfinite, self.mean)) or not all(0 < v < math.inf for v in self.std):
-            raise UserError(
-                f'mean is {self.mean} and std is {self.std}, expected finite means and positive deviations.')
-        if not 0 < self.crop_pct <= _MAX_CROP_PCT:
-            raise UserError(
-                f'crop_pct is {self.crop_pct}, expected a share above 0 and at most {_MAX_CROP_PCT}.')
 
     def __call__(self, image: ImageSource, resolution: int) -> np.ndarray:
         """Return the input of a network.
@@ -92,8 +89,8 @@ class Preprocessing:
         return int(target * width / height), target
 
     def _cropped(self, image: Image.Image, resolution: int) -> Image.Image:
-        fill = tuple(round(255 * m) for m in self.mean) if self.crop_mode == 'border' else (0,) * len(self.mean)
-        square = Image.new(image.mode, (resolution, resolution), fill if len(fill) > 1 else fill[0])
+        fill = tuple(round(255 * m) for m in self.mean) if self.crop_mode == 'border' else 0
+        square = Image.new(image.mode, (resolution, resolution), fill)
         square.paste(image, tuple(_offset(size, resolution) for size in image.size))
         return square
 
@@ -101,8 +98,3 @@ class Preprocessing:
 def _offset(size: int, crop: int) -> int:
     """Return where an image starts in its central crop; negative if it is cut."""
     return (crop - size) // 2 if crop > size else -round((size - crop) / 2)
-
-
-def stack(images: Sequence[ImageSource], preprocessing: Preprocessing, resolution: int) -> np.ndarray:
-    """Return a batch of float32 [N, C, resolution, resolution]."""
-    return np.stack([preprocessing(image, resolution) for image in images])

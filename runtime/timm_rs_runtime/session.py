@@ -7,8 +7,7 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from . import ort
-from .checks import check_count
+from . import fields, ort
 from .errors import UserError
 from .format import preprocessing_of, read_metadata
 from .images import MODES as IMAGE_MODES
@@ -91,11 +90,11 @@ class Session(Closable):
         self.mode = mode
         self._threads = threads
         self.metadata = read_metadata(self.path)
-        self.resolutions: Tuple[int, ...] = tuple(sorted(self.metadata['resolutions'], reverse=True))
+        self.resolutions: Tuple[int, ...] = self.metadata['resolutions']
         self.num_classes: int = self.metadata['num_classes']
         self.class_names: Optional[Sequence[str]] = self.metadata.get('class_names')
-        self.madds: Dict[int, int] = {int(r): n for r, n in self.metadata.get('madds', {}).items()}
-        self.mean, self.std = (tuple(self.metadata[key]) for key in ('mean', 'std'))
+        self.madds: Dict[int, int] = self.metadata.get('madds', {})
+        self.mean, self.std = self.metadata['mean'], self.metadata['std']
         self.preprocessing = preprocessing_of(self.metadata) if len(self.mean) in IMAGE_MODES else None
         self._lock = threading.RLock()  # a signal handler may close it
         self._sessions: Optional[Dict[int, Any]] = self._open()
@@ -103,7 +102,8 @@ class Session(Closable):
         self._input = images.name
         self.batch_size: Optional[int] = None
         if isinstance(images.shape[0], int):
-            self.batch_size = check_count(f'{self.path}: the batch size', images.shape[0], 1, MAX_IMAGES)
+            self.batch_size = fields.check_argument(
+                f'{self.path}: the batch size', images.shape[0], fields.integer(1, MAX_IMAGES))
         super().__init__(partial(type(self), os.path.abspath(self.path), threads, mode, warm_up))
         if warm_up:
             self.warm_up()
@@ -151,10 +151,8 @@ class Session(Closable):
             resolution = self._check_batch(images, resolution)
         else:
             sources = image_list(images)
-            resolution = self.check_resolution(self.resolutions[0] if resolution is None else resolution)
-            if sources:
-                self.check_takes_images()
-            images = [self.preprocessing(source, resolution) for source in sources]
+            resolution = self.check_resolution(resolution)
+            images = [self.preprocess(source, resolution) for source in sources]
         if not len(images):
             return np.zeros((0, self.num_classes), np.float32)
         images = np.asarray(images)
@@ -174,22 +172,21 @@ class Session(Closable):
             UserError: There is no such resolution.
         """
         self.check_takes_images()
-        resolution = self.resolutions[0] if resolution is None else resolution
         return self.preprocessing(image, self.check_resolution(resolution))
 
-    def warm_up(self, rounds: int = 1) -> None:
+    def warm_up(self) -> None:
         """Run every size with a batch of one, so that its buffers are allocated."""
         for resolution, session in self._opened().items():
-            images = np.zeros((self.batch_size or 1, len(self.mean), resolution, resolution), np.float32)
-            for _ in range(rounds):
-                self._run(session, images)
+            self._run(session, np.zeros((self.batch_size or 1, len(self.mean), resolution, resolution), np.float32))
 
-    def check_resolution(self, resolution: int) -> int:
-        """Return a resolution that this network has.
+    def check_resolution(self, resolution: Optional[int]) -> int:
+        """Return a resolution that this network has, the largest if None.
 
         Raises:
             UserError: It has others.
         """
+        if resolution is None:
+            return self.resolutions[0]
         if resolution not in self.resolutions:
             known = ', '.join(map(str, self.resolutions))
             raise UserError(f'Unknown resolution {resolution!r}, {self.path} has {known}.')
@@ -253,5 +250,5 @@ def image_list(images: Union[ImageSource, Iterable[ImageSource]]) -> List[ImageS
     if isinstance(images, np.ndarray) or not isinstance(images, Iterable):
         raise ImageError(f'Got {type(images).__name__}, expected images (Session.predict takes arrays too).')
     images = list(islice(images, MAX_IMAGES + 1))
-    check_count('The number of images', len(images), 0, MAX_IMAGES)
+    fields.check_argument('The number of images', len(images), fields.integer(0, MAX_IMAGES))
     return images

@@ -4,8 +4,8 @@ import os
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from .adaptive import measure_latency
-from .checks import check_count
 from .errors import UserError, one_line
+from .fields import check_argument, integer
 from .predict import top
 from .session import Session
 
@@ -129,7 +129,7 @@ def serve(
         OSError: The port is taken.
     """
     if port is not None:
-        check_count('port', port, 1, 65535)
+        check_argument('port', port, integer(1, 65535))
     session = Session.open(path, threads)
     app = build_app(session)
     import gradio

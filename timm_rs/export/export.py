@@ -15,7 +15,6 @@ from timm_rs_runtime.files import atomic_path, check_new_file
 from timm_rs_runtime.format import preprocessing_of
 from timm_rs_runtime.images import MODES
 from timm_rs_runtime.ort import open_onnx
-from timm_rs_runtime.preprocess import stack
 from timm_rs_runtime.unreadable import ReadErrors, UnreadableError
 
 from ..checkpoint import check_finite
@@ -199,7 +198,7 @@ def _read(
         opened = [errors.open(image, mode) for image in images[i:i + batch_size]]
         opened = [image for image in opened if image is not None]
         for resolution in batches if opened else ():
-            batches[resolution].append(stack(opened, preprocessing, resolution))
+            batches[resolution].append(np.stack([preprocessing(image, resolution) for image in opened]))
     if not any(batches.values()):
         raise UnreadableError(f'None of the {len(images)} images can be read.')
     return batches

@@ -3,7 +3,7 @@ import argparse
 import sys
 import warnings
 
-from ..checks import check_count
+from ..fields import check_argument, integer
 from ..predict import Predictor, predict_all
 
 MAX_TOP = 1000
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    check_count('--top', args.top, 1, MAX_TOP)
+    check_argument('--top', args.top, integer(1, MAX_TOP))
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f'{args.program}: {message}', file=sys.stderr)
         warnings.simplefilter('always', RuntimeWarning)
