@@ -171,6 +171,8 @@ def test_zero_initialized_residuals():
     pre = preresnet()
     assert not any(bn.weight.any() for bn in model.layer3[1].bn2.children())
     assert all(bn.weight.all() for m in pre.modules() for n, bn in m.named_children() if n in map(str, RESOLUTIONS))
+    pre = timm.create_model('preresnet18', zero_init_last=True, **TINY)
+    assert pre.layer3[1].conv1.weight.any() and not pre.layer3[1].conv2.weight.any()
 
 
 def layer(state, name, resolution):

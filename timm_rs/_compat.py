@@ -3,7 +3,7 @@ from typing import Any, Callable, Dict
 
 import torch
 from timm.models import _registry as registry  # models with tags, and those that are registered to say why not
-from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookNet, feature_take_indices  # wrappers
+from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookNet  # wrappers
 from timm.models._helpers import _torch_load as torch_load  # refuses code in old and new formats of torch
 from timm.models._hub import _parse_model_cfg as parse_model_cfg  # a config.json as timm reads it
 from timm.models._hub import download_from_hf
@@ -28,7 +28,6 @@ __all__ = [
     'WrappedHook',
     'current_graph_task',
     'download_from_hf',
-    'feature_take_indices',
     'get_model_input_config',
     'is_inside_ddp',
     'parse_model_cfg',
