@@ -7,8 +7,7 @@ the new one.
 import copy
 import logging
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional
 
 import torch
 import torch.nn as nn
@@ -26,8 +25,6 @@ __all__ = ['METHODS', 'add_resolution', 'measure_statistics', 'tune']
 _logger = logging.getLogger(__name__)
 
 METHODS = ('copy', 'statistics', 'tune_bn', 'tune_bn_head')
-
-Moments = Dict[int, Tuple[torch.Tensor, torch.Tensor]]  # mean and variance per channel of a layer's input, by layer
 
 
 def add_resolution(
@@ -127,6 +124,7 @@ def _restored(model: nn.Module, head: bool) -> Iterator[None]:
         model.switch_to(resolution)
 
 
+@torch.no_grad()
 def measure_statistics(model: nn.Module, resolution: int, loader: Iterable) -> None:
     """Set the running mean and variance of one resolution to those of all activations over the loader.
 
@@ -138,10 +136,25 @@ def measure_statistics(model: nn.Module, resolution: int, loader: Iterable) -> N
         resolution: Input size in pixels.
         loader: See add_resolution.
     """
-    layers = _layers(model, resolution)
-    moments = _measure(model, resolution, loader, lambda i, mean, var: _set_statistics(layers[i], mean, var))
-    for i, (mean, var) in moments.items():
-        _set_statistics(layers[i], mean, var)
+    sums: Dict[nn.Module, List[torch.Tensor]] = {}
+
+    def add(layer: nn.Module, inputs: Any) -> None:
+        x = inputs[0].cpu() if inputs[0].device.type == 'mps' else inputs[0]  # MPS has no float64
+        x = x.double()
+        dims = [d for d in range(x.ndim) if d != 1]
+        batch = [x.sum(dims), x.square().sum(dims), torch.tensor(float(x.numel() // x.shape[1]), device=x.device)]
+        sums[layer] = [a + b for a, b in zip(sums.get(layer, (0., 0., 0.)), batch)]
+        _set_statistics(layer, *batch)
+
+    hooks = [layer.register_forward_pre_hook(add) for layer in _layers(model, resolution)]
+    try:
+        for (images,) in _batches(model, loader, resolution):
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for layer, values in sums.items():
+        _set_statistics(layer, *values)
 
 
 @torch.enable_grad()
@@ -164,7 +177,7 @@ def tune(
         lr: Learning rate of AdamW, with a cosine schedule.
     """
     parameters = [p for layer in _layers(model, resolution) for p in layer.parameters()]
-    teacher = _teacher(model, resolution)
+    teacher = max(r for r in model.resolutions if r != resolution)
     teaching = model.at(teacher)
     if head:
         teaching = copy.deepcopy(teaching)  # the teacher must not change
@@ -179,10 +192,10 @@ def tune(
         for parameter in frozen:
             parameter.requires_grad_(True)
         for _ in range(epochs):
-            for images in _batches(model, loader):
+            for larger, images in _batches(model, loader, teacher, resolution):
                 with torch.no_grad():
-                    target = teaching(_resize(model, images, teacher))
-                logits = model(_resize(model, images, resolution))
+                    target = teaching(larger)
+                logits = model(images)
                 if not isinstance(logits, torch.Tensor):
                     name = type(model).__name__
                     raise UserError(f'{name} returns a {type(logits).__name__}, expected logits to teach.')
@@ -199,63 +212,17 @@ def tune(
     _logger.info(f'Tuned {resolution} px for {steps} steps, last KL divergence {loss.item():.4f}.')
 
 
-@torch.no_grad()
-def _measure(
-        model: nn.Module,
-        resolution: int,
-        loader: Iterable,
-        on_batch: Optional[Callable[[int, torch.Tensor, torch.Tensor], None]] = None,
-) -> Moments:
-    """Return mean and unbiased variance of the input of each BN over all images.
-
-    Args:
-        model: A switchable network in eval mode.
-        resolution: Input size in pixels.
-        loader: See add_resolution.
-        on_batch: Called with a layer's number and the moments of a batch before the layer normalizes it.
-    """
-    sums: Dict[int, List[torch.Tensor]] = {}
-
-    def add(module: nn.Module, inputs: Any, i: int) -> None:
-        x = inputs[0].cpu() if inputs[0].device.type == 'mps' else inputs[0]  # MPS has no float64
-        x = x.double()
-        dims = [d for d in range(x.ndim) if d != 1]
-        count = torch.tensor(float(x.numel() // x.shape[1]), device=x.device)
-        batch = [x.sum(dims), x.square().sum(dims), count]
-        sums[i] = [a + b for a, b in zip(sums.get(i, [0., 0., 0.]), batch)]
-        if on_batch is not None:
-            on_batch(i, *_moments(*batch))
-
-    hooks = [
-        layer.register_forward_pre_hook(partial(add, i=i)) for i, layer in enumerate(_layers(model, resolution))
-    ]
-    try:
-        for images in _batches(model, loader):
-            model(_resize(model, images, resolution))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {i: _moments(*values) for i, values in sums.items()}
-
-
-def _moments(total: torch.Tensor, squares: torch.Tensor, count: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+def _set_statistics(layer: nn.Module, total: torch.Tensor, squares: torch.Tensor, count: torch.Tensor) -> None:
+    """Set mean and unbiased variance from the sums of values and of their squares per channel, and their number."""
     mean = total / count
-    return mean, (squares / count - mean.square()).clamp(min=0) * count / (count - 1).clamp(min=1)
-
-
-def _set_statistics(layer: nn.Module, mean: torch.Tensor, var: torch.Tensor) -> None:
     layer.running_mean.copy_(mean)
-    layer.running_var.copy_(var)
+    layer.running_var.copy_((squares / count - mean.square()).clamp(min=0) * count / (count - 1).clamp(min=1))
 
 
 def _layers(model: nn.Module, resolution: int) -> List[nn.Module]:
     """Return the BN layers of a resolution that keep statistics."""
     layers = [m[resolution] for m in model.modules() if isinstance(m, PrivateBN)]
     return [layer for layer in layers if getattr(layer, 'track_running_stats', False)]  # not those that timm froze
-
-
-def _teacher(model: nn.Module, resolution: int) -> int:
-    return max(r for r in model.resolutions if r != resolution)
 
 
 def _check_images(loader: Optional[Iterable], size: int, min_images: int) -> None:
@@ -296,14 +263,11 @@ def _insert(model: nn.Module, resolution: int) -> None:
         model._model_args['resolutions'] = resolutions
 
 
-def _batches(model: nn.Module, loader: Iterable) -> Iterator[torch.Tensor]:
-    """Yield the images on the network's device."""
+def _batches(model: nn.Module, loader: Iterable, *sizes: int) -> Iterator[List[torch.Tensor]]:
+    """Yield the images on the network's device at each size, as sharp as those of evaluation."""
+    interpolation = (getattr(model, 'pretrained_cfg', None) or {}).get('interpolation')
+    interpolation = interpolation if interpolation in INTERPOLATIONS else INTERPOLATIONS[0]
     for batch in loader:
         images = batch[0] if isinstance(batch, (list, tuple)) else batch
-        yield images.to(device=model.alpha.device, dtype=model.alpha.dtype)
-
-
-def _resize(model: nn.Module, images: torch.Tensor, size: int) -> torch.Tensor:
-    """Resize images to be as sharp as those of evaluation, by the interpolation of the network's configuration."""
-    interpolation = (getattr(model, 'pretrained_cfg', None) or {}).get('interpolation')
-    return downscale(images, size, interpolation if interpolation in INTERPOLATIONS else INTERPOLATIONS[0])
+        images = images.to(device=model.alpha.device, dtype=model.alpha.dtype)
+        yield [downscale(images, size, interpolation) for size in sizes]
