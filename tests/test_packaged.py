@@ -5,7 +5,8 @@ import pytest
 import timm
 import torch
 from conftest import assert_equal, images
-from timm.data import create_transform, resolve_model_data_config
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform, resolve_model_data_config
 
 import timm_rs
 from timm_rs.checkpoint import read_checkpoint
@@ -39,7 +40,10 @@ def test_holds_the_weights(name):
     assert len(set(model.pretrained_cfg['label_names'])) == model.num_classes
     size = model.resolutions[0]
     assert resolve_model_data_config(model)['input_size'] == (3, size, size)
-    assert create_transform(**resolve_model_data_config(model)) is not None
+    image = Image.new('RGB', (2 * size, 3 * size), (255, 0, 0))
+    red = create_transform(**resolve_model_data_config(model))(image)[:, size // 2, size // 2]
+    expected = [(v - m) / s for v, m, s in zip((1, 0, 0), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+    torch.testing.assert_close(red, torch.tensor(expected))
 
 
 def test_same_sizes_and_classes_without_weights(name):

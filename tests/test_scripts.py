@@ -81,23 +81,66 @@ def test_start_from_a_plain_checkpoint(images, tmp_path):
         torch.testing.assert_close(parameter, plain.get_parameter(name))
 
 
-@pytest.mark.parametrize('flags', [
+@pytest.fixture
+def steps(monkeypatch):
+    """What each step of a training sees."""
+    seen, forward = [], MultiResolutionTask.forward
+
+    def record(self, input, target):
+        model = self.trainable_module
+        seen.append(dict(
+            autocast=torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu'), dtype=input.dtype,
+            channels_last=input.is_contiguous(memory_format=torch.channels_last), soft=target.ndim == 2,
+            recomputes=(model.grad_checkpointing, model._switch.recompute), mode=self.criterion.mode))
+        return forward(self, input, target)
+
+    monkeypatch.setattr(MultiResolutionTask, 'forward', record)
+    return seen
+
+
+@pytest.mark.parametrize('flags,count,seen', [
     # At smaller sizes torch's bf16 kernel for CPUs leaves gradients of a 3x3 convolution on 1x1 maps uninitialized.
-    ['--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--resolutions', '96', '64'],
-    ['--model-dtype', 'bfloat16', '--opt', 'adamw', '--lr', '1e-3', '--clip-grad', '1', '--resolutions', '96', '64'],
-    ['--mixup', '0.4', '--cutmix', '1', '--bce-loss', '--model-ema'],
-    ['--mixup', '0.4', '--no-prefetcher', '--reprob', '0.5', '--flip', 'independent'],
-    ['--aa', 'rand-m9-mstd0.5', '--grad-accum-steps', '2', '--layer-decay', '0.8', '--distill', 'ens'],
-    ['--grad-checkpointing', '--memory', 'lean', '--drop-path', '0.2', '--clip-grad', '0.1', '--clip-mode', 'agc'],
-    ['--torchcompile', 'eager', '--distill', 'none', '--sched', 'step', '--sched-on-updates'],
-    ['--no-aug', '--val-interval', '2', '--save-epochs', '1', '--use-multi-epochs-loader', '--in-chans', '1'],
-    ['--in-chans', '4'],
-    ['--input-size', '1', '32', '32'],
+    ('--amp --amp-dtype bfloat16 --channels-last --resolutions 96 64', 4,
+     dict(autocast=torch.bfloat16, channels_last=True, dtype=torch.float32)),
+    ('--model-dtype bfloat16 --opt adamw --lr 1e-3 --clip-grad 1 --resolutions 96 64', 4,
+     dict(autocast=False, dtype=torch.bfloat16)),
+    ('--mixup 0.4 --cutmix 1 --bce-loss --model-ema', 4, dict(soft=True, channels_last=False)),
+    ('--mixup 0.4 --no-prefetcher --reprob 0.5 --flip independent', 4, dict(soft=True)),
+    ('--aa rand-m9-mstd0.5 --grad-accum-steps 2 --layer-decay 0.8 --distill ens', 4, dict(soft=False, mode='ens')),
+    ('--grad-checkpointing --memory lean --drop-path 0.2 --clip-grad 0.1 --clip-mode agc', 4,
+     dict(recomputes=(True, True), mode='ens_topdown')),
+    ('--no-aug --epochs 3 --use-multi-epochs-loader', 6, dict(recomputes=(False, False))),
 ])
-def test_flags_together(images, tmp_path, flags):
-    train_rs.main([str(images), *TINY, '--epochs', '2', '--output', str(tmp_path), '--experiment', 'r', *flags])
+def test_flags_together(images, tmp_path, steps, flags, count, seen):
+    """Every step sees what the flags ask for, and they train a network that gives other answers than the first one."""
+    train_rs.main([
+        str(images), *TINY, '--epochs', '2', '--output', str(tmp_path), '--experiment', 'r', *flags.split()])
+    assert len(steps) == count and all({k: step[k] for k in seen} == seen for step in steps)
     rows = list(csv.DictReader((tmp_path / 'r' / 'summary.csv').open()))
-    assert len(rows) == 2 and float(rows[-1]['train_loss']) > 0
+    assert len(rows) == count // 2 and len({row['eval_loss_mean'] for row in rows}) == len(rows)
+    assert all(0 < float(row['train_loss']) < 20 for row in rows)
+
+
+def test_flags_of_the_schedule(images, tmp_path):
+    train_rs.main([
+        str(images), *TINY, '--epochs', '4', '--output', str(tmp_path), '--experiment', 'r', '--torchcompile', 'eager',
+        '--distill', 'none', '--sched', 'step', '--decay-epochs', '2', '--decay-rate', '0.1', '--sched-on-updates',
+        '--val-interval', '2', '--save-epochs', '2'])
+    rows = list(csv.DictReader((tmp_path / 'r' / 'summary.csv').open()))
+    assert [float(row['lr']) for row in rows] == pytest.approx([0.05, 0.005, 0.005, 0.0005])
+    assert [bool(row['eval_top1_mean']) for row in rows] == [False, True, False, True]
+    assert {row['train_distillation'] for row in rows} <= {'0.0', ''}
+
+
+@pytest.mark.parametrize('flags,channels', [
+    ('--in-chans 1', 1), ('--in-chans 4', 4), ('--input-size 1 32 32', 1),
+])
+def test_channels(images, tmp_path, flags, channels):
+    train_rs.main([
+        str(images), *TINY, '--epochs', '1', '--output', str(tmp_path), '--experiment', 'r', *flags.split()])
+    last = torch.load(tmp_path / 'r' / 'last.pth.tar', weights_only=False)
+    weight = next(v for v in last['state_dict'].values() if v.ndim == 4)
+    assert weight.shape[1] == last['args'].in_chans == channels
 
 
 def test_some_updates_of_the_smaller_sizes(images, tmp_path):

@@ -252,7 +252,7 @@ def _insert(model: nn.Module, resolution: int) -> None:
     for module in model.modules():
         if isinstance(module, PrivateBN):
             layer = copy.deepcopy(module[nearest])
-            layer.load_state_dict(interpolate(module[below], module[above], share))
+            layer.load_state_dict(interpolate(module[below], module[above], share).state_dict())
             layers = {**module._modules, str(resolution): layer}
             module._modules = type(module._modules)((str(r), layers[str(r)]) for r in resolutions)
     index = known.index(nearest)

@@ -224,7 +224,7 @@ def extract_resolution(state_dict: Mapping[str, Any], resolution: int) -> Dict[s
         name, rest = _split_private(key, private)
         if name is not None:
             held, _, rest = rest.partition('.')
-            key = _join(name, rest)
+            key = f'{name}.{rest}' if name else rest
             if held != str(resolution):
                 continue
         if key != 'alpha':
@@ -400,10 +400,6 @@ def _split_private(key: str, private_names: set) -> Tuple[Optional[str], str]:
             return key[:end], key[end + 1:]
         end = key.rfind('.', 0, end)
     return None, key
-
-
-def _join(name: str, rest: str) -> str:
-    return f'{name}.{rest}' if name else rest
 
 
 def _match_reference(state_dict: Mapping[str, Any]) -> Iterator[Tuple[str, 're.Match']]:

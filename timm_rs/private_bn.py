@@ -127,7 +127,7 @@ class PrivateBN(nn.Module):
         bn = self._modules[switch.key]
         if switch.between is not None:
             low, high, share = switch.between
-            return _interpolated(self._modules[low], self._modules[high], share)(x)
+            return interpolate(self._modules[low], self._modules[high], share)(x)
         if self.training and (switch.checkpointing or switch.recompute) and is_recomputing():
             with _frozen_statistics(bn):
                 return bn(x)
@@ -148,31 +148,23 @@ class PrivateBN(nn.Module):
         return f'active={self._switch.active}'
 
 
-def interpolate(low: nn.Module, high: nn.Module, share: float) -> Dict[str, torch.Tensor]:
-    """Return the state of a BN between two others.
+def interpolate(low: nn.Module, high: nn.Module, share: float) -> nn.Module:
+    """Return a BN between two others; these stay as they are, for other threads.
 
     Args:
         low: BN at share 0, whose count of batches is taken.
         high: BN at share 1.
         share: Position between them.
     """
-    first, second = (dict(chain(bn.named_parameters(), bn.named_buffers())) for bn in (low, high))
-    return {k: _lerp(v, second[k], share) for k, v in first.items()}
-
-
-def _interpolated(low: nn.Module, high: nn.Module, share: float) -> nn.Module:
-    """Return a BN between two others; these stay as they are, for other threads."""
     bn = object.__new__(type(low))
     vars(bn).update(vars(low))
     for name in ('_parameters', '_buffers'):
         tensors = vars(high)[name]
-        vars(bn)[name] = {k: v if v is None else _lerp(v, tensors[k], share) for k, v in vars(low)[name].items()}
-    bn._modules = {k: _interpolated(child, high._modules[k], share) for k, child in low._modules.items()}
+        vars(bn)[name] = {
+            k: torch.lerp(v, tensors[k], share) if v is not None and v.is_floating_point() else v
+            for k, v in vars(low)[name].items()}
+    bn._modules = {k: interpolate(child, high._modules[k], share) for k, child in low._modules.items()}
     return bn
-
-
-def _lerp(low: torch.Tensor, high: torch.Tensor, share: float) -> torch.Tensor:
-    return torch.lerp(low, high, share) if low.is_floating_point() else low
 
 
 def tie_affine(module: nn.Module, statistics: bool = False) -> None:

@@ -1,10 +1,11 @@
 """Images decoded once, kept in files that are mapped into memory"""
 import hashlib
 import json
+import math
 import os
 import shutil
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import PIL
@@ -25,6 +26,8 @@ except ImportError:  # not on Windows
 __all__ = ['CropLoader', 'Decoded', 'DecodedLoader', 'Squash', 'open_decoded']
 
 _META = 'meta.json'  # written last
+
+Layout = Dict[str, Tuple[Tuple[int, ...], np.dtype]]  # shape and dtype by file
 
 
 class Decoded(NamedTuple):
@@ -72,14 +75,17 @@ def open_decoded(
     listing = [(name, target, *_stat(name)) for name, target in samples]
     what = json.dumps([listing, shapes, settings, PIL.__version__], sort_keys=True)
     path = os.path.join(root, f'{title}-{hashlib.sha256(what.encode()).hexdigest()[:16]}')
+    layout = {f'{i}.npy': ((len(samples), *shape), np.dtype(dtype)) for i, (shape, dtype) in enumerate(shapes)}
+    layout['targets.npy'] = (len(samples),), np.dtype('int64')
     os.makedirs(root, exist_ok=True)
     with _lock(root):
-        if _open(path, shapes, len(samples)) is None:
+        if _open(path, layout) is None:
             shutil.rmtree(path, ignore_errors=True)
-            _check_room(root, len(samples) * sum(_bytes(*shape) for shape in shapes), most_gb)
+            size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
+            _check_room(root, size, most_gb)
             with atomic_folder(path) as partial:
-                _decode(partial, title, len(samples), shapes, batches, errors)
-    found = _open(path, shapes, len(samples))
+                _decode(partial, title, layout, batches, errors)
+    found = _open(path, layout)
     for name, reason in found.unreadable.items():
         errors.report(name, reason)
     return found
@@ -88,10 +94,6 @@ def open_decoded(
 def _stat(name: str) -> Tuple[int, int]:
     found = os.stat(name)
     return found.st_size, found.st_mtime_ns
-
-
-def _bytes(shape: Sequence[int], dtype: str) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
 
 
 @contextmanager
@@ -104,28 +106,26 @@ def _lock(root: str) -> Iterator[None]:
 
 def _check_room(root: str, size: int, most_gb: float) -> None:
     used = sum(entry.stat().st_size for folder, _, _ in os.walk(root) for entry in os.scandir(folder))
+    held = f' beside {used / 1e9:.2f} GB of others' if used > 1e6 else ''
+    what = f'--decoded-cache {root}: the decoded images take {size / 1e9:.2f} GB'
     if used + size > most_gb * 1e9:
-        held = f' beside {used / 1e9:.2f} GB of others' if used > 1e6 else ''
         raise UserError(
-            f'--decoded-cache {root}: the decoded images take {size / 1e9:.2f} GB{held}, expected at most {most_gb:g} '
-            'GB (--decoded-cache-gb); a smaller --decoded-cache-side may help.')
+            f'{what}{held}, expected at most {most_gb:g} GB (--decoded-cache-gb); a smaller --decoded-cache-side may '
+            'help.')
     free = shutil.disk_usage(root).free
     if size > free:
-        raise UserError(
-            f'--decoded-cache {root}: the decoded images take {size / 1e9:.2f} GB, but the disk has only '
-            f'{free / 1e9:.2f} GB free.')
+        raise UserError(f'{what}, but the disk has only {free / 1e9:.2f} GB free.')
 
 
-def _decode(folder: str, title: str, count: int, shapes: Sequence, batches: Iterable, errors: Any) -> None:
+def _decode(folder: str, title: str, layout: Layout, batches: Iterable, errors: Any) -> None:
     before = set(errors.names)
-    arrays = [
-        np.lib.format.open_memmap(name, 'w+', dtype, (count, *shape))
-        for name, (shape, dtype) in zip(_array_files(folder, shapes), (*shapes, ((), 'int64')))]
+    arrays = [np.lib.format.open_memmap(os.path.join(folder, name), 'w+', dtype, shape)
+              for name, (shape, dtype) in layout.items()]
     for array in arrays if hasattr(os, 'posix_fallocate') else ():  # a full disk kills who writes into a mapped file
         with open(array.filename, 'r+b') as f:
             os.posix_fallocate(f.fileno(), 0, os.path.getsize(array.filename))
     done = 0
-    with tqdm(desc=f'Decode {title}', total=count, unit='images', disable=None) as bar:
+    with tqdm(desc=f'Decode {title}', total=len(arrays[-1]), unit='images', disable=None) as bar:
         for parts, targets in batches:
             errors.check()
             for array, part in zip(arrays, (*parts, targets)):
@@ -140,23 +140,17 @@ def _decode(folder: str, title: str, count: int, shapes: Sequence, batches: Iter
         json.dump(unreadable, f)
 
 
-def _array_files(folder: str, shapes: Sequence) -> Iterator[str]:
-    for i in range(len(shapes)):
-        yield os.path.join(folder, f'{i}.npy')
-    yield os.path.join(folder, 'targets.npy')
-
-
-def _open(path: str, shapes: Sequence, count: int):
+def _open(path: str, layout: Layout) -> Optional[Decoded]:
     """Return the decoded images, None where they are missing or damaged."""
     try:
-        *arrays, targets = [np.load(name, mmap_mode='r') for name in _array_files(path, shapes)]
+        arrays = [np.load(os.path.join(path, name), mmap_mode='r') for name in layout]
         with open(os.path.join(path, _META)) as f:
             unreadable = json.load(f)
     except (OSError, ValueError):
         return None
-    found = [(a.shape, a.dtype) for a in arrays]
-    if found != [((count, *shape), np.dtype(dtype)) for shape, dtype in shapes] or targets.shape != (count,):
+    if [(a.shape, a.dtype) for a in arrays] != list(layout.values()):
         return None
+    *arrays, targets = arrays
     return Decoded(arrays, np.array(targets), unreadable)
 
 

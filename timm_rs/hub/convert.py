@@ -3,6 +3,7 @@ import copy
 import json
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional, Sequence
 
@@ -68,7 +69,9 @@ def write_model(
 ) -> None:
     """Write what save_model writes into an existing folder."""
     if is_quantized(model) and not isinstance(model, SwitchableMixin):
-        model = _fold_for_timm(model)
+        name, model = type(model).__name__, fold(model)
+        if any(isinstance(m, StepFunction) for m in model.modules()):
+            raise UserError(f'{name} quantizes its activations, but networks of timm do not: save the switchable one.')
     architecture, args = architecture_of(model), {}
     if isinstance(model, SwitchableMixin):
         args = dict(resolutions=list(model.resolutions))
@@ -116,43 +119,24 @@ def _check_classifier(model: nn.Module) -> None:
 
 
 @contextmanager
-def _ready_to_save(model: nn.Module, packed: bool = False) -> Iterator[nn.Module]:
-    """Give a network as timm can save it: with the largest resolution active, whose size goes into config.json, and, as
-    safetensors needs it, contiguous tensors that share no memory. If packed, with a packed state dict."""
-    original, resolution = model, model.resolution if isinstance(model, SwitchableMixin) else None
-    hooks = []
+def _ready_to_save(model: nn.Module, packed: bool) -> Iterator[nn.Module]:
+    """Give a network as timm can save it, with the largest resolution active, whose size goes into config.json."""
+    if isinstance(model, SwitchableMixin):
+        model = copy.copy(model)  # the same tensors, but a resolution of its own
+        model.switch_to(model.resolutions[0])
+    hook = model.register_state_dict_post_hook(partial(_prepare_tensors, packed=packed))
     try:
-        if resolution is not None:
-            model.switch_to(model.resolutions[0])
-        if not all(t.is_contiguous() for t in model.state_dict().values()):
-            model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-        hooks = [model.register_state_dict_post_hook(f) for f in (_separate, *[_pack] * packed)]
         yield model
     finally:
-        for hook in hooks:
-            hook.remove()
-        if resolution is not None:
-            original.switch_to(resolution)
+        hook.remove()
 
 
-def _separate(module: nn.Module, state_dict: Dict[str, torch.Tensor], *_: Any) -> None:
-    """Copy what resolutions share (tie_affine): a file holds each tensor separately."""
+def _prepare_tensors(module: nn.Module, state_dict: Dict[str, torch.Tensor], *_: Any, packed: bool) -> None:
+    """Bring a state dict into the form that safetensors needs: contiguous tensors that share no memory (tie_affine)."""
     seen = set()
     for key, tensor in state_dict.items():
-        if tensor.data_ptr() in seen:
-            state_dict[key] = tensor.clone()
+        state_dict[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
         seen.add(tensor.data_ptr())
-
-
-def _pack(module: nn.Module, state_dict: Dict[str, torch.Tensor], *_: Any) -> None:
-    packed = pack_state_dict(state_dict)
+    tensors = {k: v.contiguous() for k, v in (pack_state_dict(state_dict) if packed else state_dict).items()}
     state_dict.clear()
-    state_dict.update(packed)
-
-
-def _fold_for_timm(model: nn.Module) -> nn.Module:
-    folded = fold(model)
-    if any(isinstance(m, StepFunction) for m in folded.modules()):
-        name = type(model).__name__
-        raise UserError(f'{name} quantizes its activations, but networks of timm do not: save the switchable one.')
-    return folded
+    state_dict.update(tensors)

@@ -5,7 +5,7 @@ one another, the lowest bit first; bit i of a code says whether v_i is added or 
 is.
 """
 import math
-from typing import Any, Dict, Iterator, Mapping
+from typing import Any, Dict, Mapping
 
 import torch
 
@@ -65,17 +65,11 @@ def unpack_state_dict(state_dict: Mapping[str, torch.Tensor]) -> Dict[str, torch
     Raises:
         ValueError: It is damaged; the message names the layer.
     """
-    if not is_packed(state_dict):
-        return dict(state_dict)
-    return dict(_unpack(state_dict))
-
-
-def _unpack(state_dict: Mapping[str, torch.Tensor]) -> Iterator:
+    unpacked = {}
     for key, value in state_dict.items():
-        if key.endswith(_SHAPE):
-            continue
+        if not key.endswith((_CODES, _SHAPE)):
+            unpacked[key] = value
         if not key.endswith(_CODES):
-            yield key, value
             continue
         name = key.removesuffix(_CODES)
         basis, shape = state_dict.get(name + _BASIS), state_dict.get(name + _SHAPE)
@@ -93,7 +87,8 @@ def _unpack(state_dict: Mapping[str, torch.Tensor]) -> Iterator:
         levels, order = code_table(basis, QuantConv2d.low)
         by_code = torch.empty_like(levels).scatter_(1, order, levels).to(basis.device, basis.dtype)
         codes = _from_bytes(value, bits, math.prod(shape))
-        yield name + _WEIGHT, by_code.gather(1, codes.view(len(basis), -1)).view(shape)
+        unpacked[name + _WEIGHT] = by_code.gather(1, codes.view(len(basis), -1)).view(shape)
+    return unpacked
 
 
 def _to_bytes(codes: torch.Tensor, bits: int) -> torch.Tensor:
