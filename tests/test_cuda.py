@@ -97,7 +97,7 @@ def test_float16_with_its_scaler(images, tmp_path, steps, monkeypatch):
 
     def begin_at(scale):
         monkeypatch.setattr(
-            torch.amp.GradScaler, '__init__', lambda self, *args, **kwargs: init(self, *args, init_scale=scale, **kwargs))
+            torch.amp.GradScaler, '__init__', lambda self, **kwargs: init(self, init_scale=scale, **kwargs))
 
     expected = train(images, tmp_path / 'float32', '--epochs', '1')
     begin_at(2. ** 6)

@@ -5,7 +5,7 @@ one another, the lowest bit first; bit i of a code says whether v_i is added or 
 is.
 """
 import math
-from typing import Any, Dict, Mapping
+from typing import Dict, Mapping
 
 import torch
 
@@ -14,14 +14,9 @@ from timm_rs_runtime.errors import UserError
 from .config import BITS
 from .quantizers import QuantConv2d, code_table, level_index
 
-__all__ = ['is_packed', 'pack_state_dict', 'unpack_state_dict']
+__all__ = ['pack_state_dict', 'unpack_state_dict']
 
 _CODES, _SHAPE, _BASIS, _WEIGHT = '.weight_codes', '.weight_shape', '.basis', '.weight'
-
-
-def is_packed(state_dict: Mapping[str, Any]) -> bool:
-    """Return whether a state dict holds packed weights."""
-    return any(k.endswith((_CODES, _SHAPE)) for k in state_dict)
 
 
 def pack_state_dict(state_dict: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
@@ -51,7 +46,7 @@ def pack_state_dict(state_dict: Mapping[str, torch.Tensor]) -> Dict[str, torch.T
         name = key.removesuffix(_WEIGHT)
         packed[name + _CODES] = _to_bytes(codes.flatten(), basis.shape[1])
         packed[name + _SHAPE] = torch.tensor(value.shape, dtype=torch.int32, device=value.device)
-    if not is_packed(packed):
+    if packed.keys() == state_dict.keys():
         raise UserError('There are no quantized weights to pack, see timm_rs.quant.quantize.')
     return packed
 
