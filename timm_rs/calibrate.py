@@ -168,13 +168,8 @@ def tune(
 ) -> None:
     """Teach the affine parameters of one resolution's BN from the network at its largest one, without labels.
 
-    Args:
-        model: A switchable network in eval mode; its BN layers stay in eval mode while they learn.
-        resolution: Input size in pixels.
-        loader: See add_resolution.
-        head: Let the shared classifier learn too.
-        epochs: Passes over the loader.
-        lr: Learning rate of AdamW, with a cosine schedule.
+    The network is in eval mode, and its BN layers stay in it while they learn. See add_resolution for the arguments;
+    with `head` the shared classifier learns too.
     """
     parameters = [p for layer in _layers(model, resolution) for p in layer.parameters()]
     teacher = max(r for r in model.resolutions if r != resolution)

@@ -94,11 +94,7 @@ def read_checkpoint(path: str, use_ema: Optional[bool] = None, name: Optional[st
 
 
 def check_finite(state_dict: Mapping[str, torch.Tensor], source: str) -> None:
-    """Raise UserError if a weight is not finite or a running variance is negative; the message names the tensor.
-
-    Args:
-        state_dict: Weights.
-        source: The file or network that holds them, for the message.
+    """Raise UserError if a weight is not finite or a running variance is negative; the message names where.
 
     Example:
         >>> check_finite({'fc.weight': torch.tensor([1., float('nan')])}, 'a.pth')
@@ -207,12 +203,8 @@ def state_dict_resolutions(state_dict: Mapping[str, Any]) -> Optional[Tuple[int,
 def extract_resolution(state_dict: Mapping[str, Any], resolution: int) -> Dict[str, Any]:
     """Return the plain timm state dict of one resolution of a switchable network.
 
-    Args:
-        state_dict: State dict of a switchable network.
-        resolution: Input size in pixels.
-
     Raises:
-        ValueError: The state dict is a plain one or does not hold this resolution.
+        UserError: The state dict is a plain one or does not hold this resolution.
     """
     resolutions = state_dict_resolutions(state_dict)
     if resolutions is None or resolution not in resolutions:
@@ -275,10 +267,6 @@ def adapt_reference(state_dict: Mapping[str, torch.Tensor], resolutions: Tuple[i
 def explain_mismatch(state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> Optional[str]:
     """Return in words the first keys by which a state dict does not fit a network, None if it does.
 
-    Args:
-        state_dict: Weights to load.
-        expected: The network's own state dict.
-
     Example:
         >>> explain_mismatch({'a': torch.zeros(2), 'b': torch.zeros(2)}, {'a': torch.zeros(3), 'c': torch.zeros(3)})
         'c is missing; b is unexpected; a is (2,), expected (3,)'
@@ -302,10 +290,6 @@ def has_taken(state_dict: Mapping[str, torch.Tensor], loaded: Mapping[str, torch
     """Return whether a network holds any weights of a state dict, whatever their names.
 
     timm adapts keys as well as weights, and loads what fits if the classifier differs: that can be nothing.
-
-    Args:
-        state_dict: Weights that were meant to be loaded.
-        loaded: The network's state dict.
 
     Example:
         >>> has_taken({'a': torch.ones(1, 2)}, {'b': torch.zeros(1, 2), 'c': torch.ones(1, 2)})

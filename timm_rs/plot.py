@@ -73,10 +73,7 @@ def read_run(folder: str) -> RunHistory:
 def plot_curves(runs: Sequence[RunHistory], path: str, overwrite: bool = False) -> None:
     """Draw top-1 accuracy over epochs, a panel per run and a line per resolution and for the ensemble.
 
-    Args:
-        runs: The runs.
-        path: File to write; its ending chooses the format.
-        overwrite: Replace a file of this name.
+    The ending of the path chooses the format of the file.
     """
     figure, axes = _figure(len(runs))
     for axis, run in zip(axes, runs):
@@ -96,13 +93,7 @@ def plot_curves(runs: Sequence[RunHistory], path: str, overwrite: bool = False) 
 
 
 def plot_accuracy_against_madds(runs: Sequence[RunHistory], path: str, overwrite: bool = False) -> None:
-    """Draw top-1 accuracy of each run's best epoch against the multiply-adds of each resolution.
-
-    Args:
-        runs: The runs.
-        path: File to write; its ending chooses the format.
-        overwrite: Replace a file of this name.
-    """
+    """Draw top-1 accuracy of each run's best epoch against the multiply-adds of each resolution, see plot_curves."""
     figure, (axis,) = _figure(1)
     for run in runs:
         cost = run.madds()

@@ -112,12 +112,8 @@ def read_yaml(path: str) -> Dict[str, Any]:
 def check_run(values: Mapping[str, Any], source: str) -> Dict[str, Any]:
     """Return the flags of a training run: those that describe its network checked, others if they are plain values.
 
-    Args:
-        values: Flags, as train_rs.py and timm's train.py record them.
-        source: The file that holds them.
-
     Raises:
-        UserError: A flag that describes the network has an unusable value.
+        UserError: A flag that describes the network has an unusable value; the message names the source.
     """
     known = fields.check_fields(values, fields.record(_RUN), f'{source}: flags')
     if known.get('model_kwargs'):
@@ -133,12 +129,8 @@ def check_run(values: Mapping[str, Any], source: str) -> Dict[str, Any]:
 def check_model_args(values: Mapping[str, Any], source: str) -> Dict[str, Any]:
     """Return arguments of timm.create_model that a file may choose, each a plain value.
 
-    Args:
-        values: Arguments by name.
-        source: The file that holds them.
-
     Raises:
-        UserError: A value is unusable.
+        UserError: A value is unusable; the message names the source.
 
     Example:
         >>> check_model_args(dict(stem_width=8, pretrained_cfg_overlay=dict(url='http://example.org')), 'a.pth')
@@ -154,12 +146,8 @@ def check_model_args(values: Mapping[str, Any], source: str) -> Dict[str, Any]:
 def read_config(path: str, source: str) -> Tuple[str, Dict[str, Any], Dict[str, Any]]:
     """Return what a config.json of timm records: the architecture, its pretrained_cfg and its arguments.
 
-    Args:
-        path: Name of the file.
-        source: The folder or repository, for the message.
-
     Raises:
-        UserError: It is another file, or a value in it is unusable.
+        UserError: It is another file, or a value in it is unusable; the message names the source.
     """
     values = fields.parse_json(fields.read_text(path), path)
     if isinstance(values, Mapping) and 'pretrained_cfg' not in values:  # as timm wrote it before 0.9
@@ -179,11 +167,8 @@ def is_model_folder(path: str) -> bool:
 def find_checkpoint(path: str) -> str:
     """Return the file to read weights from: that of a model folder, or the best, else the last checkpoint of a run.
 
-    Args:
-        path: Folder, or the file itself.
-
     Raises:
-        UserError: There is no such file, or the folder does not hold one.
+        UserError: There is no such file or folder, or the folder does not hold one.
     """
     found = [path] if os.path.isfile(path) else [os.path.join(path, name) for name in _WEIGHTS]
     found += sorted(glob.glob(os.path.join(glob.escape(path), '*.safetensors')))

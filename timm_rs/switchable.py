@@ -7,7 +7,7 @@ parameter names and remains an instance of its own class, so everything that tim
 import copy
 import warnings
 import weakref
-from functools import partial
+from functools import cache, partial
 from types import MethodType
 from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
 
@@ -24,8 +24,6 @@ from .private_bn import HOOK_DICTS, PrivateBN
 from .resolutions import Switch, UnknownResolutionError, check_resolutions, nearest_resolution, neighbours
 
 __all__ = ['SwitchableMixin', 'make_switchable']
-
-_CLASSES = {}  # plain class -> its switchable subclass
 
 
 def make_switchable(module: nn.Module, resolutions: Sequence[int] = (224, 192, 160, 128, 96)) -> nn.Module:
@@ -361,10 +359,9 @@ def _note_input_size(module: nn.Module, resolution: int) -> None:
         traits.update(img_size=(resolution, resolution), fixed_input_size=False)
 
 
+@cache
 def _switchable_class(plain: type) -> type:
-    if plain not in _CLASSES:
-        _CLASSES[plain] = type(f'RS{plain.__name__}', (SwitchableMixin, plain), {'__module__': plain.__module__})
-    return _CLASSES[plain]
+    return type(f'RS{plain.__name__}', (SwitchableMixin, plain), {'__module__': plain.__module__})
 
 
 def _new_switchable(plain: type) -> nn.Module:

@@ -265,8 +265,7 @@ class PyramidTransform:
 
 def _collate_pyramid(batch: Sequence[Tuple[List[Any], int]]) -> Tuple[List[torch.Tensor], torch.Tensor]:
     images, targets = zip(*batch)
-    pyramid = [fast_collate([(image, target) for image, target in zip(level, targets)]) for level in zip(*images)]
-    return [level[0] for level in pyramid], pyramid[0][1]
+    return [fast_collate([(image, 0) for image in level])[0] for level in zip(*images)], torch.tensor(targets)
 
 
 class PyramidNormalizer:

@@ -5,6 +5,7 @@ from typing import Any, Dict
 import torch
 import torch.nn as nn
 from timm.layers.conv2d_same import Conv2dSame
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .._compat import BatchNorm
 
@@ -60,9 +61,8 @@ def fuse_batch_norms(network: nn.Module, images: torch.Tensor) -> nn.Module:
         for name, bn in list(parent.named_children()):
             if bn in pairs:
                 conv = pairs[bn]
-                bias = bn.bias if conv.bias is None else bn.bias + bn.weight * conv.bias
-                conv.weight = nn.Parameter(conv.weight * bn.weight[:, None, None, None], requires_grad=False)
-                conv.bias = nn.Parameter(bias.detach(), requires_grad=False)
+                conv.weight, conv.bias = fuse_conv_bn_weights(
+                    conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
                 rest = [m for n, m in bn.named_children() if n in ('drop', 'act') and not isinstance(m, nn.Identity)]
                 setattr(parent, name, nn.Sequential(*rest) if rest else nn.Identity())
     return network

@@ -81,9 +81,8 @@ def export_int8(
         model: Switchable network.
         path: File to write, complete or not at all.
         images: Images like those in use, as files or PIL images, for the ranges of activations; about 100.
-        class_names: Names of the classes, in their order; if None those that the model records.
         batch_size: Images of a batch.
-        overwrite: Replace a file of this name.
+        class_names, overwrite: See export_switchable.
         errors: Where unreadable images are reported, which are left out; by default the first one is raised.
 
     Returns:
@@ -134,10 +133,7 @@ def export_resolution(
         path: File to write, complete or not at all.
         format: 'onnx', 'torch-export' (for torch.export.load, AOTInductor) or 'torchscript' (for torch.jit.load).
         batch_size: Images of a batch, None for any number.
-        class_names: Names of the classes, in their order; if None those that the model records.
-        tolerance: Largest difference of logits between the file and the network in float64 that is accepted, besides
-            what float32 rounding explains.
-        overwrite: Replace a file of this name.
+        class_names, tolerance, overwrite: See export_switchable.
 
     Returns:
         The largest difference of logits found.

@@ -145,12 +145,7 @@ def read_metrics(path: str, epoch: Optional[int] = None) -> Dict[Union[int, str]
 
 
 class TrainingPush:
-    """Pushes the best checkpoint of a run in a separate process, so that training neither waits nor fails with it.
-
-    Args:
-        args: Flags of the run.
-        output_dir: Folder of its checkpoints.
-    """
+    """Pushes the best checkpoint of a run in a separate process, so that training neither waits nor fails with it."""
 
     def __init__(self, args: argparse.Namespace, output_dir: str):
         from huggingface_hub import get_token

@@ -66,20 +66,16 @@ def explain_unknown_model(name: str) -> str:
     name = name.split('.')[0]
     base = name[len(PREFIX):] if name.startswith(PREFIX) else name
     if base in _REFUSED:
-        return f'There is no {PREFIX}{base}: {base} {_REFUSED[base]}. The nearest that works is {_nearest(base)}.'
+        family = model_entrypoint(base).__module__
+        candidates = [b for b in RS_MODELS if model_entrypoint(b).__module__ == family] or RS_MODELS
+        nearest, = difflib.get_close_matches(base, candidates, n=1, cutoff=0.)
+        return f'There is no {PREFIX}{base}: {base} {_REFUSED[base]}. The nearest that works is {PREFIX}{nearest}.'
     if is_model(PREFIX + name):
         near = [PREFIX + name]
     else:
         near = difflib.get_close_matches(name, [PREFIX + b for b in (*RS_MODELS, *OTHER_MODELS)], n=3, cutoff=0.5)
     what = f'{name!r} is not a Resolution Switchable Network' if is_model(name) else f'Unknown model {name!r}'
     return f"{what}, did you mean {', '.join(near)}?" if near else f"{what}, see timm.list_models('{PREFIX}*')."
-
-
-def _nearest(base: str) -> str:
-    """Return the rs_* model with the nearest name, of the same family of timm if that has one."""
-    family = model_entrypoint(base).__module__
-    candidates = [b for b in RS_MODELS if model_entrypoint(b).__module__ == family] or RS_MODELS
-    return PREFIX + difflib.get_close_matches(base, candidates, n=1, cutoff=0.)[0]
 
 
 def _create_rs(

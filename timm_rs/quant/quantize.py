@@ -154,11 +154,8 @@ def split_bases(
 ) -> Tuple[Optional[Dict[str, torch.Tensor]], Dict[str, torch.Tensor]]:
     """Return the weights of a state dict, unpacked, and what quantizers have learned, each under its key.
 
-    Args:
-        state_dict: State dict of any network, or None.
-
     Raises:
-        ValueError: It is packed and damaged.
+        UserError: It is packed and damaged.
     """
     if state_dict is None:
         return None, {}
@@ -170,12 +167,10 @@ def split_bases(
 def load_bases(model: nn.Module, bases: Mapping[str, torch.Tensor]) -> None:
     """Load what quantizers have learned into a network, which may be timm's feature wrapper of the one that learned.
 
-    Args:
-        model: A quantized network, or any if there are no bases.
-        bases: What split_bases returned; if empty the network keeps its own.
+    If there are none it keeps its own.
 
     Raises:
-        ValueError: The network is not quantized, has other bits, or a layer has no basis.
+        UserError: The network is not quantized, has other bits, or a layer has no basis.
     """
     if not bases:
         return
@@ -192,12 +187,8 @@ def load_bases(model: nn.Module, bases: Mapping[str, torch.Tensor]) -> None:
 def adapt_bases(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     """Return a state dict unpacked, and with initial bases for its weights if a quantized network needs them.
 
-    Args:
-        model: The network that is going to load it.
-        state_dict: State dict of a network that is quantized or not.
-
     Raises:
-        ValueError: It is packed and damaged, or has other bits than the network.
+        UserError: It is packed and damaged, or has other bits than the network.
     """
     weights, bases = split_bases(state_dict)
     if bases:
