@@ -1,9 +1,12 @@
 """Tables and figures of accuracy by method and size"""
+import csv
 import statistics
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-__all__ = ['METHODS', 'markdown', 'plot', 'rows_of', 'scores_of']
+from _shared import environment, shell_command, write_json
+
+__all__ = ['METHODS', 'plot', 'rows_of', 'scores_of', 'write_table']
 
 METHODS = dict(
     inet='I-Nets', parallel='Parallel', ens='RS-Net, ensemble only', ens_topdown='RS-Net', random_size='random size')
@@ -41,6 +44,19 @@ def rows_of(scores: Scores, **common: Any) -> List[dict]:
             top1_std=round(statistics.stdev(first), 2) if first[1:] else '',
             top5_mean=round(statistics.mean(fifth), 2)))
     return rows
+
+
+def write_table(path: Path, rows: List[dict], tables: Dict[str, Scores], sizes: Sequence[int], **content: Any) -> None:
+    """Write rows as .csv, the tables of one or more recipes as .md, and all that they are made of as .json."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'w', newline='') as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    text = markdown(tables, sizes)
+    path.with_suffix('.md').write_text(text)
+    write_json(path.with_suffix('.json'), dict(command=shell_command(), environment=environment(), **content))
+    print(text)
 
 
 def markdown(tables: Dict[str, Scores], sizes: Sequence[int]) -> str:

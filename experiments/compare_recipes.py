@@ -7,12 +7,11 @@ the others are compared with.
 
     python experiments/compare_recipes.py both=results/paper_table.json statistics=output/statistics.json
 """
-import csv
 import json
 from pathlib import Path
 
-from _shared import create_parser, environment, shell_command, write_json
-from _tables import markdown, rows_of, scores_of
+from _shared import create_parser
+from _tables import rows_of, scores_of, write_table
 
 
 def main(argv=None):
@@ -41,17 +40,9 @@ def main(argv=None):
     for name, scores in tables.items():
         recipe = found[name]['recipe']
         rows.extend(rows_of(scores, recipe=name, model=recipe['model'], epochs=recipe['epochs']))
-    with open(args.output, 'w', newline='') as f:
-        writer = csv.DictWriter(f, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    text = markdown(tables, sizes)
-    args.output.with_suffix('.md').write_text(text)
-    write_json(args.output.with_suffix('.json'), dict(
-        command=shell_command(), environment=environment(),
-        recipes={name: table['recipe'] for name, table in found.items()},
-        runs={name: table['runs'] for name, table in found.items()}))
-    print(text)
+    write_table(
+        args.output, rows, tables, sizes, recipes={name: table['recipe'] for name, table in found.items()},
+        runs={name: table['runs'] for name, table in found.items()})
 
 
 if __name__ == '__main__':

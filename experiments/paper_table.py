@@ -21,7 +21,6 @@ Every run has a folder in --work with its log; a stopped run continues, a finish
 at the end, and with what is there so far by --table-only: a .csv, .md (gains over the I-Nets in brackets), .png
 (accuracy against multiply-adds) and .json (every run with its command).
 """
-import csv
 import json
 import math
 import shlex
@@ -33,8 +32,8 @@ from pathlib import Path
 
 import timm
 from _runs import Run, hold_out, train_all
-from _shared import ROOT, create_parser, environment, shell_command, write_json
-from _tables import METHODS, markdown, plot, rows_of, scores_of
+from _shared import ROOT, create_parser
+from _tables import METHODS, plot, rows_of, scores_of, write_table
 
 from timm_rs.evaluate import count_madds, count_parameters
 from timm_rs.train.options import parse_args as parse_flags
@@ -59,7 +58,7 @@ def main(argv=None):
                 hold_out(args.data_dir, args.work / 'held_out')
             train_all([cell['run'] for cell in plan(args, search)], args.jobs)
         warn_of_the_edge(args)
-    write_table(args)
+    write_results(args)
 
 
 def parse_args(argv=None):
@@ -191,7 +190,7 @@ def read(cell, args):
         command=shlex.join(['python', *cell['run'].command]))
 
 
-def write_table(args):
+def write_results(args):
     """Write what the finished runs come to."""
     searches, runs = ([read(cell, args) for cell in plan(args, search)] for search in (True, False))
     runs = [r for r in runs if r]
@@ -202,18 +201,11 @@ def write_table(args):
     rows = [
         dict(row, madds=madds(model, row['resolution'], *rest))
         for row in rows_of(scores, dataset=args.dataset, model=model, epochs=args.epochs)]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.output, 'w', newline='') as f:
-        writer = csv.DictWriter(f, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    text = markdown({f'{model}, {args.epochs} epochs': scores}, args.sizes)
-    args.output.with_suffix('.md').write_text(text)
-    write_json(args.output.with_suffix('.json'), dict(
-        command=shell_command(), environment=environment(), dataset=args.dataset, recipe=vars(args.recipe),
-        lrs=args.lrs, searches=[r for r in searches if r], runs=runs))
+    title = f'{model}, {args.epochs} epochs'
+    write_table(
+        args.output, rows, {title: scores}, args.sizes, dataset=args.dataset, recipe=vars(args.recipe), lrs=args.lrs,
+        searches=[r for r in searches if r], runs=runs)
     plot(rows, f'{model} on {args.dataset}, {args.epochs} epochs', args.output.with_suffix('.png'))
-    print(text)
 
 
 if __name__ == '__main__':

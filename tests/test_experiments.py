@@ -2,7 +2,6 @@
 import csv
 import json
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -157,20 +156,3 @@ def test_recipes_side_by_side(tmp_path, capfd):
     assert '| two | RS-Net | 0 | 52.0 | 52.0 | +2.0 |' in (tmp_path / 'r.md').read_text()
     (tmp_path / 'b.json').write_text('{}')
     assert 'expected NAME=FILE, a .json that paper_table.py wrote' in fails(compare_recipes.main, argv, capfd)
-
-
-@pytest.mark.slow
-def test_added_sizes(argv, tmp_path):
-    """A program of its own: it ends well, and finds the accuracy of training again."""
-    paper_table.main([*argv, '--methods', 'ens', '--epochs', '1'])
-    (run,) = json.loads((tmp_path / 'table.json').read_text())['runs']
-    subprocess.run([
-        sys.executable, f'{paper_table.ROOT}/experiments/added_sizes.py', argv[0], '--checkpoint',
-        str(tmp_path / 'work' / 'ens-lr0.05-seed0' / 'last.pth.tar'), '--sizes', '28', '--images', '64', '--output',
-        str(tmp_path / 'sizes.json')], check=True)
-    rows = json.loads((tmp_path / 'sizes.json').read_text())['rows']
-    assert [(r['resolution'], r['method']) for r in rows] == [
-        (32, 'trained'), (32, 'statistics'), (28, 'nearest'), (28, 'interpolated'), (28, 'statistics'),
-        (28, 'tune_bn'), (24, 'trained'), (24, 'statistics')]
-    for row in rows[::6]:
-        assert row['top1'] == pytest.approx(run['top1'][str(row['resolution'])], abs=0.01)
