@@ -126,7 +126,7 @@ def test_a_damaged_cache_is_made_again(images, tmp_path, damage):
     assert (folder / '0.npy').read_bytes() == sound
 
 
-def test_other_images_have_a_cache_of_their_own(images, tmp_path):
+def test_other_images_have_a_cache_of_their_own(images, tmp_path, monkeypatch):
     shutil.copytree(images, tmp_path / 'images')
     run(tmp_path / 'images', tmp_path, 'a')
     os.utime(tmp_path / 'images' / 'train' / 'cat' / '0.jpg')
@@ -134,6 +134,10 @@ def test_other_images_have_a_cache_of_their_own(images, tmp_path):
     run(tmp_path / 'images', tmp_path, 'c', '--decoded-cache-side', '40')
     assert len([*(tmp_path / 'cache').glob('train-*')]) == 3
     assert len([*(tmp_path / 'cache').glob('validation-*')]) == 1
+    monkeypatch.setattr(cache, 'READER', cache.READER + 1)
+    run(tmp_path / 'images', tmp_path, 'd')
+    assert len([*(tmp_path / 'cache').glob('train-*')]) == 4
+    assert len([*(tmp_path / 'cache').glob('validation-*')]) == 2
 
 
 def test_size_is_bounded(images, tmp_path, capfd):

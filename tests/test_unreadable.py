@@ -1,4 +1,5 @@
 """Images that cannot be read: named, counted, replaced in training and left out of evaluation"""
+import contextlib
 import io
 import math
 import multiprocessing
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 import train_rs
 import validate_rs
 from timm_rs.data.datasets import create_dataset
-from timm_rs.data.readers import ReadableDataset
+from timm_rs.data.readers import CheckedLoader, ReadableDataset
 from timm_rs.evaluate import check_images, evaluate
 from timm_rs_runtime import ImageError
 from timm_rs_runtime.unreadable import ReadErrors, UnreadableError
@@ -116,6 +117,21 @@ def test_too_many_end_a_run_with_one_line(tmp_path, capfd, workers, split, count
         assert 100 < int(number) < (500 if split == 'validation' else count)  # at once, not behind the last batch
     else:
         assert int(number) == count and rest.startswith('and none is left to stand in: ')
+
+
+def test_a_checked_loader_ends_at_the_batch_that_holds_too_many(tmp_path):
+    write_images(tmp_path, lambda split, i: i % 8, train=24)  # the first, fifth and ninth of the cats are not
+    data = create_dataset('', str(tmp_path), 'train')
+    data.transform = lambda image: torch.zeros(3, 8, 8)
+    for limit, given in ((3, 6), (2, 2), (0, 0)):
+        errors = ReadErrors(limit)
+        loader = CheckedLoader(ReadableDataset(data, errors, stand_in=True), errors, batch_size=4)
+        assert len(loader) == 6
+        batches = []
+        with pytest.raises(UnreadableError) if limit < 3 else contextlib.nullcontext():
+            for batch in loader:
+                batches.append(batch)
+        assert len(batches) == given
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
 
     from timm_rs.calibrate import add_resolution
     from timm_rs.data.datasets import choose_img_mode, create_dataset
-    from timm_rs.data.readers import ReadableDataset
+    from timm_rs.data.readers import CheckedLoader, ReadableDataset
     from timm_rs.hub.convert import save_model
     from timm_rs_runtime.unreadable import ReadErrors
 
@@ -51,11 +51,11 @@ def run(args: argparse.Namespace) -> None:
         if isinstance(dataset, torch.utils.data.IterableDataset):
             raise UserError(f'--dataset {args.dataset} is a stream, expected a folder, digits or hfds/...')
         chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:args.images]
-        loader = torch.utils.data.DataLoader(
-            torch.utils.data.Subset(ReadableDataset(dataset, errors, stand_in=True), chosen.tolist()),
-            batch_size=args.batch_size, num_workers=args.workers)
+        readable = ReadableDataset(dataset, errors, stand_in=True)
+        loader = CheckedLoader(
+            torch.utils.data.Subset(readable, chosen.tolist()), errors, batch_size=args.batch_size,
+            num_workers=args.workers)
     add_resolution(model, args.resolution, loader, args.method, epochs=args.epochs, lr=args.lr)
-    errors.check()
     if loader is not None:
         print_read(len(chosen) - len(errors.names), len(errors.names), dataset.source)
     save_model(model.cpu(), args.output, labels)

@@ -15,6 +15,7 @@ __all__ = [
     'MAX_BYTES',
     'MAX_PIXELS',
     'MODES',
+    'READER',
     'ImageError',
     'ImageSource',
     'extensions',
@@ -32,6 +33,7 @@ MAX_BYTES = 2 ** 29  # of a file
 MAX_PIXELS = MAX_BYTES // 3  # of an image: 178,956,970, the limit of Pillow too
 MAX_ASPECT = 100  # longer side over shorter side of an image, whose shorter side is resized to what a network needs
 MODES = {1: 'L', 3: 'RGB'}  # of Pillow, by channels
+READER = 1  # counts the changes of the pixels that open_image returns: images that were kept are then read again
 SPLITS = (
     ('train', 'training'),
     ('val', 'valid', 'validation', 'eval', 'evaluation'),

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from timm_rs_runtime.errors import UserError
 from timm_rs_runtime.files import atomic_folder
+from timm_rs_runtime.images import READER
 
 from .crop import crop
 
@@ -55,9 +56,9 @@ def open_decoded(
 ) -> Decoded:
     """Open the decoded images of a folder, and decode them first if that was not done yet.
 
-    They have their own folder, named by what they depend on: names, sizes and times of the files, and settings. It is
-    there complete or not at all, and a damaged one is made again. Processes that want the same one wait for the process
-    that makes it.
+    They have their own folder, named by what they depend on: names, sizes and times of the files, settings, and how
+    images are read. It is there complete or not at all, and a damaged one is made again. Processes that want the same
+    one wait for the process that makes it.
 
     Args:
         root: Folder of all decoded images.
@@ -73,7 +74,7 @@ def open_decoded(
         UserError: They would be larger than that, or than the disk.
     """
     listing = [(name, target, *_stat(name)) for name, target in samples]
-    what = json.dumps([listing, shapes, settings, PIL.__version__], sort_keys=True)
+    what = json.dumps([listing, shapes, settings, READER, PIL.__version__], sort_keys=True)
     path = os.path.join(root, f'{title}-{hashlib.sha256(what.encode()).hexdigest()[:16]}')
     layout = {f'{i}.npy': ((len(samples), *shape), np.dtype(dtype)) for i, (shape, dtype) in enumerate(shapes)}
     layout['targets.npy'] = (len(samples),), np.dtype('int64')

@@ -8,7 +8,7 @@ from PIL import Image
 from timm import data as timm_data
 from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_folder import ReaderImageFolder
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from timm_rs_runtime.errors import one_line
 from timm_rs_runtime.images import ImageError, name_of, open_image
@@ -16,7 +16,7 @@ from timm_rs_runtime.unreadable import ReadErrors
 
 from .._compat import wds_decoder
 
-__all__ = ['UNREADABLE', 'ImageDataset', 'ReadableDataset', 'StreamDataset', 'skip_unreadable']
+__all__ = ['UNREADABLE', 'CheckedLoader', 'ImageDataset', 'ReadableDataset', 'StreamDataset', 'skip_unreadable']
 
 UNREADABLE = -100  # label of an image that cannot be read; the losses of torch ignore it
 _PIXEL = b'P4 1 1 \0'  # an image, PPM
@@ -85,6 +85,25 @@ class ReadableDataset(Dataset):
             return self.dataset.filename(index, absolute=True) or f'number {index}'
         except (AttributeError, NotImplementedError):
             return f'number {index}'
+
+
+class CheckedLoader(DataLoader):
+    """Batches of images that end with an error as soon as more cannot be read than errors allows.
+
+    Args:
+        dataset: Images, with a ReadableDataset below.
+        errors: Where it reports unreadable images.
+        kwargs: Arguments of DataLoader.
+    """
+
+    def __init__(self, dataset: Dataset, errors: ReadErrors, **kwargs: Any):
+        super().__init__(dataset, **kwargs)
+        self.errors = errors
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            self.errors.check()
+            yield batch
 
 
 class StreamDataset(timm_data.IterableImageDataset):

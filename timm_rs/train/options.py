@@ -8,6 +8,7 @@ from timm.utils.distributed import world_info_from_env
 
 from timm_rs_runtime import fields
 from timm_rs_runtime.errors import KeyValues, OneLineParser, UserError, did_you_mean
+from timm_rs_runtime.unreadable import MAX_UNREADABLE
 
 from ..data.datasets import INTERPOLATIONS
 from ..records import check_model_args, read_yaml
@@ -261,7 +262,8 @@ def create_parser() -> argparse.ArgumentParser:
     add('--checkpoint-hist', type=int, default=10, metavar='N', help='best checkpoints to keep')
     add('--save-epochs', type=int, nargs='+', default=None, metavar='N', help='epochs to keep a milestone of')
     add('-j', '--workers', type=int, default=4, metavar='N', help='loader processes')
-    add('--max-unreadable', type=int, default=100, metavar='N', help='end with an error beyond N unreadable images')
+    add('--max-unreadable', type=int, default=MAX_UNREADABLE, metavar='N',
+        help='end with an error beyond N unreadable images')
     add('--save-images', action='store_true', help='save a batch of training images at every log line')
     add('--pin-mem', action='store_true', help='pin memory of batches')
     add('--no-prefetcher', action='store_true', help='normalize on the CPU instead of on the device')
