@@ -175,7 +175,7 @@ def test_unusable_images(session, photographs, tmp_path):
     ({}, 'is not a cascade, expected rising resolutions'),
     ({64: 0.5, 32: 0.}, 'expected rising resolutions'),
     ({32: 0.5, 64: 0.5}, 'the last with threshold 0'),
-    ({32: 1.5, 64: 0.}, 'expected thresholds from 0 to 1'),
+    ({32: 1.5, 64: 0.}, 'with thresholds from 0 to 1'),
     ({40: 0.5, 64: 0.}, 'Unknown resolution 40'),
 ])
 def test_unusable_thresholds(session, thresholds, message):

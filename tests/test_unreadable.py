@@ -94,7 +94,8 @@ def test_reports_wait_for_nobody():
     for process in processes:
         process.kill()
     assert exitcodes == [0, 0]
-    assert str(errors.fault()).startswith('1000 images cannot be read, expected at most 999 (--max-unreadable)')
+    with pytest.raises(UnreadableError, match='^1000 images cannot be read, expected at most 999 .--max-unreadable.'):
+        errors.check()
     assert errors.summary().startswith('1000 unreadable images so far: number ')
 
 

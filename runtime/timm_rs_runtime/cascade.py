@@ -46,11 +46,10 @@ class Cascade:
 
     def __post_init__(self):
         sizes, values = list(self.thresholds), list(self.thresholds.values())
-        if not sizes or sizes != sorted(sizes) or values[-1] != 0:
+        if not sizes or sizes != sorted(sizes) or values[-1] != 0 or not all(0 <= value <= 1 for value in values):
             raise UserError(
-                f'{self.thresholds} is not a cascade, expected rising resolutions, the last with threshold 0.')
-        if not all(0 <= value <= 1 for value in values):
-            raise UserError(f'{self.thresholds} is not a cascade, expected thresholds from 0 to 1.')
+                f'{self.thresholds} is not a cascade, expected rising resolutions with thresholds from 0 to 1, '
+                'the last with threshold 0.')
 
     @property
     def resolutions(self) -> Tuple[int, ...]:
@@ -134,10 +133,8 @@ class CascadeSession(Closable):
             images: An image or a list of them, see Session.predict.
 
         Raises:
-            ClosedError: The session was closed.
-            ImageError: An image cannot be used; the message names it.
-            InferenceError: ONNX Runtime fails, for example for lack of memory.
             NotFiniteError: The last size answers with NaN or infinity.
+            UserError: See Session.predict.
         """
         self._check_open()
         mode = MODES[len(self.session.mean)]

@@ -1,4 +1,4 @@
-"""Cascades fitted on labelled images to a target accuracy or a target cost: what `timm-rs fit-cascade` does"""
+"""Cascades fitted on labelled images to a target accuracy or a target cost"""
 import itertools
 import os
 import re
@@ -9,28 +9,27 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from .cascade import Cascade, softmax, write_cascade
+from .cascade import Cascade, softmax
 from .errors import UserError
-from .files import check_new_file
-from .images import MODES, find_images, open_image, split_folder, spread
+from .images import MODES, find_images, open_image, spread
 from .session import Session
-from .unreadable import MAX_UNREADABLE, ReadErrors, UnreadableError
+from .unreadable import ReadErrors, UnreadableError
 
 __all__ = [
+    'FOLDS',
     'Fit',
     'collect_logits',
+    'compare',
     'cross_fit',
     'evaluate_cascade',
     'fit',
-    'fit_cascade',
     'label_folders',
+    'measure_images',
     'sweep',
 ]
 
 _STEPS = 256  # thresholds that are tried
-_TIMED = 24  # images
-_FOLDS, _SEED = 5, 0  # of cross-fitting
-_NOTE = f"The cascade's accuracy is that of images it was not fitted on: {_FOLDS}-fold cross-fitting."
+FOLDS, _SEED = 5, 0  # of cross-fitting
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ def fit(
         target_accuracy: Optional[float] = None,
         target_madds: Optional[float] = None,
         start: Optional[int] = None,
+        most_accurate: bool = False,
 ) -> Fit:
     """Return the cheapest cascade of a target accuracy, or the most accurate one of a target cost.
 
@@ -70,13 +70,28 @@ def fit(
         target_accuracy: Share of right answers to reach.
         target_madds: Mean multiply-adds of an image to stay below.
         start: First resolution; if None it is fitted as well.
+        most_accurate: Take the most accurate cascade if none reaches the target accuracy.
 
     Raises:
         UserError: There is no target or there are two, or no cascade reaches it.
     """
     if (target_accuracy is None) == (target_madds is None):
         raise UserError('Expected a target accuracy or a target of multiply-adds, one of the two.')
-    return _choose(sweep(logits, labels, madds, start), target_accuracy, target_madds)
+    found = sweep(logits, labels, madds, start)
+    if target_accuracy is not None:
+        best = max(f.accuracy for f in found)
+        if best < target_accuracy and not most_accurate:
+            raise UserError(f'No cascade reaches an accuracy of {target_accuracy:.2%} on these images, '
+                            f'the best has {best:.2%}.')
+        good = [f for f in found if f.accuracy >= min(target_accuracy, best)]
+        return min(good, key=lambda f: (f.madds, -f.accuracy))
+    good = [f for f in found if f.madds <= target_madds]
+    if not good:
+        least = min(f.madds for f in found)
+        raise UserError(f'No cascade stays below {target_madds:.4g} multiply-adds, the cheapest takes {least:.4g}.')
+    # Among cascades of the same sizes take the one that spends most: others are better only by chance.
+    spent = {(f.cascade.resolutions, f.cascade.average): f for f in sorted(good, key=lambda f: f.madds)}
+    return max(spent.values(), key=lambda f: (f.accuracy, -f.madds))
 
 
 def cross_fit(
@@ -86,7 +101,7 @@ def cross_fit(
         target_accuracy: Optional[float] = None,
         target_madds: Optional[float] = None,
         start: Optional[int] = None,
-        folds: int = _FOLDS,
+        folds: int = FOLDS,
 ) -> Fit:
     """Fit a cascade on all images, and measure cascades on images that they were not fitted on.
 
@@ -107,9 +122,10 @@ def cross_fit(
     judged = []
     for fold in range(folds):
         held_out = fold_of == fold
-        fitted = sweep({r: z[~held_out] for r, z in logits.items()}, labels[~held_out], madds, start)
-        cascade = _choose(fitted, target_accuracy, target_madds, most_accurate=True).cascade
-        judged.append(evaluate_cascade(cascade, {r: z[held_out] for r, z in logits.items()}, labels[held_out], madds))
+        others = {r: z[~held_out] for r, z in logits.items()}
+        fitted = fit(others, labels[~held_out], madds, target_accuracy, target_madds, start, most_accurate=True)
+        answers = {r: z[held_out] for r, z in logits.items()}
+        judged.append(evaluate_cascade(fitted.cascade, answers, labels[held_out], madds))
     weights = np.bincount(fold_of) / len(labels)
     accuracy = float(weights @ [f.accuracy for f in judged])
     return Fit(
@@ -119,29 +135,6 @@ def cross_fit(
         float(weights @ [f.madds for f in judged]),
         {r: share for r in sorted(logits) if (share := float(weights @ [f.shares.get(r, 0.) for f in judged]))},
     )
-
-
-def _choose(
-        found: Sequence[Fit],
-        target_accuracy: Optional[float],
-        target_madds: Optional[float],
-        most_accurate: bool = False,
-) -> Fit:
-    """Return the best of these for a target; the most accurate one if none reaches the accuracy, or an error."""
-    if target_accuracy is not None:
-        best = max(f.accuracy for f in found)
-        if best < target_accuracy and not most_accurate:
-            raise UserError(f'No cascade reaches an accuracy of {target_accuracy:.2%} on these images, '
-                            f'the best has {best:.2%}.')
-        good = [f for f in found if f.accuracy >= min(target_accuracy, best)]
-        return min(good, key=lambda f: (f.madds, -f.accuracy))
-    good = [f for f in found if f.madds <= target_madds]
-    if not good:
-        least = min(f.madds for f in found)
-        raise UserError(f'No cascade stays below {target_madds:.4g} multiply-adds, the cheapest takes {least:.4g}.')
-    # Among cascades of the same sizes take the one that spends most: others are better only by chance.
-    spent = {(f.cascade.resolutions, f.cascade.average): f for f in sorted(good, key=lambda f: f.madds)}
-    return max(spent.values(), key=lambda f: (f.accuracy, -f.madds))
 
 
 def sweep(
@@ -172,12 +165,14 @@ def sweep(
         for chosen in itertools.combinations(sizes, length):
             if start is not None and chosen[0] != start:
                 continue
-            cost = np.array([madds[r] for r in chosen])
             for average in (False, True)[:length]:  # a single size has no mean
                 confidence, right = _stages([logits[r] for r in chosen], labels, average)
-                for threshold in _candidates(confidence):
-                    thresholds = np.append(np.full(length - 1, threshold), 0.)
-                    found.append(_judge(chosen, thresholds, average, confidence, right, cost))
+                thresholds = np.zeros(1)
+                if length > 1:  # from 0 to 1, close together where many images are
+                    thresholds = np.unique([0., 1., *np.quantile(confidence[:-1], np.linspace(0, 1, _STEPS))])
+                for threshold in thresholds.tolist():
+                    cascade = Cascade({**dict.fromkeys(chosen, threshold), chosen[-1]: 0.}, average)
+                    found.append(_judge(cascade, confidence, right, madds))
     return found
 
 
@@ -192,35 +187,17 @@ def _stages(logits: Sequence[np.ndarray], labels: np.ndarray, average: bool) -> 
     return np.stack(confidence), np.stack(right)
 
 
-def _candidates(confidence: np.ndarray) -> np.ndarray:
-    """Return thresholds from 0 to 1, close together where many images are, given their confidences [S, N]."""
-    if len(confidence) == 1:
-        return np.zeros(1)
-    return np.unique(np.concatenate([[0., 1.], np.quantile(confidence[:-1], np.linspace(0, 1, _STEPS))]))
-
-
-def _follow(confidence: np.ndarray, thresholds: np.ndarray, cost: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-    """Return the last stage of each image, and its cost up to there."""
+def _judge(cascade: Cascade, confidence: np.ndarray, right: np.ndarray, madds: Mapping[int, int]) -> Fit:
+    """Return what a cascade does, given the confidence and correctness of the answer after each stage."""
+    thresholds = np.array(list(cascade.thresholds.values()))
     last = np.argmax(confidence >= thresholds[:, None], axis=0)  # the first that is sure enough, as the last always is
-    return last, np.cumsum(cost)[last]
-
-
-def _judge(
-        sizes: Sequence[int],
-        thresholds: np.ndarray,
-        average: bool,
-        confidence: np.ndarray,
-        right: np.ndarray,
-        madds: np.ndarray,
-) -> Fit:
-    last, spent = _follow(confidence, thresholds, madds)
     accuracy = float(right[last, np.arange(len(last))].mean())
     return Fit(
-        Cascade(dict(zip(sizes, thresholds.tolist())), average),
+        cascade,
         accuracy,
         _standard_error(accuracy, len(last)),
-        float(spent.mean()),
-        {r: float((last >= i).mean()) for i, r in enumerate(sizes)},
+        float(np.cumsum([madds[r] for r in cascade.resolutions])[last].mean()),
+        {r: float((last >= i).mean()) for i, r in enumerate(cascade.resolutions)},
     )
 
 
@@ -236,10 +213,8 @@ def evaluate_cascade(
         madds: Mapping[int, int],
 ) -> Fit:
     """Return accuracy and cost of a cascade, given the logits of images at its resolutions; arguments as in fit."""
-    sizes = cascade.resolutions
-    confidence, right = _stages([logits[r] for r in sizes], labels, cascade.average)
-    thresholds = np.array(list(cascade.thresholds.values()))
-    return _judge(sizes, thresholds, cascade.average, confidence, right, np.array([madds[r] for r in sizes]))
+    stages = _stages([logits[r] for r in cascade.resolutions], labels, cascade.average)
+    return _judge(cascade, *stages, madds)
 
 
 def collect_logits(
@@ -330,59 +305,6 @@ def _class_index(names: Sequence[str], session: Session) -> Dict[str, int]:
     return {name: i for i, name in enumerate(names)} if len(names) == session.num_classes else {}
 
 
-def fit_cascade(
-        path: Any,
-        folder: str,
-        output: str,
-        target_accuracy: Optional[float] = None,
-        target_madds: Optional[float] = None,
-        start: Optional[int] = None,
-        most: Optional[int] = None,
-        threads: Optional[int] = None,
-        overwrite: bool = False,
-        split: str = 'validation',
-        max_unreadable: int = MAX_UNREADABLE,
-) -> Dict[str, Any]:
-    """Fit a cascade on labelled images and write it.
-
-    Args:
-        path: File of `timm-rs export --format onnx`, or a Session.
-        folder: DIR of the images, see split_folder and label_folders.
-        output: File to write.
-        target_accuracy: Share of right answers to reach.
-        target_madds: Mean multiply-adds of an image to stay below.
-        start: First resolution, fitted if None.
-        most: Largest number of images.
-        threads: Threads of an inference, all cores if None.
-        overwrite: Replace a file of this name.
-        split: Split of DIR.
-        max_unreadable: Images that may be left out because they cannot be read.
-
-    Returns:
-        What the file records beside the cascade: 'folder', 'images' and 'unreadable' (their numbers), 'note', and
-        'rows' for each resolution and the cascade. A row has the accuracy (on images that the cascade was not fitted
-        on, see cross_fit) with its standard error, mean multiply-adds, and mean latency of images one by one, measured
-        on some of them.
-
-    Raises:
-        UserError: A file, folder or argument is not usable, or no cascade reaches the target.
-    """
-    check_new_file(output, overwrite)
-    session = Session.open(path, threads)
-    errors = ReadErrors(max_unreadable)
-    folder = split_folder(folder, split)
-    images, labels = label_folders(folder, session, most)
-    logits, readable = collect_logits(session, images, errors)
-    images, labels = [images[i] for i in readable], labels[readable]
-    found = cross_fit(logits, labels, session.madds, target_accuracy, target_madds, start)
-    rows = compare(session, found, logits, labels, *measure_images(session, spread(images, _TIMED)))
-    records = dict(
-        folder=folder, images=len(images), unreadable=len(errors.names), target_accuracy=target_accuracy,
-        target_madds=target_madds, note=_NOTE, rows=rows)
-    write_cascade(output, found.cascade, overwrite, **records)
-    return records
-
-
 def measure_images(session: Session, images: Sequence[str], rounds: int = 3) -> Tuple[Dict[int, float], float]:
     """Measure how long images take one by one: the mean of their medians.
 
@@ -419,14 +341,14 @@ def compare(
         latency: Dict[int, float],
         reading: float,
 ) -> List[Dict[str, Any]]:
-    """Return a row of each resolution by itself and of the cascade.
+    """Return a row of each resolution by itself and of the cascade, with accuracy, mean multiply-adds and mean latency.
 
     Args:
-        session: Knows the multiply-adds.
-        fitted: What a cascade does.
+        session: Session with the multiply-adds.
+        fitted: What the cascade does.
         logits: Array [N, num_classes] at each resolution.
         labels: Classes [N].
-        latency: Seconds of an image at each resolution, its preprocessing included.
+        latency: Seconds of an image at each resolution, see measure_images.
         reading: Seconds to read an image, once for all resolutions.
     """
     sizes = {

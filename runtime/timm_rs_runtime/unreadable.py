@@ -71,12 +71,6 @@ class ReadErrors:
         Raises:
             UnreadableError: More images failed than the limit, or there is none to stand in for one.
         """
-        fault = self.fault()
-        if fault is not None:
-            raise fault
-
-    def fault(self) -> Optional[UnreadableError]:
-        """Log what was reported, and return the error that ends the program, if any."""
         for name, reason, is_last in self._reports():
             if name not in self.names:
                 _logger.warning(f'Cannot read image {name} ({reason}), {self.instead}.')
@@ -87,10 +81,10 @@ class ReadErrors:
         elif self._stuck:
             expected = 'and none is left to stand in'
         else:
-            return None
+            return
         names = list(self.names)
         listed = ', '.join(names[:3]) + ', ...' * (len(names) > 3)
-        return UnreadableError(f'{len(names)} images cannot be read, {expected}: {listed}')
+        raise UnreadableError(f'{len(names)} images cannot be read, {expected}: {listed}')
 
     def _reports(self) -> Iterator[Tuple[str, str, bool]]:
         """Give what was reported since the last call."""

@@ -1,9 +1,17 @@
 """fit-cascade"""
 import argparse
 
+from ..cascade import write_cascade
 from ..errors import UserError
-from ..fitting import fit_cascade
+from ..files import check_new_file
+from ..fitting import FOLDS, collect_logits, compare, cross_fit, label_folders, measure_images
+from ..images import split_folder, spread
+from ..session import Session
+from ..unreadable import ReadErrors
 from .images import add_images, print_read
+
+_TIMED = 24  # images
+_NOTE = f"The cascade's accuracy is that of images it was not fitted on: {FOLDS}-fold cross-fitting."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,23 +31,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.data_dir is None:
         raise UserError('Expected --data-dir, labelled images.')
-    found = fit_cascade(
-        args.file,
-        args.data_dir,
-        args.output,
-        None if args.target_accuracy is None else args.target_accuracy / 100,
-        None if args.target_madds is None else args.target_madds * 1e6,
-        args.start,
-        args.images,
-        args.threads,
-        args.overwrite,
-        args.split,
-        args.max_unreadable,
-    )
-    print_read(found['images'], found['unreadable'], found['folder'])
-    print(found['note'])
+    check_new_file(args.output, args.overwrite)
+    session = Session(args.file, args.threads)
+    errors = ReadErrors(args.max_unreadable)
+    folder = split_folder(args.data_dir, args.split)
+    images, labels = label_folders(folder, session, args.images)
+    logits, readable = collect_logits(session, images, errors)
+    images, labels = [images[i] for i in readable], labels[readable]
+    accuracy = None if args.target_accuracy is None else args.target_accuracy / 100
+    madds = None if args.target_madds is None else args.target_madds * 1e6
+    found = cross_fit(logits, labels, session.madds, accuracy, madds, args.start)
+    rows = compare(session, found, logits, labels, *measure_images(session, spread(images, _TIMED)))
+    write_cascade(
+        args.output, found.cascade, args.overwrite, folder=folder, images=len(images), unreadable=len(errors.names),
+        target_accuracy=accuracy, target_madds=madds, note=_NOTE, rows=rows)
+    print_read(len(images), len(errors.names), folder)
+    print(_NOTE)
     print('network  accuracy +- standard error  mean MAdds  mean ms  images through each size')
-    for row in found['rows']:
+    for row in rows:
         shares = ', '.join(f'{r} px {share:.0%}' for r, share in row['shares'].items())
         print(f"{row['network']:8} {row['accuracy']:8.2%} +- {row['standard_error']:<14.2%} "
               f"{row['madds'] / 1e6:10.1f}M {row['milliseconds']:8.2f}  {shares}")
