@@ -86,9 +86,9 @@ class Estimate:
 class Controller:
     """Chooses the size of each request; without threads or clocks.
 
-    A request costs the reading of its image, which does not depend on the size, and the inference. The latency of the
-    inference at each size is what was measured at the start, times a slowdown that all sizes share, so that a size
-    which was not used for a while is judged by what the others see.
+    A request takes the time to read its image, which does not depend on the size, and the time of the inference. The
+    latter is what was measured at the start, times a slowdown that all sizes share: a size that was not used for a
+    while is judged by the others.
 
     It takes the largest size at which the next request and all that wait behind it would be in time. It goes down at
     once, and up only after several requests in a row had room for more.
@@ -184,8 +184,8 @@ class Controller:
 class _Request:
     deadline: float
     count: int
-    near: threading.Event = field(default_factory=threading.Event)  # among the first, whose images are read
-    turn: threading.Event = field(default_factory=threading.Event)
+    near: threading.Event = field(default_factory=threading.Event)  # set when it may decode its images
+    turn: threading.Event = field(default_factory=threading.Event)  # set when it is served
 
 
 class AdaptiveSession(Closable):
@@ -201,7 +201,7 @@ class AdaptiveSession(Closable):
 
     Args:
         path: File of `timm-rs export --format onnx`, or a Session.
-        budget_ms: Milliseconds from a call of predict to its answer; for binary files from when they are read.
+        budget_ms: Milliseconds from a call of predict to its answer; for binary files, from the end of their reading.
         floor: Smallest resolution to use, the smallest one of the file if None.
         max_queue: Requests that may wait, at most MAX_QUEUE; one more is refused.
         threads: Threads of an inference, all cores if None.
@@ -293,40 +293,31 @@ class AdaptiveSession(Closable):
         """
         start = self._clock()
         try:
-            found = self._predict(images, self.budget_ms if budget_ms is None else budget_ms, start)
+            budget_ms = check_argument('budget_ms', self.budget_ms if budget_ms is None else budget_ms, _POSITIVE)
+            images = image_list(images)
+            if not images:
+                raise UserError('Got no images, expected at least one.')
+            self._check_open()
+            is_sent = any(hasattr(image, 'read') for image in images)
+            images = self._read(images)
+            if is_sent:
+                start = self._clock()
+            runs = -(-len(images) // (self.session.batch_size or 1))  # a batch takes as long as a single image there
+            with self._in_line(_Request(start + budget_ms / 1e3, runs)) as request:
+                images = [open_image(image, MODES[len(self.session.mean)]) for image in images]
+                request.turn.wait()
+                self._check_open()
+                resolution, logits = self._serve(images)
+                milliseconds = 1e3 * (self._clock() - start)
         except BaseException as e:
             with self._lock:
                 self._counts['rejected' if isinstance(e, QueueFullError) else 'failed'] += 1
             raise
+        in_time = milliseconds <= budget_ms
         with self._lock:
-            self._counts[found.resolution] += 1
-            self._counts['misses'] += not found.in_time
-        return found
-
-    def _predict(
-            self,
-            images: Union[ImageSource, Sequence[ImageSource]],
-            budget_ms: float,
-            start: float,
-    ) -> Prediction:
-        check_argument('budget_ms', budget_ms, _POSITIVE)
-        images = image_list(images)
-        if not images:
-            raise UserError('Got no images, expected at least one.')
-        self._check_open()
-        is_sent = any(hasattr(image, 'read') for image in images)
-        images = self._read(images)
-        if is_sent:
-            start = self._clock()
-        runs = -(-len(images) // (self.session.batch_size or 1))  # a batch takes as long as a single image there
-        request = _Request(start + budget_ms / 1e3, runs)
-        with self._in_line(request):
-            images = [open_image(image, MODES[len(self.session.mean)]) for image in images]
-            request.turn.wait()
-            self._check_open()
-            resolution, logits = self._serve(images)
-            milliseconds = 1e3 * (self._clock() - start)
-        return Prediction(logits, resolution, milliseconds, milliseconds <= budget_ms)
+            self._counts[resolution] += 1
+            self._counts['misses'] += not in_time
+        return Prediction(logits, resolution, milliseconds, in_time)
 
     def _read(self, images: Sequence[ImageSource]) -> List[ImageSource]:
         """Read files in a thread, which is given up if one takes too long: a stalled read cannot be interrupted."""
@@ -396,7 +387,7 @@ class AdaptiveSession(Closable):
         return resolution, logits
 
     @contextmanager
-    def _in_line(self, request: _Request) -> Iterator[None]:
+    def _in_line(self, request: _Request) -> Iterator[_Request]:
         """Stand in line until the request is near, and leave it at the end."""
         try:
             with self._lock:
@@ -407,7 +398,7 @@ class AdaptiveSession(Closable):
                 self._call_up()
             request.near.wait()
             self._check_open()
-            yield
+            yield request
         finally:
             with self._lock:
                 if request in self._line:
@@ -416,7 +407,7 @@ class AdaptiveSession(Closable):
                 self._end_if_over()
 
     def _call_up(self) -> None:
-        """Let the first of the line know that it is their turn, and the next ones that it soon will be."""
+        """Call the first request in line, and let the next ones decode their images."""
         for request in islice(self._line, 1 + READ_AHEAD):
             request.near.set()
         if self._line:
@@ -437,7 +428,7 @@ def measure_latency(
         rounds: int = 7,
         clock: Callable[[], float] = time.perf_counter,
 ) -> Tuple[Dict[int, float], float]:
-    """Measure how long one image takes here, or a batch if the file takes only whole batches: medians, sizes in turn.
+    """Measure how long one image takes here, or a batch if the file takes only whole batches.
 
     Args:
         session: The session.
@@ -445,7 +436,8 @@ def measure_latency(
         clock: Returns the time in seconds.
 
     Returns:
-        Seconds of the network at each resolution, and seconds to prepare an image of 500x375 at the largest one.
+        Median seconds of the network at each resolution, and median seconds to prepare an image of 500x375 for the
+        largest one. The sizes take turns.
     """
     image = Image.effect_noise((500, 375), 64)
     times = {r: [] for r in session.resolutions}

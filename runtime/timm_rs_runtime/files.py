@@ -5,7 +5,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import IO, Any, Iterator, Optional, Union
 
 from .errors import UserError
@@ -30,7 +30,7 @@ def check_new_file(path: _Path, overwrite: bool = False) -> None:
             and `-` (standard output) can be written to.
     """
     path = os.fspath(path)
-    if path == STDIO or _is_special(path):
+    if _is_special(path):
         return
     real = os.path.realpath(path)
     folder = os.path.dirname(real)
@@ -71,18 +71,15 @@ def atomic_path(path: _Path, overwrite: bool = False) -> Iterator[str]:
     """
     check_new_file(path, overwrite)
     path = os.fspath(path)
-    if path == STDIO or _is_special(path):
+    if _is_special(path):
         with tempfile.TemporaryDirectory() as folder:
             partial = os.path.join(folder, os.path.basename(path))
             yield partial
-            with open(partial, 'rb') as source:
-                if path == STDIO:
-                    sys.stdout.flush()
-                    shutil.copyfileobj(source, sys.stdout.buffer)
-                    sys.stdout.buffer.flush()
-                else:
-                    with open(path, 'wb') as target:
-                        shutil.copyfileobj(source, target)
+            sys.stdout.flush()
+            opened = nullcontext(sys.stdout.buffer) if path == STDIO else open(path, 'wb')
+            with open(partial, 'rb') as source, opened as target:
+                shutil.copyfileobj(source, target)
+                target.flush()
         return
     path = os.path.realpath(path)
     with _partial(path) as partial:
@@ -140,8 +137,8 @@ def atomic_folder(path: _Path) -> Iterator[str]:
 
 
 def _is_special(path: str) -> bool:
-    """Return whether it is a pipe, a device or a socket."""
-    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    """Return whether it is standard output, a pipe, a device or a socket."""
+    return path == STDIO or os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
 
 
 @contextmanager

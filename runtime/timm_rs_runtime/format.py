@@ -81,7 +81,4 @@ def _refers_to_files(path: str) -> bool:
     if not os.path.getsize(path):
         return False
     with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        found = content.find(b'location')
-        while found >= 0 and not re.search(rb'\n(\x08|\x88\x80*\x00)$', content[max(0, found - 12):found]):
-            found = content.find(b'location', found + 1)
-    return found >= 0
+        return re.search(rb'\n(\x08|\x88\x80*\x00)location', content) is not None

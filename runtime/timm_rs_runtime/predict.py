@@ -127,19 +127,16 @@ def predict_all(
             if isinstance(image, ImageError):
                 raise image
             logits, resolution, milliseconds = predictor(image)
-        except UserError as e:
-            failed += 1
-            if as_json:
-                print(json.dumps(dict(image=name, error=one_line(e)), ensure_ascii=False), flush=True)
-            else:
-                print(f'{program}: error: {one_line(e)}', file=sys.stderr, flush=True)
-            continue
-        best = top(logits, predictor.session.class_names, k)
-        if as_json:
+            best = top(logits, predictor.session.class_names, k)
             row = dict(image=name, resolution=resolution, milliseconds=round(milliseconds, 3), top=best)
+        except UserError as e:
+            row = dict(image=name, error=one_line(e))
+            failed += 1
+        if as_json:
             print(json.dumps(row, ensure_ascii=False), flush=True)
+        elif 'error' in row:
+            print(f"{program}: error: {row['error']}", file=sys.stderr, flush=True)
         else:
-            print(f'{name}: {resolution} px, {milliseconds:.1f} ms', flush=True)
-            for row in best:
-                print(f"  {row['probability']:7.2%}  {row['name']}")
+            lines = [f"  {found['probability']:7.2%}  {found['name']}" for found in best]
+            print(f'{name}: {resolution} px, {milliseconds:.1f} ms', *lines, sep='\n', flush=True)
     return failed

@@ -142,8 +142,8 @@ class Session(Closable):
             ImageError: An image cannot be used; the message names it.
             InferenceError: ONNX Runtime fails, for example for lack of memory.
             NotFiniteError: The network answers with NaN or infinity.
-            UserError: There is no such resolution, the batch is not float32 [N, C, H, W] of a known size, or there are
-                more than MAX_IMAGES images.
+            UserError: There is no such resolution, the batch has another shape or type, or there are more than
+                MAX_IMAGES images.
         """
         sessions = self._opened()
         sources = None
