@@ -1,6 +1,5 @@
 """A session that keeps a latency budget by choosing the resolution of each request"""
 import os
-import statistics
 import threading
 import time
 import warnings
@@ -106,7 +105,7 @@ class Controller:
         resolution: The one that was chosen last.
 
     Raises:
-        UserError: There is no such floor, or a value is not usable.
+        UserError: The floor is unknown, or a value is not usable.
 
     Example:
         >>> controller = Controller({224: 0.016, 96: 0.004})
@@ -440,16 +439,17 @@ def measure_latency(
         largest one. The sizes take turns.
     """
     image = Image.effect_noise((500, 375), 64)
-    times = {r: [] for r in session.resolutions}
-    overheads = []
+    shape = session.batch_size or 1, len(session.mean)
+    batches = [np.zeros((*shape, r, r), np.float32) for r in session.resolutions]
+    seconds = []
     for _ in range(rounds):
-        start = clock()
+        times = [clock()]
         session.preprocess(image, session.resolutions[0])
-        overheads.append(clock() - start)
-        for r in session.resolutions:
-            batch = np.zeros((session.batch_size or 1, len(session.mean), r, r), np.float32)
-            start = clock()
+        times.append(clock())
+        for batch in batches:
             with suppress(NotFiniteError):  # raised when an answer is asked for
                 session.predict(batch)
-            times[r].append(clock() - start)
-    return {r: statistics.median(seconds) for r, seconds in times.items()}, statistics.median(overheads)
+            times.append(clock())
+        seconds.append(np.diff(times))
+    overhead, *latency = np.median(seconds, axis=0).tolist()
+    return dict(zip(session.resolutions, latency)), overhead

@@ -186,7 +186,7 @@ def read_cascade(path: Union[str, os.PathLike]) -> Cascade:
     """Read a file of write_cascade.
 
     Raises:
-        UserError: There is no such file, or it is of another kind.
+        UserError: The file does not exist, or it is of another kind.
     """
     found = fields.read_json(path, _CASCADE)
     try:

@@ -136,7 +136,7 @@ def either(*checks: Check) -> Check:
             try:
                 return one(value)
             except Mismatch as e:
-                if e.place:  # it is of this kind, and a part of it is wrong
+                if e.place:  # the kind is right, but a part of it is wrong
                     raise
                 expected.append(e.expected)
         raise Mismatch(value, ' or '.join(expected))
@@ -175,9 +175,9 @@ def record(fields: Mapping[str, Check], required: Sequence[str] = ()) -> Check:
     return check
 
 
-def resolutions(least: int = 1) -> Check:
+def resolutions() -> Check:
     """Expect different input sizes in pixels, as a list, or one size as a number."""
-    sizes = array(integer(1, MAX_SIZE), least, 64)
+    sizes = array(integer(1, MAX_SIZE), 1, 64)
 
     def check(value: Any) -> Any:
         found = sizes([value] if type(value) is int else value)
@@ -195,18 +195,18 @@ def size_text(value: Any) -> int:
     return integer(1, MAX_SIZE)(value)
 
 
-def plain(most: int = 2000) -> Check:
-    """Expect a value of JSON of any kind: `most` parts on at most 5 levels, with numbers of at most a million."""
+def plain() -> Check:
+    """Expect any value of JSON with at most 2000 parts on at most 5 levels, and numbers of at most a million."""
     scalar = either(flag(), number(-1e6, 1e6), text(), _check(lambda v: v is None, 'null'))
 
     def check(value: Any) -> Any:
         parts = [('', value, 0)]
-        for place, part, level in parts:  # which grows; a part that stands in several places counts each time
+        for place, part, level in parts:  # the list grows; a part that is in several places counts each time
             if not isinstance(part, (list, tuple, Mapping)):
                 _at(scalar, part, place)
                 continue
-            if len(parts) + len(part) > most or level == 5:
-                raise Mismatch(value, f'at most {most} values on at most 5 levels')
+            if len(parts) + len(part) > 2000 or level == 5:
+                raise Mismatch(value, 'at most 2000 values on at most 5 levels')
             if isinstance(part, Mapping):
                 parts += [(f'{place}.{_at(text(100), k, place)}', v, level + 1) for k, v in part.items()]
             else:
@@ -228,7 +228,7 @@ def read_text(path: Union[str, os.PathLike], most: int = MAX_BYTES) -> str:
     """Return the text of a file in UTF-8.
 
     Raises:
-        UserError: There is no such file, it is larger than `most` bytes, or it is not text.
+        UserError: The file does not exist, is larger than `most` bytes, or is not text.
     """
     if not os.path.isfile(path):
         raise UserError(f'{path} does not exist or is not a regular file.')

@@ -26,7 +26,7 @@ def check_new_file(path: _Path, overwrite: bool = False) -> None:
     """Check that a file can be written.
 
     Raises:
-        UserError: There is no folder for it, or a file of this name exists and must not be overwritten. Pipes, devices
+        UserError: Its folder does not exist, or a file of this name exists and must not be overwritten. Pipes, devices
             and `-` (standard output) can be written to.
     """
     path = os.fspath(path)

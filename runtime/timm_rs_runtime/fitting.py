@@ -2,7 +2,6 @@
 import itertools
 import os
 import re
-import statistics
 import time
 from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
@@ -39,15 +38,20 @@ class Fit:
     Attributes:
         cascade: The cascade.
         accuracy: Share of right answers.
-        standard_error: Standard error of the accuracy, from image to image.
         madds: Mean multiply-adds of an image.
         shares: Share of the images that go through each resolution.
+        images: Number of images.
     """
     cascade: Cascade
     accuracy: float
-    standard_error: float
     madds: float
     shares: Mapping[int, float]
+    images: int
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of the accuracy, from the unbiased variance of right answers."""
+        return (self.accuracy * (1 - self.accuracy) / max(self.images - 1, 1)) ** 0.5
 
 
 def fit(
@@ -73,7 +77,7 @@ def fit(
         most_accurate: Take the most accurate cascade if none reaches the target accuracy.
 
     Raises:
-        UserError: There is no target or there are two, or no cascade reaches it.
+        UserError: No target or two are given, or no cascade reaches it.
     """
     if (target_accuracy is None) == (target_madds is None):
         raise UserError('Expected a target accuracy or a target of multiply-adds, one of the two.')
@@ -101,39 +105,34 @@ def cross_fit(
         target_accuracy: Optional[float] = None,
         target_madds: Optional[float] = None,
         start: Optional[int] = None,
-        folds: int = FOLDS,
 ) -> Fit:
     """Fit a cascade on all images, and measure cascades on images that they were not fitted on.
 
-    The images are dealt into folds at random, by a fixed seed. Each fold is answered by a cascade that is fitted on the
+    The images are split into FOLDS at random, by a fixed seed. Each fold is answered by a cascade that is fitted on the
     others; if those do not reach the target accuracy, by the most accurate one.
 
-    Args:
-        folds: Number of folds.
-        Others: See fit.
-
     Returns:
-        The cascade of all images, with the accuracy, cost and shares of the images of all folds.
+        The cascade of all images, with the accuracy, cost and shares of the images of all folds; arguments as in fit.
     """
     found = fit(logits, labels, madds, target_accuracy, target_madds, start)
-    if len(labels) < folds:
-        raise UserError(f'{len(labels)} labelled images are too few to judge a cascade, expected at least {folds}.')
-    fold_of = np.random.default_rng(_SEED).permutation(len(labels)) % folds
+    if len(labels) < FOLDS:
+        raise UserError(f'{len(labels)} labelled images are too few to judge a cascade, expected at least {FOLDS}.')
+    fold_of = np.random.default_rng(_SEED).permutation(len(labels)) % FOLDS
     judged = []
-    for fold in range(folds):
+    for fold in range(FOLDS):
         held_out = fold_of == fold
         others = {r: z[~held_out] for r, z in logits.items()}
         fitted = fit(others, labels[~held_out], madds, target_accuracy, target_madds, start, most_accurate=True)
         answers = {r: z[held_out] for r, z in logits.items()}
         judged.append(evaluate_cascade(fitted.cascade, answers, labels[held_out], madds))
     weights = np.bincount(fold_of) / len(labels)
-    accuracy = float(weights @ [f.accuracy for f in judged])
+    shares = {r: float(weights @ [f.shares.get(r, 0.) for f in judged]) for r in sorted(logits)}
     return Fit(
         found.cascade,
-        accuracy,
-        _standard_error(accuracy, len(labels)),
+        float(weights @ [f.accuracy for f in judged]),
         float(weights @ [f.madds for f in judged]),
-        {r: share for r in sorted(logits) if (share := float(weights @ [f.shares.get(r, 0.) for f in judged]))},
+        {r: share for r, share in shares.items() if share},
+        len(labels),
     )
 
 
@@ -191,19 +190,13 @@ def _judge(cascade: Cascade, confidence: np.ndarray, right: np.ndarray, madds: M
     """Return what a cascade does, given the confidence and correctness of the answer after each stage."""
     thresholds = np.array(list(cascade.thresholds.values()))
     last = np.argmax(confidence >= thresholds[:, None], axis=0)  # the first that is sure enough, as the last always is
-    accuracy = float(right[last, np.arange(len(last))].mean())
     return Fit(
         cascade,
-        accuracy,
-        _standard_error(accuracy, len(last)),
+        float(right[last, np.arange(len(last))].mean()),
         float(np.cumsum([madds[r] for r in cascade.resolutions])[last].mean()),
         {r: float((last >= i).mean()) for i, r in enumerate(cascade.resolutions)},
+        len(last),
     )
-
-
-def _standard_error(share: float, count: int) -> float:
-    """Return the standard error of a share of `count` images, from their unbiased variance."""
-    return (share * (1 - share) / max(count - 1, 1)) ** 0.5
 
 
 def evaluate_cascade(
@@ -223,16 +216,13 @@ def collect_logits(
         errors: Optional[ReadErrors] = None,
         batch_size: int = 16,
 ) -> Tuple[Dict[int, np.ndarray], np.ndarray]:
-    """Return the logits of images at each resolution.
+    """Return the logits [N, num_classes] of images at each resolution, and the indices of the N images.
 
     Args:
         session: The session.
         images: Names of files.
-        errors: Where unreadable images are reported; by default the first one is raised.
+        errors: Where unreadable images are reported and left out; by default the first one raises an error.
         batch_size: Images of a batch.
-
-    Returns:
-        Array [N, num_classes] at each resolution, and the indices of these N images.
 
     Raises:
         UnreadableError: Too many images cannot be read, or all.
@@ -270,7 +260,7 @@ def label_folders(
         most: Largest number of images, spread evenly.
 
     Raises:
-        UserError: There are no images, or the classes of the folders cannot be found.
+        UserError: The folder holds no images, or the classes of its folders are unknown.
     """
     paths = find_images(folder)
     loose = [path for path in paths if os.path.dirname(os.path.relpath(path, folder)) == '']
@@ -306,31 +296,21 @@ def _class_index(names: Sequence[str], session: Session) -> Dict[str, int]:
 
 
 def measure_images(session: Session, images: Sequence[str], rounds: int = 3) -> Tuple[Dict[int, float], float]:
-    """Measure how long images take one by one: the mean of their medians.
+    """Return how many seconds an image takes at each resolution, preprocessing included, and how many to read it.
 
-    Args:
-        session: The session.
-        images: Names of files.
-        rounds: Times that each is answered.
-
-    Returns:
-        Seconds of an image at each resolution, its preprocessing included, and seconds to read it.
+    Images are answered one by one, each `rounds` times; it is the mean of their medians.
     """
-    mode = MODES[len(session.mean)]
-    times: Dict[Optional[int], List[List[float]]] = {r: [] for r in (None, *session.resolutions)}
-    for name in images:
-        for found in times.values():
-            found.append([])
-        for _ in range(rounds):
-            start = time.perf_counter()
-            image = open_image(name, mode)
-            times[None][-1].append(time.perf_counter() - start)
-            for r in session.resolutions:
-                start = time.perf_counter()
-                session.predict(image, r)
-                times[r][-1].append(time.perf_counter() - start)
-    means = {key: statistics.mean(map(statistics.median, found)) for key, found in times.items()}
-    return means, means.pop(None)
+    seconds = np.zeros((len(images), rounds, 1 + len(session.resolutions)))
+    for i, k in np.ndindex(len(images), rounds):
+        times = [time.perf_counter()]
+        image = open_image(images[i], MODES[len(session.mean)])
+        times.append(time.perf_counter())
+        for r in session.resolutions:
+            session.predict(image, r)
+            times.append(time.perf_counter())
+        seconds[i, k] = np.diff(times)
+    reading, *latency = np.median(seconds, axis=1).mean(axis=0).tolist()
+    return dict(zip(session.resolutions, latency)), reading
 
 
 def compare(
@@ -348,8 +328,7 @@ def compare(
         fitted: What the cascade does.
         logits: Array [N, num_classes] at each resolution.
         labels: Classes [N].
-        latency: Seconds of an image at each resolution, see measure_images.
-        reading: Seconds to read an image, once for all resolutions.
+        latency, reading: See measure_images.
     """
     sizes = {
         f'{r} px': evaluate_cascade(Cascade({r: 0.}), logits, labels, session.madds) for r in session.resolutions}

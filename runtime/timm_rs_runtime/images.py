@@ -27,11 +27,11 @@ __all__ = [
 
 ImageSource = Union[str, os.PathLike, bytes, bytearray, memoryview, IO[bytes], Image.Image]
 
-# Formats of photographs, read as far as Pillow can read them; none of them needs another program.
+# Formats of photographs, as far as Pillow has them; none of them needs another program.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'AVIF', 'HEIF', 'BMP', 'GIF', 'JPEG2000', 'PPM', 'TIFF')
 MAX_BYTES = 2 ** 29  # of a file
 MAX_PIXELS = MAX_BYTES // 3  # of an image: 178,956,970, the limit of Pillow too
-MAX_ASPECT = 100  # longer side over shorter side of an image, whose shorter side is resized to what a network needs
+MAX_ASPECT = 100  # longer side over shorter side of an image; the shorter one is resized to what a network needs
 MODES = {1: 'L', 3: 'RGB'}  # of Pillow, by channels
 READER = 1  # counts the changes of the pixels that open_image returns: images that were kept are then read again
 SPLITS = (
@@ -60,8 +60,8 @@ def open_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
         mode: RGB, L or another mode of 8 bits.
 
     Raises:
-        ImageError: It is not an image in one of FORMATS, or it is damaged, has more than MAX_PIXELS, is longer than
-            MAX_ASPECT, or has pixels of unknown range.
+        ImageError: It is not an image in one of FORMATS, is damaged, has more than MAX_PIXELS or a larger aspect ratio
+            than MAX_ASPECT, or the range of its pixels is unknown.
     """
     name = name_of(source)
     try:
@@ -165,17 +165,17 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 
 def split_folder(folder: Union[str, os.PathLike], split: str) -> str:
-    """Return the folder with the images of a split: this is what DIR and --split mean in every command.
+    """Return the folder with the images of a split: what DIR and --split mean in every command.
 
-    If DIR holds folders of splits it is the one of this split, by this or another of its names. A DIR without any is
-    taken as it is, for example a folder of class folders.
+    If DIR holds folders of splits, it is the one of this split, under any of its names. Otherwise it is DIR itself,
+    for example a folder of class folders.
 
     Args:
         folder: DIR.
         split: Name of the split, '' for DIR as it is.
 
     Raises:
-        UserError: There is no such folder, or it holds other splits, which are never taken together.
+        UserError: The folder does not exist, or it holds only other splits; splits are never pooled.
 
     Example:
         >>> import tempfile
@@ -207,7 +207,7 @@ def find_images(folder: Union[str, os.PathLike], most: Optional[int] = None) -> 
     """Return the image files below a folder, sorted by name, at most `most`, spread evenly; links are followed.
 
     Raises:
-        ImageError: There is no such folder, or no image in it.
+        ImageError: The folder does not exist, or holds no images.
         UserError: `most` is less than 1.
     """
     if not os.path.isdir(folder):

@@ -10,7 +10,7 @@ from typing import Dict, List, Optional, Union
 import numpy as np
 
 from . import fields
-from .errors import UserError
+from .errors import UserError, one_line
 
 os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')
 
@@ -57,7 +57,7 @@ def open_onnx(
         return onnxruntime.InferenceSession(model, options, providers=['CPUExecutionProvider'])
     except Exception as e:  # there is no common class of its errors
         name = model if isinstance(model, str) else 'This'
-        raise UserError(f'{name} is not an ONNX file that ONNX Runtime can load: {_first_line(e)}') from e
+        raise UserError(f'{name} is not an ONNX file that ONNX Runtime can load: {one_line(e, 300)}') from e
 
 
 def run(session: onnxruntime.InferenceSession, inputs: Dict[str, np.ndarray], name: str) -> List[np.ndarray]:
@@ -75,7 +75,7 @@ def run(session: onnxruntime.InferenceSession, inputs: Dict[str, np.ndarray], na
         return session.run(None, inputs)
     except Exception as e:
         shapes = ', '.join(str(x.shape) for x in inputs.values())
-        raise InferenceError(f'Cannot run a batch of {shapes} with {name}: {_first_line(e)}') from e
+        raise InferenceError(f'Cannot run a batch of {shapes} with {name}: {one_line(e, 300)}') from e
 
 
 def abandon(session: onnxruntime.InferenceSession) -> None:
@@ -84,7 +84,3 @@ def abandon(session: onnxruntime.InferenceSession) -> None:
     Freeing it would wait for threads that only the parent has.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:300]

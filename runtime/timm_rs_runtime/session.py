@@ -142,7 +142,7 @@ class Session(Closable):
             ImageError: An image cannot be used; the message names it.
             InferenceError: ONNX Runtime fails, for example for lack of memory.
             NotFiniteError: The network answers with NaN or infinity.
-            UserError: There is no such resolution, the batch has another shape or type, or there are more than
+            UserError: The network lacks this resolution, the batch has another shape or type, or there are more than
                 MAX_IMAGES images.
         """
         sessions = self._opened()
@@ -169,7 +169,7 @@ class Session(Closable):
 
         Raises:
             ImageError: The image cannot be used.
-            UserError: There is no such resolution.
+            UserError: The network lacks this resolution.
         """
         self.check_takes_images()
         return self.preprocessing(image, self.check_resolution(resolution))
