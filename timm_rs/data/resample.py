@@ -13,8 +13,6 @@ INTERPOLATIONS = ('bilinear', 'bicubic')
 
 Bands = List[Tuple[slice, torch.Tensor]]
 
-_CHUNK = 4  # images at a time, as many as fit into the cache of a CPU
-
 
 def downscale(images: torch.Tensor, size: int, interpolation: str = 'bilinear') -> torch.Tensor:
     """Estimate what resizing the original to a smaller size would give, from what resizing it to a larger one gave.
@@ -48,25 +46,11 @@ def downscale(images: torch.Tensor, size: int, interpolation: str = 'bilinear') 
     dtype = torch.promote_types(images.dtype, torch.float32)
     bands = _bands(images.device, dtype, width, size, interpolation)
     with torch.autocast(images.device.type, enabled=False):
-        x = _apply(images.to(dtype), bands)
+        x = images.to(dtype)
+        x = torch.cat([weights @ x[..., used, :] for used, weights in bands], -2)
+        x = torch.cat([x[..., used] @ weights.T for used, weights in bands], -1)
     resized = x.to(images.dtype)
     return resized.contiguous(memory_format=torch.channels_last) if channels_last else resized
-
-
-def _apply(x: torch.Tensor, bands: Bands) -> torch.Tensor:
-    if x.device.type != 'cpu' or x.requires_grad:
-        x = torch.cat([weights @ x[..., columns, :] for columns, weights in bands], -2)
-        return torch.cat([x[..., columns] @ weights.T for columns, weights in bands], -1)
-    size, width = sum(len(weights) for _, weights in bands), x.shape[-1]
-    resized = x.new_empty(*x.shape[:2], size, size)
-    for part, out in zip(x.split(_CHUNK), resized.split(_CHUNK)):
-        rows = torch.cat([weights @ part[..., columns, :] for columns, weights in bands], -2).view(-1, width)
-        first, out = 0, out.view(-1, size)
-        for columns, weights in bands:
-            last = first + len(weights)
-            torch.mm(rows[:, columns], weights.T, out=out[:, first:last])
-            first = last
-    return resized
 
 
 @lru_cache(maxsize=64)

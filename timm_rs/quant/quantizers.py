@@ -31,7 +31,7 @@ __all__ = [
 RETENTION = 0.9  # of the moving average of bases, per update
 NORMAL_QUANTILE = 0.6745  # a quarter of a normal distribution lies above
 
-_MAX_COMPARED = 32  # levels; with more of them each value is searched
+_MAX_COMPARED = 32  # thresholds; where there are as many, each value is searched
 _CHUNK = {'cpu': 2 ** 16, None: 2 ** 24}  # elements at a time: what fits into a cache, or bounds the memory elsewhere
 
 
@@ -127,17 +127,15 @@ class _LearnedBasis(nn.Module):
         work, shape, order = _as_rows(work, len(basis))
         quantized, sums = work.new_empty(work.shape, dtype=x.dtype), []
         for index in _chunks(work):
-            part, rows = work[index], index[0]
-            code, chunk_sums = _encode(part, thresholds[rows], codes[rows], self.low, update)
-            table = values[rows]
+            code, above = _encode(work[index], thresholds[index[0]], update)
+            table = values[index[0]]
             if update:  # otherwise training would go on, unnoticed, with NaN taken for the lowest level
-                table = table.masked_fill(chunk_sums.isnan().any(1, keepdim=True), math.nan)
+                table = table.masked_fill(above[1, :, :1].isnan().to(table.device), math.nan)
             quantized[index] = table.gather(1, code)
-            sums.append(chunk_sums)
+            sums.append(above)
         if update:
-            sums = _wide(torch.stack(sums)).sum(0) if len(basis) == 1 else _wide(torch.cat(sums))
-            count = x.numel() // len(basis)
-            self._update(*_normal_equations(sums, codes, self.low, count), count)
+            above = torch.stack(sums).sum(0) if len(basis) == 1 else torch.cat(sums, 1)
+            self._update(*_normal_equations(above, codes, self.low), x.numel() // len(basis))
         return quantized.view(shape).permute(order), values
 
     def _learns(self) -> bool:
@@ -361,63 +359,46 @@ def _chunks(x: torch.Tensor) -> Iterator[Tuple[slice, slice]]:
             yield slice(start, start + step), slice(None)
 
 
-def _encode(
-        x: torch.Tensor,
-        thresholds: torch.Tensor,
-        codes: torch.Tensor,
-        low: int,
-        learn: bool,
-) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-    """Return how many thresholds of its row each value exceeds and, to learn, the sums that _normal_equations takes."""
-    if _is_searched(codes):
+def _encode(x: torch.Tensor, thresholds: torch.Tensor, learn: bool) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """Return which level of its row each value takes and, to learn, what takes each level or one above it.
+
+    Args:
+        x: Values [R, N].
+        thresholds: Between the levels [R, L - 1].
+        learn: Return the second one too.
+
+    Returns:
+        Levels as indices [R, N], and the number and the sum of the values [2, R, L] in float64.
+    """
+    if thresholds.shape[1] >= _MAX_COMPARED:
         index = torch.searchsorted(thresholds.contiguous(), x.contiguous())
         if not learn:
             return index, None
-        b = [_bit(codes, i, low).to(x.device, x.dtype).gather(1, index) for i in _bits(codes)]
-        return index, torch.stack([*((b[i] * b[j]).sum(1) for i, j in _pairs(codes)), *((c * x).sum(1) for c in b)], 1)
-    count, exceeds, sums = torch.zeros_like(x), torch.empty_like(x), [x.sum(1)]  # CPUs are slow with bool
+        wide = _wide(torch.stack([torch.ones_like(x), x]))
+        sums = wide.new_zeros(2, len(x), thresholds.shape[1] + 1)
+        sums.scatter_add_(2, index.to(wide.device).expand_as(wide), wide)
+        return index, sums.flip(2).cumsum(2).flip(2)
+    count, exceeds = torch.zeros_like(x), torch.empty_like(x)  # CPUs are slow with bool
+    sums = [x.new_full((len(x),), x.shape[1]), x.sum(1)]
     for threshold in thresholds.split(1, dim=1):
         torch.gt(x, threshold, out=exceeds)
         count += exceeds
         if learn:
             sums += [exceeds.sum(1), (exceeds * x).sum(1)]
-    return count.int().long(), torch.stack(sums, 1)
+    return count.int().long(), _wide(torch.stack([torch.stack(sums[i::2], 1) for i in range(2)]))
 
 
-def _normal_equations(
-        sums: torch.Tensor,
-        codes: torch.Tensor,
-        low: int,
-        count: int,
-) -> Tuple[torch.Tensor, torch.Tensor]:
+def _normal_equations(above: torch.Tensor, codes: torch.Tensor, low: int) -> Tuple[torch.Tensor, torch.Tensor]:
     """Return B'B, the upper triangle row by row [R, K (K + 1) / 2], and B'x [R, K] for codes B and values x.
 
     Args:
-        sums: Sum of all values and, for each threshold in turn, the number and sum of the values above it
-            [R, 1 + 2 (2^K - 1)]; if the thresholds are searched, what is to be returned, side by side.
+        above: See _encode.
         codes: See code_table.
         low: What a bit of 0 stands for.
-        count: Values per row.
     """
-    num_pairs = len(_pairs(codes))
-    if _is_searched(codes):
-        return sums[:, :num_pairs], sums[:, num_pairs:]
-    codes = codes.to(sums.device)
-    above = torch.cat([torch.full_like(sums[:, :1], count), sums, torch.zeros_like(sums[:, :2])], 1)
-    ones, values = above[:, ::2], above[:, 1::2]
-    ones, values = ones[:, :-1] - ones[:, 1:], values[:, :-1] - values[:, 1:]  # of each level
-    b = [_bit(codes, i, low) for i in _bits(codes)]
-    gram = torch.stack([(b[i] * b[j] * ones).sum(1) for i, j in _pairs(codes)], 1)
+    ones, values = above - nn.functional.pad(above[..., 1:], (0, 1))  # of each level
+    codes = codes.to(above.device)
+    bits = range(codes.shape[1].bit_length() - 1)
+    b = [_bit(codes, i, low) for i in bits]
+    gram = torch.stack([(b[i] * b[j] * ones).sum(1) for i in bits for j in bits if i <= j], 1)
     return gram, torch.stack([(c * values).sum(1) for c in b], 1)
-
-
-def _is_searched(codes: torch.Tensor) -> bool:
-    return codes.shape[1] > _MAX_COMPARED
-
-
-def _bits(codes: torch.Tensor) -> range:
-    return range(codes.shape[1].bit_length() - 1)
-
-
-def _pairs(codes: torch.Tensor) -> List[Tuple[int, int]]:
-    return [(i, j) for i in _bits(codes) for j in _bits(codes) if i <= j]
