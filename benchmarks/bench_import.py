@@ -2,7 +2,7 @@
 """Import: what `import timm_rs` adds to `import timm`, and how long the command takes to answer
 
 Starts fresh processes that import timm and then timm_rs, or the runtime, and times these imports inside them; and
-processes of the command timm-rs that print help or report a mistyped flag, timed from without. Wanted: at most 0.2 s
+processes of the command timm-rs that print help or report a mistyped flag, timed from outside. Wanted: at most 0.2 s
 for timm_rs, which registers its models on import, 0.3 s for the runtime, 0.5 s for the command. The alternative is to
 do without: `import timm` by itself, and a Python that does nothing, are the scale.
 

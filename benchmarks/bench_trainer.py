@@ -57,7 +57,7 @@ def main():
 
 def build(args, losses):
     """Return an epoch of one step of each trainer."""
-    from _photographs import Boxes  # of the checkout
+    from _photographs import Boxes  # from the checkout
     from _training import Run, Step
     from _variants import ENSEMBLES
 

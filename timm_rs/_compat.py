@@ -15,7 +15,7 @@ from torch.nn.modules.module import (
     _WrappedHook as WrappedHook,  # a hook that refers to its module, which a view changes
 )
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten  # of whatever a network returns
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten  # for any structure that a network returns
 
 __all__ = [
     'NO_GRAPH_TASK',

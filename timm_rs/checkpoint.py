@@ -130,7 +130,7 @@ def _read(path: str) -> Any:
     """Return the content of a checkpoint file."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of the pickle protocol of foreign files
+            warnings.simplefilter('ignore')  # about the pickle protocol of foreign files
             if path.endswith('.safetensors'):
                 return safetensors.torch.load_file(path)
             is_zip = zipfile.is_zipfile(path)

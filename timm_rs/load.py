@@ -195,7 +195,7 @@ def read_source(name: str, pretrained: bool = True) -> Tuple[str, Dict[str, Any]
         is_hub = kind == 'hf-hub'
         config = download_from_hf(place, 'config.json') if is_hub else os.path.join(place, 'config.json')
         weights = load_state_dict_from_hf(place) if is_hub and pretrained else None
-    except Exception as e:  # of the client of the Hub, which changes with its version
+    except Exception as e:  # the client of the Hub raises others in other versions
         raise UserError(f'Cannot load {name}: {one_line(e, 300)}') from e
     architecture, cfg, args = read_config(config, name)
     if not pretrained:

@@ -44,7 +44,7 @@ def load(args: argparse.Namespace) -> Any:
         model_kwargs=args.model_kwargs,
         data_config={k: v for k, v in data.items() if v},
     )
-    if loaded.source != args.checkpoint:  # of the output folder of a run
+    if loaded.source != args.checkpoint:  # the best or last checkpoint in the output folder of a run
         print(f'{args.checkpoint}: {os.path.basename(loaded.source)} is read')
     return loaded
 

@@ -7,7 +7,7 @@ from timm_rs_runtime.files import check_new_folder
 
 from ._source import add_source, load, print_saved, read_labels
 
-METHODS = ('copy', 'statistics', 'tune_bn', 'tune_bn_head')  # of timm_rs.calibrate, which takes seconds to import
+METHODS = ('copy', 'statistics', 'tune_bn', 'tune_bn_head')  # as in timm_rs.calibrate, which takes seconds to import
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -47,8 +47,8 @@ OUTPUT = Path(__file__).parents[1] / 'results' / 'zoo.csv'
 MADDS = {r: f'madds_{r}' for r in RESOLUTIONS}
 COLUMNS = ('name', 'family', 'bn_count', 'params_added', *MADDS.values(), 'device', 'status', 'note')
 BATCH_SIZE = 2
-CPU_MADDS = 12e9  # of one image at all resolutions, and
-CPU_PARAMETERS = 50e6  # of the plain network: more than one of these goes to the meta device
+CPU_MADDS = 12e9  # for one image at all resolutions, and
+CPU_PARAMETERS = 50e6  # in the plain network: more than one of these goes to the meta device
 
 
 class Failure(Exception):
@@ -67,7 +67,7 @@ def main():
     args.output.parent.mkdir(parents=True, exist_ok=True)
 
     versions = dict(timm=timm.__version__, torch=torch.__version__, python=platform.python_version())
-    rows, seconds = {}, 0.  # of the CPU
+    rows, seconds = {}, 0.  # CPU time
     if args.output.exists() and sidecar.exists():
         before = json.loads(sidecar.read_text())
         if before['versions'] == versions:

@@ -37,7 +37,7 @@ def describe(
     class_ids, imagenet_names = imagenet_classes(num_classes)
     if class_names is None:
         class_names = cfg.get('label_names') or ()
-        if len(class_names) != num_classes:  # of weights for other classes
+        if len(class_names) != num_classes:  # the weights are for other classes
             class_names = imagenet_names
     elif list(class_names) == class_ids:  # the folders of ImageNet
         class_names = imagenet_names

@@ -144,7 +144,7 @@ def _check_alike(first: _Graph, other: _Graph, sizes: str) -> None:
     """Raise MergeError if an operator, attribute or connection differs somewhere."""
     if len(first.nodes) != len(other.nodes):
         raise MergeError(f'the graphs at {sizes} have {len(first.nodes)} and {len(other.nodes)} operators.')
-    names: Dict[str, str] = {}  # of the other graph, to those of the first
+    names: Dict[str, str] = {}  # name in the other graph -> name in the first
     for a, b in zip(first.nodes, other.nodes):
         if a.op_type != b.op_type or len(a.input) != len(b.input):
             raise MergeError(f'at {sizes} the operators of {a.name} are {a.op_type} and {b.op_type}.')

@@ -13,7 +13,7 @@ __all__ = ['compare_int8', 'verify']
 
 _SEEDS = (0, 1, 2)
 _ROUNDING = 5  # times the network's own; 2.1 was the most of the files of 38 families
-_LEAST_ROUNDING = 1e-6  # of the largest logit: a mean over many pixels is summed in another order
+_LEAST_ROUNDING = 1e-6  # relative to the largest logit: a mean over many pixels is summed in another order
 _STEP_TOLERANCE = 0.15
 _INT8_TOLERANCE = 0.5
 

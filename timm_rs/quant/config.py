@@ -7,7 +7,7 @@ from timm_rs_runtime.errors import UserError
 __all__ = ['BITS', 'FLOAT_BITS', 'QuantConfig', 'check_bits']
 
 BITS = range(1, 9)
-FLOAT_BITS = 32  # of activations that are left alone
+FLOAT_BITS = 32  # activations that stay as they are
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class QuantConfig:
 
     Attributes:
         weight_bits: Bits of each weight, 1 to 8.
-        activation_bits: Bits of each activation, 1 to 8, or 32 to leave them alone.
-        skip: Names of layers to leave alone beside the first and the classifier, with wildcards.
+        activation_bits: Bits of each activation, 1 to 8, or 32 to leave them as they are.
+        skip: Names of layers that stay as they are, beside the first and the classifier, with wildcards.
         fixed_activation_basis: Learn the bases of activations from the largest resolution only.
 
     Raises:

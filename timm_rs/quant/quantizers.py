@@ -28,7 +28,7 @@ __all__ = [
     'weight_basis',
 ]
 
-RETENTION = 0.9  # of the moving average of bases, per update
+RETENTION = 0.9  # share of the old basis that the moving average keeps in an update
 NORMAL_QUANTILE = 0.6745  # a quarter of a normal distribution lies above
 
 _MAX_COMPARED = 32  # thresholds; where there are as many, each value is searched
@@ -396,7 +396,7 @@ def _normal_equations(above: torch.Tensor, codes: torch.Tensor, low: int) -> Tup
         codes: See code_table.
         low: What a bit of 0 stands for.
     """
-    ones, values = above - nn.functional.pad(above[..., 1:], (0, 1))  # of each level
+    ones, values = above - nn.functional.pad(above[..., 1:], (0, 1))  # the number and the sum at each level
     codes = codes.to(above.device)
     bits = range(codes.shape[1].bit_length() - 1)
     b = [_bit(codes, i, low) for i in bits]
