@@ -197,7 +197,7 @@ def test_failures_of_the_runtime_are_told(file, monkeypatch):
 
     opened = Session(file, threads=1)
     monkeypatch.setitem(opened._sessions, 64, Broken())
-    with pytest.raises(InferenceError, match=r'Cannot run a batch of \(1, 3, 64, 64\) .*: Failed to allocate memory$'):
+    with pytest.raises(InferenceError, match=r'a batch of \(1, 3, 64, 64\) .*: Failed to allocate memory and more$'):
         opened.predict(np.zeros((1, 3, 64, 64), np.float32))
     assert opened.predict(np.zeros((1, 3, 48, 48), np.float32)).shape == (1, 10)
 

@@ -210,8 +210,6 @@ class AdaptiveSession(Closable):
         **options: Arguments of the Controller: margin, headroom, patience.
 
     Attributes:
-        session: The Session.
-        budget_ms: The budget.
         latency: Seconds that the network takes for one image at each resolution, as measured at the start; for a batch
             if the file takes only whole batches.
         feasible: Whether the floor, with nothing in the queue, keeps the budget. If not, requests are served at the

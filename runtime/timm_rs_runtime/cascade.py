@@ -82,10 +82,6 @@ class CascadeSession(Closable):
         threads: Threads of an inference, all cores if None.
         mode: See Session.
 
-    Attributes:
-        session: The Session.
-        cascade: The Cascade.
-
     Raises:
         UserError: A file is of another kind, or the network lacks a resolution of the cascade.
 

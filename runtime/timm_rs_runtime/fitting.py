@@ -269,11 +269,11 @@ def label_folders(
     names = sorted(set(map(_class_of, paths)), key=_natural_key)
     index = _class_index(names, session)
     unknown = [name for name in names if name not in index]
-    expected = (f'the names of classes or WordNet ids, or {session.num_classes} folders in the order of the classes, '
-                f'found {len(names)} folders')
-    if len(unknown) < len(names):
-        expected = f'the names of classes, as {next(name for name in names if name in index)} is one'
     if unknown:
+        known = [name for name in names if name in index]
+        expected = f'the names of classes, as {known[0]} is one' if known else (
+            f'the names of classes or WordNet ids, or {session.num_classes} folders in the order of the classes, '
+            f'found {len(names)} folders')
         raise UserError(f'{folder}: {unknown[0]} is not a class folder: expected {expected}.')
     paths = spread(paths, most)
     return paths, np.array([index[_class_of(path)] for path in paths])

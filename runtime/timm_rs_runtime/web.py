@@ -73,7 +73,11 @@ def build_app(session: Session) -> Any:
             message = one_line(e).replace(picture.path, picture.orig_name or 'The picture')
             message = message.replace(session.path, os.path.basename(session.path))
             raise gradio.Error(message, print_exception=False) from e
-        return rows, [_cells(row) for row in rows], describe(rows, budget_ms)
+        cells = [[
+            f"{row['resolution']} px", row['name'], f"{row['probability']:.1%}", f"{row['milliseconds']:.1f} ms",
+            f"{row['madds'] / 1e6:.0f}M", f"{row['cost']:.0%}",
+        ] for row in rows]
+        return rows, cells, describe(rows, budget_ms)
 
     def describe(rows: List[Dict[str, Any]], budget_ms: float) -> str:
         """Return in words which size the budget allows."""
@@ -141,10 +145,3 @@ def serve(
     if block:
         app.block_thread()
     return app, address
-
-
-def _cells(row: Dict[str, Any]) -> List[str]:
-    return [
-        f"{row['resolution']} px", row['name'], f"{row['probability']:.1%}", f"{row['milliseconds']:.1f} ms",
-        f"{row['madds'] / 1e6:.0f}M", f"{row['cost']:.0%}",
-    ]
