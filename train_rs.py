@@ -6,9 +6,11 @@
     python train_rs.py --dataset digits --model rs_resnet10t --resolutions 32 24 16 --epochs 10
 
 The flags are those of timm's train.py, and --resolutions, --distill, --loss-reduction, --small-steps,
---sizes-per-update, --private, --flip, --resample, --memory and --decoded-cache. The output folder holds args.yaml,
-summary.csv (accuracy at every resolution, of the ensemble, and their mean), label_names.txt if the data set names its
-classes, the last and the best checkpoints. With --resume auto a killed run continues as if it had not been killed.
+--sizes-per-update, --private, --bn-statistics, --flip, --resample, --memory and --decoded-cache. From trained weights
+(--pretrained, --pretrained-path, --initial-checkpoint) some defaults differ, and the first lines of the log say which.
+The output folder holds args.yaml, summary.csv (accuracy at every resolution, of the ensemble, and their mean),
+label_names.txt if the data set names its classes, the last and the best checkpoints. With --resume auto a killed run
+continues as if it had not been killed.
 """
 import importlib
 import logging
@@ -68,11 +70,11 @@ class Run:
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    flags = dict(vars(args))
     local_rank, rank, _ = utils.distributed.world_info_from_env()
     if rank > 0:
         logging.getLogger().setLevel(logging.WARNING)  # the first process logs what they have in common
+    args = parse_args(argv)
+    flags = dict(vars(args))
     with ExitStack() as held:
         with one_line_errors('train_rs.py', args.traceback, quiet=local_rank > 0):
             run = set_up(args, flags, held)

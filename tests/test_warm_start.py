@@ -7,7 +7,9 @@ import timm
 import torch
 from conftest import assert_equal, images, randomize_bn
 
+from timm_rs.train import MultiResolutionTask
 from timm_rs.train.builders import build_model
+from timm_rs.train.loop import choose_statistics
 from timm_rs.train.options import parse_args
 
 RESOLUTIONS = (64, 48, 32)
@@ -128,11 +130,12 @@ def test_switchable_file_for_features(switchable):
         assert_equal(adapted(x)[-1], model.forward_features(x))
 
 
-def build(flag, path, num_classes):
+def build(flag, path, num_classes, *extra):
     """Build a ResNet18 as the training script does."""
     args = parse_args([
         '--model', 'rs_resnet18', '--resolutions', *map(str, RESOLUTIONS), '--num-classes', str(num_classes),
         flag, str(path), '--model-kwargs', f"channels={TINY['channels']}",
+        *extra,
     ])
     args.distributed = False
     return build_model(args, torch.device('cpu')).eval()
@@ -188,3 +191,81 @@ def test_segmentation_models_pytorch():
         optimizer.zero_grad()
         changed = {k.rsplit('.', 2)[-2] for k, v in unet.state_dict().items() if not torch.equal(v, before[k])}
         assert str(size) in changed and not changed & set(map(str, set(encoder.resolutions) - {size}))
+
+
+WARM = dict(
+    opt='adamw', lr_base=3e-4, lr_base_size=64, epochs=10, warmup_epochs=0, sched_on_updates=True,
+    loss_reduction='mean', bn_statistics='auto')
+SCRATCH = dict(
+    opt='sgd', lr_base=0.1, lr_base_size=256, epochs=300, warmup_epochs=5, sched_on_updates=False,
+    loss_reduction='sum', bn_statistics='batch')
+
+
+@pytest.mark.parametrize('flags, expected', [
+    ('', SCRATCH),
+    ('--pretrained', WARM),
+    ('--pretrained-path x', WARM),
+    ('--initial-checkpoint x', WARM),
+    ('--pretrained --epochs 300 --warmup-epochs 5', dict(WARM, epochs=300, warmup_epochs=5)),  # given
+    ('--pretrained --opt sgd', dict(WARM, opt='sgd', lr_base=0.1, lr_base_size=256)),
+    ('--pretrained --lr-base 0.2', dict(WARM, lr_base=0.2, lr_base_size=256)),
+    ('--pretrained --lr 0.01 --bn-statistics batch', dict(WARM, lr_base=0.1, lr_base_size=256, bn_statistics='batch')),
+    ('--config c.yaml', dict(WARM, epochs=7, sched_on_updates=False)),
+    ('--config c.yaml --epochs 8', dict(WARM, epochs=8, sched_on_updates=False)),
+])
+def test_defaults_from_trained_weights(flags, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'c.yaml').write_text('pretrained: true\nepochs: 7\nsched_on_updates: false\n')
+    args = vars(parse_args(flags.split()))
+    assert {k: args[k] for k in expected} == expected
+
+
+@pytest.mark.parametrize('flag, num_classes, extra, is_zero', [
+    ('--pretrained-path', 5, [], True),
+    ('--pretrained-path', 5, ['--head-init-scale', '0.5'], False),
+    ('--initial-checkpoint', 1000, [], False),
+])
+def test_a_new_classifier_begins_at_zero(flag, num_classes, extra, is_zero, switchable):
+    built = build(flag, switchable[1] / FORMATS[0], num_classes, *extra)
+    assert all(bool(p.any()) != is_zero for p in built.fc.parameters())
+    assert bool(built.conv1.weight.any())
+
+
+def step(task, x):
+    """Train for a step, on images of the largest resolution."""
+    task.train()
+    optimizer = torch.optim.SGD(task.trainable_module.parameters(), 0.1)
+    task(x, torch.arange(len(x)) % 3)['loss'].backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize('keep', [True, False])
+def test_kept_statistics_stay_while_the_rest_learns(keep):
+    task = MultiResolutionTask(randomize_bn(create('rs_resnet18')), verbose=False)
+    task.keep_statistics = keep
+    before = {k: v.clone() for k, v in task.trainable_module.state_dict().items()}
+    step(task, images(64, n=4))
+    moved = {k for k, v in task.trainable_module.state_dict().items() if not torch.equal(v, before[k])}
+    assert any(k.endswith('running_mean') for k in moved) != keep
+    for resolution in RESOLUTIONS:
+        assert {f'bn1.{resolution}.weight', f'layer4.1.bn2.{resolution}.bias', 'conv1.weight'} <= moved
+    assert task.trainable_module.training and not task.eval().trainable_module.training
+
+
+def test_batch_statistics_are_compared_with_the_running_ones():
+    model = create('rs_resnet18')
+    task, x = MultiResolutionTask(model, verbose=False), images(64, n=16)
+    for bn in model.modules():
+        if isinstance(bn, torch.nn.BatchNorm2d):
+            bn.momentum = 1.
+    with torch.no_grad():
+        model.train()(task.pyramid(x))  # the running statistics are those of this batch, up to N / (N - 1) of variances
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    args = argparse.Namespace(distributed=False, resolutions=RESOLUTIONS, rank=0, world_size=1, local_rank=0)
+    assert min(task.measure_statistics(x)) > 0.98 and choose_statistics(task, x, args) == 'batch'
+    assert_equal(dict(model.state_dict()), state)
+    with torch.no_grad():
+        for bn in model.modules():
+            if isinstance(bn, torch.nn.BatchNorm2d):  # each channel passes on another share of its values
+                bn.running_mean.copy_(torch.linspace(-2., 2., len(bn.running_mean)))
+    assert max(task.measure_statistics(x)) < 0.7 and choose_statistics(task, x, args) == 'running'

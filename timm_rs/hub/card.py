@@ -11,7 +11,7 @@ from timm_rs_runtime.errors import UserError
 
 from .._compat import get_model_input_config
 from ..evaluate import ENSEMBLE, count_madds, count_parameters
-from ..train.options import create_parser
+from ..train.options import WARM_START, create_parser, is_warm_start
 from .convert import architecture_of
 
 __all__ = ['MARK', 'Metrics', 'model_card']
@@ -108,6 +108,8 @@ def model_card(
 def _recipe(args: Mapping[str, Any]) -> str:
     """Return the flags that are not the defaults of train_rs.py as YAML, without those that describe the machine."""
     defaults = vars(create_parser().parse_args([]))
+    if is_warm_start(args):
+        defaults.update(dict.fromkeys(WARM_START))
     shown = {k: v for k, v in args.items() if k in defaults and v != defaults[k] and k not in _MACHINE}
     shown = {k: list(v) if isinstance(v, tuple) else v for k, v in shown.items() if not k.startswith('wandb')}
     return yaml.safe_dump(shown, sort_keys=True) if shown else ''

@@ -162,9 +162,16 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
     if conflict:
         raise UserError(conflict)
     count_madds(model, args.resolutions[-1], args.in_chans)  # the smallest size must pass through the network
+    is_new = (args.pretrained or args.pretrained_path) and model.pretrained_cfg['num_classes'] != model.num_classes
     if args.head_init_scale is not None:
         for parameter in model.get_classifier().parameters():
             parameter.data.mul_(args.head_init_scale)
+    elif is_new and not args.initial_checkpoint:  # at random it would first disturb what is trained
+        heads = model.get_classifier()
+        for layer in nn.ModuleList(heads if isinstance(heads, (list, tuple)) else [heads]).modules():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)) and len(layer.weight) == model.num_classes:
+                for parameter in layer.parameters(recurse=False):
+                    nn.init.zeros_(parameter)
     if args.head_init_bias is not None:
         nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
     if args.grad_checkpointing:

@@ -27,6 +27,7 @@ from .task import TERMS, MultiResolutionTask
 
 __all__ = [
     'choose_levels',
+    'choose_statistics',
     'ensemble_weights',
     'flatten_metrics',
     'train_one_epoch',
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 _logger = logging.getLogger('train')
+_BEARABLE = 0.8  # see docs/findings.md
 
 
 class _Faults:
@@ -93,6 +95,7 @@ def train_one_epoch(
         if loaders.mixup is not None:
             loaders.mixup.mixup_enabled = False
         loaders.train.mixup_enabled = False
+    task.keep_statistics = args.bn_statistics == 'running'
     task.train()
     device = task.device
     accum_steps = args.grad_accum_steps
@@ -135,6 +138,10 @@ def train_one_epoch(
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         data_time += time.perf_counter() - fetch_start
+        if args.bn_statistics == 'auto':
+            args.bn_statistics = choose_statistics(task, images, args)  # also for the checkpoint
+            task.keep_statistics = args.bn_statistics == 'running'
+            task.train()
         need_update = batch_idx == last_idx or (batch_idx + 1) % accum_steps == 0
         steps = last_accum_steps if batch_idx > last_idx - last_accum_steps else accum_steps
 
@@ -219,6 +226,21 @@ def train_one_epoch(
     if unreadable:
         _logger.warning(unreadable)
     return dict(zip(TERMS, (sums / count).tolist()))
+
+
+def choose_statistics(task: MultiResolutionTask, images: torch.Tensor, args: argparse.Namespace) -> str:
+    """Return what is to normalize in training, 'running' or 'batch' statistics, and log why in one line."""
+    similar = torch.tensor(task.measure_statistics(images), device=images.device)
+    if args.distributed:
+        dist.all_reduce(similar)
+        similar /= args.world_size
+    chosen = 'batch' if similar.mean() >= _BEARABLE else 'running'
+    if utils.is_primary(args):
+        found = ', '.join(f'{s:.2f} at {r}' for s, r in zip(similar.tolist(), args.resolutions))
+        _logger.info(
+            f'Features with the statistics of the batch are similar to those with the running ones by {found} px, '
+            f"{'at least' if chosen == 'batch' else 'below'} {_BEARABLE} on average: --bn-statistics {chosen}.")
+    return chosen
 
 
 def choose_levels(args: argparse.Namespace, epoch: int, update: int) -> Optional[Tuple[int, ...]]:

@@ -1,7 +1,8 @@
 """Command line of train_rs.py: timm's flags, same names and defaults, and those of multi-resolution training"""
 import argparse
+import logging
 import math
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from huggingface_hub.utils import validate_repo_id
 from timm.utils.distributed import world_info_from_env
@@ -16,7 +17,14 @@ from ..resolutions import check_resolutions
 from .loss import EnsembleDistillationLoss
 from .pyramid import ResolutionPyramid
 
-__all__ = ['create_parser', 'is_mixing', 'largest_size_conflict', 'parse_args']
+__all__ = ['WARM_START', 'create_parser', 'is_mixing', 'is_warm_start', 'largest_size_conflict', 'parse_args']
+
+_logger = logging.getLogger('train')
+
+# Defaults of a run that starts from trained weights, measured in docs/findings.md.
+WARM_START = dict(
+    opt='adamw', lr_base=3e-4, lr_base_size=64, epochs=10, warmup_epochs=0, sched_on_updates=True,
+    loss_reduction='mean', bn_statistics='auto')
 
 # Flags of timm's train.py that have no meaning here, with the reason that the user is given.
 _REFUSED = {
@@ -78,8 +86,8 @@ def create_parser() -> argparse.ArgumentParser:
     add('--distill', default='ens_topdown', choices=EnsembleDistillationLoss.MODES,
         help='teachers of a resolution: none, the ensemble, or the ensemble and all larger ones (default)')
     add('--loss-reduction', default='sum', choices=EnsembleDistillationLoss.REDUCTIONS,
-        help='sum the losses of all resolutions, as the paper does (default), or take the mean, which needs the '
-             'learning rate and weight decay of a network of one size')
+        help='sum the losses of all resolutions, as the paper does (default), or take the mean (default from trained '
+             'weights), which needs the learning rate and weight decay of a network of one size')
     add('--small-steps', type=float, default=0., metavar='P',
         help='share of the updates that train only the smaller half of the resolutions, which costs little and lets '
              'these train for more epochs (default: 0)')
@@ -88,6 +96,10 @@ def create_parser() -> argparse.ArgumentParser:
     add('--private', default='both', choices=('both', 'statistics', 'none'),
         help='what of a BatchNorm is private to a resolution: both halves (default); only the running statistics, '
              'while all resolutions train one weight and bias; or nothing')
+    add('--bn-statistics', default='batch', choices=('batch', 'running', 'auto'),
+        help='what normalizes in training: the statistics of the batch (default), or the running ones, which then stay '
+             'as they are; auto: the running ones if the network does not bear those of the batch (default from '
+             'trained weights)')
     add('--flip', default='shared', choices=ResolutionPyramid.FLIPS,
         help='flip an image once for all resolutions (default) or decide again for each')
     add('--resample', default='matched', choices=ResolutionPyramid.RESAMPLES,
@@ -160,7 +172,7 @@ def create_parser() -> argparse.ArgumentParser:
     add('--device-modules', nargs='+', default=None, help='Python modules to import for a device backend')
 
     add = parser.add_argument_group('Optimizer').add_argument
-    add('--opt', default='sgd', metavar='NAME', help='optimizer of timm (default: sgd)')
+    add('--opt', default='sgd', metavar='NAME', help='optimizer of timm (default: sgd; adamw from trained weights)')
     add('--opt-eps', type=float, default=None, metavar='EPS', help='epsilon of the optimizer')
     add('--opt-betas', type=float, nargs='+', default=None, metavar='BETA', help='betas of the optimizer')
     add('--momentum', type=float, default=0.9, metavar='M', help='momentum (default: 0.9)')
@@ -175,9 +187,11 @@ def create_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group('Learning rate').add_argument
     add('--sched', default='cosine', metavar='NAME', help='schedule of timm (default: cosine)')
-    add('--sched-on-updates', action='store_true', help='step the schedule at every update instead of every epoch')
+    add('--sched-on-updates', action='store_true',
+        help='step the schedule at every update (default from trained weights) instead of every epoch')
     add('--lr', type=float, default=None, metavar='LR', help='learning rate (default: from --lr-base)')
-    add('--lr-base', type=float, default=0.1, metavar='LR', help='learning rate for --lr-base-size images per update')
+    add('--lr-base', type=float, default=0.1, metavar='LR',
+        help='learning rate for --lr-base-size images (default: 0.1 for 256; from trained weights 3e-4 for 64)')
     add('--lr-base-size', type=int, default=256, metavar='N', help='images per update that --lr-base is for')
     add('--lr-base-scale', default='', choices=('', 'linear', 'sqrt'),
         help='how the rate grows with the batch (default: sqrt for adaptive optimizers, else linear)')
@@ -192,13 +206,13 @@ def create_parser() -> argparse.ArgumentParser:
     add('--lr-stable-timescale', type=float, default=None, help='time scale of rsqrt in epochs')
     add('--warmup-lr', type=float, default=1e-5, help='learning rate that the warm-up begins with')
     add('--min-lr', type=float, default=0., help='lowest learning rate')
-    add('--epochs', type=int, default=300, metavar='N', help='epochs to train (default: 300)')
+    add('--epochs', type=int, default=300, metavar='N', help='epochs to train (default: 300; 10 from trained weights)')
     add('--epoch-repeats', type=float, default=0., help='repeats of an iterable data set per epoch')
     add('--start-epoch', type=int, default=None, metavar='N', help='epoch to start from, overrides the checkpoint')
     add('--stop-epoch', type=int, default=None, metavar='N', help='stop after N epochs, the schedule unchanged')
     add('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], help='epochs of multistep')
     add('--decay-epochs', type=float, default=90, help='epochs between decays of step')
-    add('--warmup-epochs', type=int, default=5, help='epochs of warm-up')
+    add('--warmup-epochs', type=int, default=5, help='epochs of warm-up (default: 5; 0 from trained weights)')
     add('--warmup-prefix', action='store_true', help='do not count the warm-up in the schedule')
     add('--cooldown-epochs', type=int, default=0, help='epochs at the lowest rate at the end')
     add('--patience-epochs', type=int, default=10, help='patience of plateau')
@@ -293,25 +307,33 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Parse the command line, over the defaults of a --config file.
+    """Parse the command line, over a --config file, over the defaults: those of WARM_START from trained weights.
 
     Unusable flags and values end the program with one line on stderr and status 2.
     """
-    parser = create_parser()
-    config, _ = _config_parser().parse_known_args(argv)
-    if config.config:
-        parser.set_defaults(**_read_config(parser, config.config))
-    args = parser.parse_args(argv)
+    parser, flags = create_parser(), create_parser()
+    defaults = vars(parser.parse_args([]))
+    for action in flags._actions:
+        action.default = argparse.SUPPRESS
+    given = vars(flags.parse_args(argv))
+    if given.get('config'):
+        given = {**_read_config(parser, given['config']), **given}
+    if is_warm_start(given):
+        chosen = {k: v for k, v in WARM_START.items() if k not in given}
+        if {'opt', 'lr', 'lr_base', 'lr_base_size'} & given.keys():  # the rate goes with the optimizer
+            chosen = {k: v for k, v in chosen.items() if not k.startswith('lr_')}
+        _logger.info(f"From trained weights: {', '.join(f'{k} {v}' for k, v in chosen.items()) or 'all flags given'}.")
+        defaults.update(chosen)
+    args = argparse.Namespace(**{**defaults, **given})
     for dest in _REFUSED:
         delattr(args, dest)
     _check(parser, args)
     return args
 
 
-def _config_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(add_help=False, allow_abbrev=False)
-    parser.add_argument('-c', '--config', default='')
-    return parser
+def is_warm_start(flags: Mapping[str, Any]) -> bool:
+    """Return whether the flags begin with trained weights."""
+    return any(flags.get(k) for k in ('pretrained', 'pretrained_path', 'initial_checkpoint'))
 
 
 def _read_config(parser: argparse.ArgumentParser, path: str) -> Dict[str, Any]:

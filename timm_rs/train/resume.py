@@ -198,6 +198,8 @@ def resume_run(
             raise UserError(
                 f"--resume {path} was trained with --{name.replace('_', '-')} {getattr(saved, name, None)}, "
                 f'but now it is {getattr(args, name)}.')
+    if args.bn_statistics == 'auto':
+        args.bn_statistics = getattr(saved, 'bn_statistics', 'batch')
     private = getattr(saved, 'private', 'both')
     if args.private not in ('both', private):
         raise UserError(

@@ -1,4 +1,5 @@
 """The multi-resolution step as a timm training task"""
+import copy
 from dataclasses import asdict
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -10,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from timm_rs_runtime.errors import UserError
 
+from .._compat import BatchNorm
 from ..private_bn import PrivateBN
 from ..switchable import SwitchableMixin
 from .loss import EnsembleDistillationLoss
@@ -37,6 +39,7 @@ class MultiResolutionTask(ClassificationTask):
 
     Attributes:
         levels: Indices of the resolutions that the next steps train, largest first; None for all of them.
+        keep_statistics: Normalize with the running statistics in training too, and leave them as they are.
 
     Raises:
         ValueError: The model is plain, the criterion is another one, or the pyramid has other resolutions.
@@ -69,6 +72,7 @@ class MultiResolutionTask(ClassificationTask):
         self.pyramid = pyramid.to(device)
         self.progress = Progress()
         self.levels: Optional[Tuple[int, ...]] = None
+        self.keep_statistics = False
         if self.criterion.mode == 'none':
             model.alpha.requires_grad_(False)  # DistributedDataParallel would wait for its gradient
 
@@ -86,6 +90,33 @@ class MultiResolutionTask(ClassificationTask):
         """Restore how far training has come."""
         if state and not ema:
             self.progress = Progress(**state)
+
+    def train(self, mode: bool = True) -> 'MultiResolutionTask':
+        """Set the mode; where statistics are kept, BN stays in eval mode."""
+        super().train(mode)
+        if mode and self.keep_statistics:
+            _use_batch_statistics(self.trainable_module, False)
+        return self
+
+    @torch.no_grad()
+    def measure_statistics(self, input: torch.Tensor) -> List[float]:
+        """Return how well the network bears batch statistics, at each resolution, largest first.
+
+        That is the mean cosine over images between the features with running and with batch statistics, each without
+        its mean: 1 if it makes no difference, 0 if nothing is left of what distinguishes the images.
+
+        Args:
+            input: Augmented images [N, C, H, W] at the largest resolution.
+        """
+        model, found = unwrap_model(self.trainable_module), []
+        for x in self.pyramid(input):
+            plain, features = copy.deepcopy(model.at(x.shape[-1])).eval(), []
+            for mode in (False, True):
+                _use_batch_statistics(plain, mode)
+                pooled = plain.forward_head(plain.forward_features(x), pre_logits=True).flatten(1).float()
+                features.append(pooled - pooled.mean(0))
+            found.append(torch.cosine_similarity(*features).mean().item())
+        return found
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Run one step.
@@ -121,3 +152,10 @@ class MultiResolutionTask(ClassificationTask):
         layers = [bn for bn in model.modules() if isinstance(bn, PrivateBN)]
         in_use = {id(p) for bn in layers for i in self.levels for p in bn[model.resolutions[i]].parameters()}
         return [p for bn in layers for p in bn.parameters() if id(p) not in in_use]
+
+
+def _use_batch_statistics(module: nn.Module, mode: bool) -> None:
+    """Set what BN normalizes with; its activation and dropout keep their mode."""
+    for layer in module.modules():
+        if isinstance(layer, BatchNorm):
+            layer.training = mode
