@@ -454,6 +454,18 @@ def one_weight_off(name, index):
     return change
 
 
+def largest_weight_off_by_a_thousandth(name):
+    def change(model):
+        weights = model.get_parameter(name).data.view(-1)
+        weights[weights.abs().argmax()] *= 1.001
+    return change
+
+
+def other_eps(model):
+    assert model.layer1[0].bn1[64].eps == 1e-5
+    model.layer1[0].bn1[64].eps = 1e-3
+
+
 def swap_rows(model):
     for key, value in model.layer1[0].bn1[64].state_dict().items():
         value.copy_(model.layer1[0].bn1[48].state_dict()[key])
@@ -465,6 +477,10 @@ def swap_rows(model):
     one_weight_off('layer2.0.conv1.weight', (0, 0, 0, 0)),
     one_weight_off('layer2.0.bn1.64.bias', 0),
     one_weight_off('fc.weight', (3, 5)),
+    largest_weight_off_by_a_thousandth('conv1.0.weight'),
+    largest_weight_off_by_a_thousandth('layer2.0.bn1.64.weight'),
+    largest_weight_off_by_a_thousandth('fc.weight'),
+    other_eps,
     swap_rows,
 ])
 def test_a_real_difference_is_refused(tiny, factor, change):

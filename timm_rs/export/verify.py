@@ -12,8 +12,10 @@ from .trace import ExportError, example_images
 __all__ = ['compare_int8', 'verify']
 
 _SEEDS = (0, 1, 2)
-_ROUNDING = 5  # times the network's own; 2.1 was the most of the files of 38 families
-_LEAST_ROUNDING = 1e-6  # relative to the largest logit: a mean over many pixels is summed in another order
+# The files of 41 networks of 29 architectures were off by at most 0.24 of what these two accept; those of 24 single
+# layers before a mean over up to 448 x 448 pixels, which ONNX Runtime sums in another order, by 0.68.
+_ROUNDING = 5  # times the network's own
+_LEAST_ROUNDING = 1e-6  # relative to the largest logit
 _STEP_TOLERANCE = 0.15
 _INT8_TOLERANCE = 0.5
 
