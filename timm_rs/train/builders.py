@@ -1,5 +1,6 @@
 """From flags to the parts of a training run, all of them timm's except the model's resolutions"""
 import argparse
+import copy
 import logging
 import os
 import signal
@@ -40,16 +41,18 @@ from ..data.datasets import (
 )
 from ..data.readers import ReadableDataset, skip_unreadable
 from ..evaluate import ENSEMBLE, count_madds
-from ..load import load_weights, read_source
+from ..load import create, load_weights, read_source
 from ..models.rs_models import PREFIX, explain_unknown_model
 from ..private_bn import tie_affine
 from ..records import find_checkpoint
 from ..resolutions import check_resolutions
+from ..switchable import SwitchableMixin
 from .loss import EnsembleDistillationLoss
 from .options import is_mixing, largest_size_conflict
 from .pyramid import ResolutionPyramid
 from .seeding import EpochSampler, SeededDataset, mix_seed
 from .task import MultiResolutionTask
+from .teacher import FixedTeachers
 
 __all__ = [
     'Loaders',
@@ -162,11 +165,10 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
     if conflict:
         raise UserError(conflict)
     count_madds(model, args.resolutions[-1], args.in_chans)  # the smallest size must pass through the network
-    is_new = (args.pretrained or args.pretrained_path) and model.pretrained_cfg['num_classes'] != model.num_classes
     if args.head_init_scale is not None:
         for parameter in model.get_classifier().parameters():
             parameter.data.mul_(args.head_init_scale)
-    elif is_new and not args.initial_checkpoint:  # at random it would first disturb what is trained
+    elif _has_new_classifier(args, model):  # at random it would first disturb what is trained
         heads = model.get_classifier()
         for layer in nn.ModuleList(heads if isinstance(heads, (list, tuple)) else [heads]).modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)) and len(layer.weight) == model.num_classes:
@@ -186,6 +188,12 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
     if args.private != 'both':
         tie_affine(model, statistics=args.private == 'none')
     return model
+
+
+def _has_new_classifier(args: argparse.Namespace, model: nn.Module) -> bool:
+    """Return whether the network has trained weights, but a classifier for other classes."""
+    pretrained = (args.pretrained or args.pretrained_path) and not args.initial_checkpoint
+    return bool(pretrained) and model.pretrained_cfg['num_classes'] != model.num_classes
 
 
 def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:
@@ -216,7 +224,7 @@ def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:
             f'{args.data_dir} gives the same images for training and validation, '
             f'expected the folders {args.train_split} and {args.val_split} in it.')
     numbers = [number_classes(d) for d in (eval_set, train_set)]
-    differ = explain_classes(*numbers) if all(numbers) else None
+    differ = explain_classes(*numbers) if all(numbers) and not args.label_free else None
     if differ:
         raise UserError(
             f'Split {args.val_split!r} of {args.data_dir or args.dataset} has other classes than {args.train_split!r}: '
@@ -224,7 +232,7 @@ def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:
     _logger.info(f'Training reads {describe(train_set)}, validation {describe(eval_set)}.')
     for split, dataset in ((args.train_split, train_set), (args.val_split, eval_set)):
         num_classes = count_classes(dataset)
-        if num_classes is None or args.class_map:
+        if num_classes is None or args.class_map or args.label_free and dataset is train_set:
             continue
         if args.num_classes is None:
             args.num_classes = num_classes
@@ -395,7 +403,7 @@ def build_task(args: argparse.Namespace, model: nn.Module, device: torch.device)
     criterion = create_criterion(
         args.loss,
         smoothing=args.smoothing,
-        soft_targets=is_mixing(args),
+        soft_targets=is_mixing(args) or args.label_free,
         pos_weight=args.bce_pos_weight,
         bce_target_thresh=args.bce_target_thresh,
         bce_sum=args.bce_sum,
@@ -405,9 +413,34 @@ def build_task(args: argparse.Namespace, model: nn.Module, device: torch.device)
         model,
         EnsembleDistillationLoss(args.distill, criterion, args.loss_reduction),
         ResolutionPyramid(args.resolutions, args.flip, hflip, args.resample, _train_interpolation(args, model)),
+        _build_teachers(args, model, device),
         device=device,
         verbose=args.rank == 0,
     )
+
+
+def _build_teachers(args: argparse.Namespace, model: nn.Module, device: torch.device) -> Optional[FixedTeachers]:
+    """Build the fixed teachers, None if no flag asks for one; call it before the network is trained or resumed."""
+    networks = []
+    if args.self_teacher:
+        if not (args.initial_checkpoint or args.pretrained) or _has_new_classifier(args, model):
+            raise UserError(
+                f'--self-teacher needs trained weights with their classifier for {args.num_classes} classes: '
+                '--initial-checkpoint, or --pretrained with the classes of the weights.')
+        networks.append(copy.deepcopy(model.at(args.resolutions[0])))
+    if args.kd_model_name:
+        name, kwargs = read_source(args.kd_model_name)
+        network = create(args.kd_model_name, name, pretrained=True, **kwargs).to(device)
+        if network.num_classes != args.num_classes:
+            raise UserError(
+                f'--kd-model-name {args.kd_model_name} has {network.num_classes} classes, expected {args.num_classes}.')
+        networks.append(network.at(network.resolutions[0]) if isinstance(network, SwitchableMixin) else network)
+    if not networks:
+        return None
+    data_config = resolve_input_data_config(model, args=_data_args(args))
+    return FixedTeachers(
+        networks, data_config['mean'], data_config['std'], args.kd_temperature, args.task_loss_weight,
+        args.distill_loss_weight, args.label_free)
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:

@@ -40,15 +40,11 @@ _REFUSED = {
     'jsd_loss': 'the resolutions already teach each other, see --distill',
     'torchscript': 'the network switches at run time; script one resolution of the trained network, model.at(160)',
     'fuser': 'it goes with --torchscript; use --torchcompile',
-    'kd_model_name': 'the teacher is the ensemble of resolutions, see --distill',
-    'kd_distill_type': 'the teacher is the ensemble of resolutions, see --distill',
-    'kd_loss_type': 'the teacher is the ensemble of resolutions, see --distill',
-    'kd_temperature': 'the teacher is the ensemble of resolutions, at temperature 1',
-    'kd_student_feature_dim': 'the teacher is the ensemble of resolutions, see --distill',
-    'kd_teacher_feature_dim': 'the teacher is the ensemble of resolutions, see --distill',
-    'kd_token_distill_type': 'the teacher is the ensemble of resolutions, see --distill',
-    'distill_loss_weight': 'the terms of the loss are weighted as in the paper, see --distill',
-    'task_loss_weight': 'the terms of the loss are weighted as in the paper, see --distill',
+    'kd_distill_type': 'a teacher passes on its logits',
+    'kd_loss_type': 'a teacher passes on its logits, by their divergence',
+    'kd_student_feature_dim': 'a teacher passes on its logits, not features',
+    'kd_teacher_feature_dim': 'a teacher passes on its logits, not features',
+    'kd_token_distill_type': 'a teacher passes on its logits, not to tokens',
     'train_img_sizes': 'the training sizes are --resolutions, see --sizes-per-update',
     'train_size_schedule': 'the training sizes are --resolutions, see --sizes-per-update',
     'multilabel_threshold': 'distillation between resolutions is defined for one label per image',
@@ -58,14 +54,15 @@ _REFUSED = {
 # Their values in the args.yaml of a run of timm that does not use them, where these are not empty.
 _UNUSED = dict(
     naflex_train_seq_lens=[128, 256, 576, 784, 1024], naflex_max_seq_len=576, naflex_loss_scale='linear',
-    kd_distill_type='logit', kd_loss_type='kl', kd_temperature=4., kd_token_distill_type='soft',
+    kd_distill_type='logit', kd_loss_type='kl', kd_token_distill_type='soft',
     train_size_schedule='constant', multilabel_threshold=0.5, target_format='indices',
 )
 
 
 class _Refuse(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
-        parser.error(f'{option_string} is not supported: {_REFUSED[self.dest]}.')
+        if values != [_UNUSED.get(self.dest)]:
+            parser.error(f'{option_string} is not supported: {_REFUSED[self.dest]}.')
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -106,6 +103,17 @@ def create_parser() -> argparse.ArgumentParser:
         help='make the smaller images as sharp as those of evaluation (default), or by plain antialiased interpolation')
     add('--memory', default='default', choices=('default', 'lean'),
         help='lean: hold the activations of one resolution at a time, for one more forward pass')
+
+    add = parser.add_argument_group('Fixed teachers').add_argument
+    add('--self-teacher', action='store_true',
+        help='let the network as it is at the start, at its largest size, teach all sizes; not with a new classifier')
+    add('--kd-model-name', default=None, metavar='NAME',
+        help='let this network of timm teach all sizes, e.g. local-dir:FOLDER; with --self-teacher their mean does')
+    add('--kd-temperature', type=float, default=4.0, metavar='T', help='temperature of the teachers (default: 4)')
+    add('--task-loss-weight', type=float, default=None, metavar='W', help='weight of all other losses (default: 1)')
+    add('--distill-loss-weight', type=float, default=None, metavar='W',
+        help='weight of the loss of the teachers (default: 1, or 1 - task loss weight if that is given)')
+    add('--label-free', action='store_true', help='train on the answers of the teachers instead of labels')
 
     add = parser.add_argument_group('Data set').add_argument
     add('--data-dir', metavar='DIR', help='folder of the data set')
@@ -427,6 +435,10 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
                 f'{given[flag]} {getattr(args, flag)} (give {_NOT_DECODED[flag][0]})' for flag in wrong) + '.')
     elif args.decoded_cache_side is not None:
         parser.error('--decoded-cache-side needs --decoded-cache.')
+    if args.label_free and not (args.self_teacher or args.kd_model_name):
+        parser.error('--label-free needs a teacher, --self-teacher or --kd-model-name.')
+    if args.kd_temperature <= 0:
+        parser.error(f'--kd-temperature is {args.kd_temperature:g}, expected more than 0.')
     if not 0 <= args.small_steps < 1:
         parser.error(f'--small-steps is {args.small_steps:g}, expected a share of the updates, from 0 to below 1.')
     if args.small_steps and args.sizes_per_update:

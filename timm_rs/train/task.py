@@ -17,6 +17,7 @@ from ..switchable import SwitchableMixin
 from .loss import EnsembleDistillationLoss
 from .pyramid import ResolutionPyramid
 from .saver import Progress
+from .teacher import FixedTeachers
 
 __all__ = ['TERMS', 'MultiResolutionTask']
 
@@ -33,6 +34,7 @@ class MultiResolutionTask(ClassificationTask):
         model: A switchable network.
         criterion: An EnsembleDistillationLoss; if None one of the default mode, around cross entropy.
         pyramid: A ResolutionPyramid; if None one for the model's resolutions, with shared flips.
+        teachers: Networks that are trained already, whose answers all resolutions learn from too.
         device: Device for task tensors.
         dtype: Dtype for task tensors.
         verbose: Log what is trained.
@@ -56,6 +58,7 @@ class MultiResolutionTask(ClassificationTask):
             model: nn.Module,
             criterion: Optional[EnsembleDistillationLoss] = None,
             pyramid: Optional[ResolutionPyramid] = None,
+            teachers: Optional[FixedTeachers] = None,
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
             verbose: bool = True,
@@ -70,6 +73,7 @@ class MultiResolutionTask(ClassificationTask):
             raise UserError(f'Got a pyramid of {pyramid.resolutions}, expected the resolutions {model.resolutions}.')
         super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose)
         self.pyramid = pyramid.to(device)
+        self.teachers = teachers
         self.progress = Progress()
         self.levels: Optional[Tuple[int, ...]] = None
         self.keep_statistics = False
@@ -130,12 +134,16 @@ class MultiResolutionTask(ClassificationTask):
             resolution that is trained, largest first.
         """
         model, pyramid = unwrap_model(self.trainable_module), self.pyramid(input)
-        if self.levels is None:
-            logits = self.trainable_module(pyramid)
-            return dict(self.criterion(logits, target, model.alpha), output=logits)
-        logits = self.trainable_module([pyramid[i] for i in self.levels])
-        losses = self.criterion(logits, target, model.alpha[list(self.levels)])
-        if isinstance(self.trainable_module, DistributedDataParallel):  # waits for the gradients of all parameters
+        levels = list(range(len(pyramid))) if self.levels is None else list(self.levels)
+        answers = self.teachers(input) if self.teachers is not None else []
+        if answers and self.teachers.label_free:
+            target = self.teachers.log_mixture(answers).exp()
+        logits = self.trainable_module([pyramid[i] for i in levels])
+        losses = self.criterion(logits, target, model.alpha if self.levels is None else model.alpha[levels])
+        if answers:
+            losses = self.teachers.combine(losses, logits, answers, self.criterion.reduction)
+        # DistributedDataParallel waits for the gradients of all parameters.
+        if self.levels is not None and isinstance(self.trainable_module, DistributedDataParallel):
             losses['loss'] = losses['loss'] + sum(0. * p.sum() for p in self._idle_parameters())
         return dict(losses, output=logits)
 
