@@ -7,7 +7,9 @@ parameter names and remains an instance of its own class, so everything that tim
 import copy
 import warnings
 import weakref
+from collections import OrderedDict
 from functools import cache, partial
+from itertools import chain
 from types import MethodType
 from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
 
@@ -279,7 +281,8 @@ def view(network: nn.Module, switch: Switch, resolution: Optional[int] = None) -
     def stand_in(module: nn.Module) -> nn.Module:
         return module[resolution] if isinstance(module, PrivateBN) and resolution is not None else module
 
-    memo: Dict[int, Any] = {id(network._switch): switch}
+    memo: Dict[int, Any] = {id(t): t for t in chain(network.parameters(), network.buffers())}
+    memo[id(network._switch)] = switch
     sources, hooks = [], []
     for module in network.modules():
         if id(module) in memo:  # a BN whose PrivateBN was met before
@@ -290,9 +293,6 @@ def view(network: nn.Module, switch: Switch, resolution: Optional[int] = None) -
             for name in HOOK_DICTS:
                 attributes[name] = type(attributes[name])({**attributes[name], **vars(module)[name]})
             attributes['_is_full_backward_hook'] = module._is_full_backward_hook
-        # Results that a module keeps with their graph, e.g. the attention biases of LeViT, could not be copied later.
-        memo.update((id(leaf), leaf if leaf.is_leaf else leaf.detach())
-                    for leaf in tree_leaves(list(attributes.values())) if torch.is_tensor(leaf))
         if not isinstance(module, GraphModule):
             memo[id(module)] = memo[id(source)] = object.__new__(type(source))
         sources.append((module, attributes))
@@ -304,20 +304,13 @@ def view(network: nn.Module, switch: Switch, resolution: Optional[int] = None) -
             continue
         copied = vars(memo[id(module)])
         for name, value in attributes.items():
-            if value is _refuse_folding and resolution is not None:
-                continue
-            if name in ('_parameters', '_buffers'):
-                copied[name] = copy.copy(value)
-            elif name == '_modules':
-                copied[name] = type(value)((key, child and memo[id(child)]) for key, child in value.items())
-            elif name.endswith('_hooks') and isinstance(value, dict):
+            if name.endswith('_hooks') and isinstance(value, dict):
                 copied[name] = value
                 hooks.append((memo[id(module)], name))
-            else:
-                copied[name] = _copy_or_share(value, memo)
+            elif value is not _refuse_folding or resolution is None:
+                copied[name] = _counterpart(value, memo)
     for module, name in hooks:  # an owner that is a part of the network is there by then
-        held = vars(module)[name]
-        vars(module)[name] = type(held)((key, _rebind(hook, module, memo)) for key, hook in held.items())
+        vars(module)[name] = _counterpart(vars(module)[name], memo, module)
     return memo[id(network)]
 
 
@@ -327,26 +320,31 @@ def _refuse_folding(*_: Any, **__: Any) -> None:
         'resolution out, reparameterize_model(model.at(size)).')
 
 
-def _copy_or_share(value: Any, memo: Dict[int, Any]) -> Any:
-    try:
-        return copy.deepcopy(value, memo)
-    except Exception:  # it holds a lock, a result with its graph, or the like
-        return value
-
-
-def _rebind(hook: Any, module: nn.Module, memo: Dict[int, Any]) -> Any:
-    """Return a hook that belongs to the parts of a view where it belongs to those of the network."""
-    if isinstance(hook, MethodType):
-        return MethodType(hook.__func__, memo.get(id(hook.__self__), hook.__self__))
-    if isinstance(hook, partial):
-        return partial(_rebind(hook.func, module, memo), *(memo.get(id(a), a) for a in hook.args), **hook.keywords)
-    if isinstance(hook, WrappedHook):
-        hook = copy.copy(hook)
-        hook.hook = _rebind(hook.hook, module, memo)
+def _counterpart(value: Any, memo: Dict[int, Any], module: Optional[nn.Module] = None) -> Any:
+    """Return what stands in a view for an attribute of a module, or for a hook that this module of the view gets."""
+    if type(value) in (dict, OrderedDict):
+        return type(value)((k, _counterpart(v, memo, module)) for k, v in value.items())
+    if type(value) in (list, tuple, set):
+        return type(value)(_counterpart(v, memo, module) for v in value)
+    if isinstance(value, MethodType):
+        return MethodType(value.__func__, memo.get(id(value.__self__), value.__self__))
+    if isinstance(value, partial):
+        func, args = _counterpart(value.func, memo, module), (memo.get(id(a), a) for a in value.args)
+        return partial(func, *args, **value.keywords)
+    if isinstance(value, WrappedHook):
+        hook = copy.copy(value)
+        hook.hook = _counterpart(value.hook, memo, module)
         if hook.with_module:
             hook.module = weakref.ref(module)
         return hook
-    return memo.get(id(hook), hook)
+    if isinstance(value, torch.Tensor) and not value.is_leaf:
+        return value.detach()  # kept with its graph, e.g. the attention biases of LeViT: it could not be copied later
+    if id(value) in memo or isinstance(value, torch.Tensor) or module is not None:
+        return memo.get(id(value), value)
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # it holds a lock or the like
+        return value
 
 
 def _note_input_size(module: nn.Module, resolution: int) -> None:
