@@ -253,14 +253,8 @@ def choose_img_mode(in_chans: int, mode: Optional[str] = None) -> str:
     return mode
 
 
-class PyramidTransform:
-    """Applies one transform per resolution to the same decoded image."""
-
-    def __init__(self, transforms: Sequence[Callable]):
-        self.transforms = transforms
-
-    def __call__(self, image: Image.Image) -> List[Any]:
-        return [transform(image) for transform in self.transforms]
+def _transform_pyramid(image: Image.Image, transforms: Sequence[Callable]) -> List[Any]:
+    return [transform(image) for transform in transforms]
 
 
 def _collate_pyramid(batch: Sequence[Tuple[List[Any], int]]) -> Tuple[List[torch.Tensor], torch.Tensor]:
@@ -337,7 +331,7 @@ def create_eval_loader(
         pin_memory=pin_memory,
         **config,
     )
-    dataset.transform = PyramidTransform([
+    dataset.transform = partial(_transform_pyramid, transforms=[
         timm_data.create_transform((channels, r, r), is_training=False, use_prefetcher=True, **config)
         for r in resolutions
     ])
