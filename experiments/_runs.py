@@ -75,12 +75,14 @@ def train_all(runs: Sequence[Run], jobs: int) -> None:
 
     def start(run):
         run.folder.mkdir(parents=True, exist_ok=True)
+        started, spent = time.time(), run.folder / 'seconds.txt'
         with open(run.folder / 'train.log', 'ab') as log:
             children[run] = subprocess.Popen(
                 [sys.executable, *run.command], cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
         if children[run].wait():
             last = (run.folder / 'train.log').read_text().strip().split('\n')[-1]
             raise SystemExit(f'{run.folder} failed: {last}')
+        spent.write_text(str(time.time() - started + (float(spent.read_text()) if spent.exists() else 0.)))
         if run.result() is None:
             raise SystemExit(f'{run.folder} has not trained all its epochs, see its train.log.')
 

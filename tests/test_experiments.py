@@ -1,6 +1,7 @@
 """Tables of accuracy: planned, trained by train_rs.py, and compared"""
 import csv
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / 'experiments'))
 import compare_recipes
 import paper_table
+import warm_start
 from _runs import Run, hold_out
 from _tables import markdown, scores_of
 
@@ -156,3 +158,41 @@ def test_recipes_side_by_side(tmp_path, capfd):
     assert '| two | RS-Net | 0 | 52.0 | 52.0 | +2.0 |' in (tmp_path / 'r.md').read_text()
     (tmp_path / 'b.json').write_text('{}')
     assert 'expected NAME=FILE, a .json that paper_table.py wrote' in fails(compare_recipes.main, argv, capfd)
+
+
+def test_table_of_warm_starts(tmp_path, argv):
+    """The network of the largest size gives two rows, and what starts from scratch keeps the recipe of the others."""
+    pictures, _, recipe, *_ = argv
+    weights = tmp_path / 'weights.pth'
+    given = ['--config', recipe, '--pretrained-path', str(weights), '--epochs', '1', '--device', 'cpu']
+    argv = [f'cats={pictures}', *given, '--resolutions', '32', '24', '--seeds', '0', '1', '--table-only',
+            '--methods', 'RS-Net', 'per size', 'largest size', 'from scratch', '--work', str(tmp_path / 'work'),
+            '--output', str(tmp_path / 'warm.csv')]
+    recipe = yaml.safe_load(Path(recipe).read_text())
+    for name in ('lr', 'warmup_epochs', 'loss_reduction'):
+        recipe.pop(name)
+    (tmp_path / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
+    with pytest.raises(SystemExit, match='holds no finished run'):
+        warm_start.main(argv)
+    scores = {'RS-Net': ('32-24', 80., 70.), 'single': ('32', 79.), 'from-scratch': ('32-24', 30., 20.)}
+    for name, (sizes, *top1) in scores.items():
+        for seed in (0, 1):
+            flags = [os.path.relpath(pictures, warm_start.ROOT), *given, '--resolutions', *sizes.split('-')]
+            flags += ['--distill', 'none'] if name == 'single' else []
+            if name == 'from-scratch':
+                flags = [f for f in flags if f not in ('--pretrained-path', str(weights))]
+                flags += ['--opt', 'adamw', '--lr-base', '3e-4', '--lr-base-size', '64', '--warmup-epochs', '0',
+                          '--loss-reduction', 'mean', '--sched-on-updates']
+            folder = tmp_path / 'work' / f'cats-{name}-{sizes}-seed{seed}'
+            write_run(folder, [*flags, '--seed', str(seed), '--checkpoint-hist', '1'],
+                      dict(zip(sizes.split('-'), [t + seed for t in top1])))
+            (folder / 'seconds.txt').write_text('5.0')
+            (folder / 'other_sizes.json').write_text(json.dumps([dict(resolution=24, top1=60. + seed)]))
+    warm_start.main(argv)
+    rows = list(csv.DictReader((tmp_path / 'warm.csv').open()))
+    assert list(rows[0]) == [
+        'dataset', 'model', 'method', 'resolution', 'seeds', 'epochs', 'top1_mean', 'top1_std', 'madds', 'seconds']
+    assert [(r['method'], r['resolution'], r['top1_mean'], r['seeds'], r['seconds']) for r in rows] == [
+        ('RS-Net', '32', '80.5', '2', '5'), ('RS-Net', '24', '70.5', '2', '5'), ('per size', '32', '79.5', '2', '5'),
+        ('largest size', '32', '79.5', '2', '5'), ('largest size', '24', '60.5', '2', '5'),
+        ('from scratch', '32', '30.5', '2', '5'), ('from scratch', '24', '20.5', '2', '5')]
