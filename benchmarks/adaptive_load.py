@@ -20,6 +20,7 @@ import collections
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from _common import add_deployed_arguments, create_parser, print_table, write_results
@@ -109,6 +110,7 @@ class OneSize:
         self.resolutions = (resolution,)
         self.mean, self.batch_size = session.mean, session.batch_size
         self.predict, self.preprocess = session.predict, session.preprocess
+        self.read = partial(session.read, resolution=resolution)
 
 
 def run_cycle(contender, requests, paths, labels):

@@ -33,7 +33,7 @@ def main():
     add('--timed', type=int, default=100, metavar='N', help='images that are timed (default: %(default)s)')
     args = parser.parse_args()
 
-    session = Session(args.model, args.threads)
+    session = Session(args.model, args.threads, decode='exact')
     paths, labels = label_folders(split_folder(args.data_dir, args.split), session, args.most)
     folds = np.random.default_rng(0).permutation(len(paths)) % args.folds
     logits, _ = collect_logits(session, paths)

@@ -24,7 +24,7 @@ def main():
     parser.add_argument('--int8', required=True, metavar='FILE.onnx', help='file of timm-rs export --quantize int8')
     args = parser.parse_args()
 
-    sessions = [Session(path, args.threads) for path in (args.model, args.int8)]
+    sessions = [Session(path, args.threads, decode='exact') for path in (args.model, args.int8)]
     images, labels = label_folders(split_folder(args.data_dir, args.split), sessions[0], args.most)
     rows = []
     for resolution in sessions[0].resolutions:

@@ -48,6 +48,9 @@ class SimulatedSession:
     def clock(self):
         return self.now
 
+    def read(self, image):
+        return self._prepare.open(image, 224)
+
     def preprocess(self, image, resolution):
         return self._prepare(image, resolution)
 
@@ -319,13 +322,13 @@ def test_a_client_that_breaks_off():
 
 def test_few_images_are_read_ahead(monkeypatch):
     read = []
-    monkeypatch.setattr('timm_rs_runtime.adaptive.open_image', lambda image, mode: read.append(mode) or image)
     session, simulated = adaptive(100)
+    monkeypatch.setattr(simulated, 'read', lambda image: read.append(image) or image)
     with ThreadPoolExecutor(24) as pool:
         futures, go_on = queue_up(session, simulated, pool, [PHOTOGRAPH] * 10)
         while len(read) < 1 + READ_AHEAD:
             pass
-        assert read == ['RGB'] * (1 + READ_AHEAD)
+        assert read == [PHOTOGRAPH] * (1 + READ_AHEAD)
         go_on.set()
         assert [f.result(10).logits.shape for f in futures] == [(1, 2)] * 11
     assert len(read) == 11

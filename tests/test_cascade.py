@@ -128,6 +128,9 @@ class Scripted:
     def check_takes_images(self):
         pass
 
+    def read(self, image, resolution):
+        return image
+
     def predict(self, images, resolution):
         found = self.logits[resolution][[image.getpixel((0, 0)) for image in images]]
         if not np.isfinite(found).all():

@@ -73,7 +73,7 @@ def test_logits_of_batches(model, file, mode):
 
 
 def test_logits_of_images_as_timm_prepares_them(model, file, photograph):
-    opened = Session(file, threads=1)
+    opened = Session(file, threads=1, decode='exact')
     config = timm.data.resolve_model_data_config(model)
     for resolution in (None, *RESOLUTIONS):
         size = resolution or 64
@@ -87,6 +87,25 @@ def test_logits_of_images_as_timm_prepares_them(model, file, photograph):
             np.testing.assert_allclose(opened.predict(given, resolution), logits, rtol=1e-5, atol=1e-5)
         several = opened.predict([photograph, Image.open(photograph)], resolution)
         np.testing.assert_allclose(several, np.repeat(logits, 2, 0), rtol=1e-5, atol=1e-5)
+
+
+def test_sessions_decode_at_the_scale_of_a_size(file, tmp_path):
+    """Twice the 73 px that 64 px needs before its crop are 146: 600 / 4 are enough, 600 / 8 not. 32 px: 36, 600 / 8."""
+    path = tmp_path / 'large.jpg'
+    Image.effect_noise((800, 600), 50).resize((800, 600)).save(path)
+    with Session(file, threads=1) as opened:
+        assert opened.preprocessing.decode == 'scaled' and opened.preprocessing.crop_pct == 0.875
+        assert [opened.read(path, r).size for r in (None, 64, 32)] == [(200, 150), (200, 150), (100, 75)]
+        assert Session(file, threads=1, decode='exact').read(path).size == (800, 600)
+        scaled = opened.predict(path, 64)
+        np.testing.assert_array_equal(opened.predict(opened.read(path, 64), 64), scaled)
+        np.testing.assert_array_equal(AdaptiveSession(opened, 1e6).predict(path).logits, scaled)
+        np.testing.assert_array_equal(CascadeSession(opened, {32: 1., 64: 0.}).predict(path).logits, scaled)
+        np.testing.assert_array_equal(Predictor(file, threads=1)(path)[0], scaled[0])
+    exact = Predictor(file, threads=1, decode='exact')(path)[0]
+    np.testing.assert_array_equal(exact, pickle.loads(pickle.dumps(
+        CascadeSession(file, {64: 0.}, threads=1, decode='exact'))).predict(path).logits[0])
+    assert not np.array_equal(exact, scaled[0])
 
 
 def test_what_a_session_records(model, file):

@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, JpegImagePlugin, PngImagePlugin
 from PIL.PngImagePlugin import PngInfo
 from timm.data import create_transform
 
@@ -98,6 +98,101 @@ def test_one_channel():
 def test_normalizes_by_hand():
     ours = Preprocessing((0.5, 0.0, 1.0), (0.5, 1.0, 2.0), 'nearest', 1.0)(Image.new('RGB', (9, 9), (255, 51, 0)), 4)
     assert np.allclose(ours[:, 2, 3], [1.0, 0.2, -0.5]) and ours.min() == -0.5
+
+
+# JPEGs that are decoded at a smaller scale
+
+@pytest.mark.parametrize('size, needed, decoded, divisor', [
+    ((800, 600), (101, 75), (200, 150), 4),  # 600 / 8 are 75, but 800 / 8 are not 101
+    ((800, 600), (100, 75), (100, 75), 8),
+    ((800, 600), (1, 1), (100, 75), 8),
+    ((800, 600), (400, 301), (800, 600), 1),
+    ((801, 599), (400, 299), (401, 300), 2),  # rounded up
+])
+def test_the_smallest_scale_that_has_enough_pixels(tmp_path, size, needed, decoded, divisor):
+    path = saved(tmp_path / 'a.jpg', Image.new('RGB', size))
+    image = open_image(path, 'RGB', lambda *full_size: full_size == size and needed)
+    assert (image.size, image.full_size, image.divisor) == (decoded, size, divisor)
+    assert open_image(path).size == size
+
+
+@pytest.mark.parametrize('decode, resolution, decoded', [
+    ('scaled', 96, (500, 375)),  # 109 px before the crop: 218 are needed
+    ('fast', 96, (250, 188)),  # 137
+    ('fast', 140, (500, 375)),  # 160: 200
+    ('scaled', 40, (125, 94)),  # 45: 90
+    ('exact', 8, (500, 375)),
+])
+def test_margins(tmp_path, decode, resolution, decoded):
+    path = saved(tmp_path / 'a.jpg', Image.new('RGB', (500, 375)))
+    assert Preprocessing(MEAN, STD, decode=decode).open(path, resolution).size == decoded
+    assert Preprocessing(MEAN, STD, 'nearest', decode=decode).open(path, resolution).size == (500, 375)
+
+
+def smooth(width, height, channels=3):
+    """Return waves that even an eighth of the pixels shows."""
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin(x / (90 + 20 * c)) + np.cos(y / (110 - 20 * c)) for c in range(channels)]
+    return (np.stack(waves, -1) * 50 + 128).astype(np.uint8).squeeze()
+
+
+@pytest.mark.parametrize('crop_mode', ['center', 'squash', 'border'])
+@pytest.mark.parametrize('width, height', [(803, 601), (401, 990), (700, 700)])
+@pytest.mark.parametrize('crop_pct', [0.875, 1.0, 1.2])
+def test_scaled_shows_what_exact_shows(tmp_path, crop_mode, width, height, crop_pct):
+    """A shift by one pixel of the input would be 5 levels."""
+    image = Image.fromarray(smooth(width, height))
+    config = dict(mean=(0.,) * 3, std=(1 / 255,) * 3, crop_pct=crop_pct, crop_mode=crop_mode)
+    for path in (saved(tmp_path / 'a.jpg', image, quality=95), saved(tmp_path / 'a.png', image)):
+        exact = Preprocessing(**config)(path, 48)
+        for decode in ('scaled', 'fast'):
+            difference = np.abs(Preprocessing(**config, decode=decode)(path, 48) - exact)
+            assert difference.mean() < 0.6 and difference.max() < 8
+
+
+@pytest.mark.parametrize('name, image, options', [
+    ('grey.jpg', Image.fromarray(smooth(640, 480, 1)), {}),
+    ('cmyk.jpg', Image.fromarray(smooth(640, 480, 4), 'CMYK'), {}),
+    ('progressive.jpg', Image.fromarray(smooth(640, 480)), dict(progressive=True)),
+    ('rotated.jpg', Image.fromarray(smooth(640, 480)), dict(exif=exif_rotated())),
+    ('telephone.jpg', Image.fromarray(smooth(640, 480)), dict(
+        format='MPO', save_all=True, append_images=[Image.new('RGB', (640, 480))])),
+    ('16_bits.png', Image.fromarray(smooth(640, 480, 1).astype(np.uint16) * 257), {}),
+])
+@pytest.mark.filterwarnings('ignore:.*mode.*parameter is deprecated')
+def test_kinds_of_files_at_a_smaller_scale(tmp_path, name, image, options):
+    path = saved(tmp_path / name, image, **options)
+    for config in (dict(mean=(0.,) * 3, std=(1 / 255,) * 3), dict(mean=(0.,), std=(1 / 255,))):
+        scaled = Preprocessing(**config, decode='scaled')
+        assert scaled.open(path, 48).size == ((640, 480) if name.endswith('png') else (160, 120))
+        assert np.abs(scaled(path, 48) - Preprocessing(**config)(path, 48)).mean() < 0.6
+
+
+def test_an_image_that_was_given_keeps_its_pixels(tmp_path):
+    path = saved(tmp_path / 'a.jpg', Image.fromarray(smooth(640, 480)))
+    scaled = Preprocessing(MEAN, STD, decode='scaled')
+    with Image.open(path) as given:
+        scaled(given, 24)
+        assert given.size == (640, 480) and np.array_equal(given, open_image(path))
+    image = scaled.open(path, 48)
+    for size in (48, 24):  # it serves the smaller sizes too
+        assert scaled(image, size).shape == (3, size, size) and image.size == (160, 120)
+
+
+@pytest.mark.parametrize('decode', ['scaled', 'fast'])
+def test_bounds_and_damage_are_those_of_exact(tmp_path, monkeypatch, decode):
+    scaled = Preprocessing(MEAN, STD, decode=decode)
+    for name in broken_files(tmp_path):
+        with pytest.raises(ImageError) as exact:
+            Preprocessing(MEAN, STD)(tmp_path / name, 32)
+        with pytest.raises(ImageError) as e:
+            scaled(tmp_path / name, 32)
+        assert str(e.value) == str(exact.value)
+    path = saved(tmp_path / 'large.jpg', Image.new('RGB', (400, 300)))
+    monkeypatch.setattr(images, 'MAX_PIXELS', 100_000)  # counted before it is decoded
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, 'load', lambda self: pytest.fail('decoded'))
+    with pytest.raises(ImageError, match='large.jpg is 400x300, expected at most 100,000 pixels'):
+        scaled(path, 32)
 
 
 # 16 bits, and ranges that nobody knows
@@ -232,6 +327,7 @@ def test_a_photograph_of_a_telephone_is_read(tmp_path):
 @pytest.mark.parametrize('config, message', [
     (dict(mean=(0.5,), std=(0.5, 0.5)), 'channels'),
     (dict(interpolation='random'), "interpolation is 'random', expected one of nearest"),
+    (dict(decode='half'), "decode is 'half', expected one of scaled, fast, exact"),
     (dict(crop_mode='middle'), "crop_mode is 'middle', expected one of center"),
     (dict(crop_pct=0), 'crop_pct is 0'),
     (dict(crop_pct=87.5), 'crop_pct is 87.5, expected a number above 0 and at most 4'),

@@ -79,6 +79,17 @@ def test_the_largest_size_and_five_classes_by_default(file, folder, capsys):
     assert ': 64 px,' in lines[0] and len(lines) == 6
 
 
+def test_decode(file, folder, tmp_path, capsys):
+    Image.effect_noise((800, 600), 50).save(tmp_path / 'a.jpg')
+    rows = {}
+    for decode in ('scaled', 'fast', 'exact'):
+        (line,), _ = predict(capsys, tmp_path / 'a.jpg', '--model', file, '--json', '--decode', decode)
+        logits = Session(file, threads=1, decode=decode).predict(tmp_path / 'a.jpg')[0]
+        rows[decode] = json.loads(line)['top']
+        assert rows[decode] == top(logits, [f'class {i}' for i in range(10)])
+    assert rows['scaled'] != rows['exact']
+
+
 def test_one_error_line_for_a_broken_image(file, folder, capsys):
     lines, (error,) = predict(
         capsys, folder / 'a.png', folder / 'broken.jpg', folder / 'b.jpg', '--model', file, code=1)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from .errors import UserError
 from .fields import check_argument, integer, number
-from .images import MODES, ImageError, ImageSource, buffered, is_in_memory, name_of, open_image
+from .images import ImageError, ImageSource, buffered, is_in_memory, name_of
 from .lifetime import Closable
 from .session import NotFiniteError, Session, image_list
 
@@ -204,7 +204,7 @@ class AdaptiveSession(Closable):
         floor: Smallest resolution to use, the smallest one of the file if None.
         max_queue: Requests that may wait, at most MAX_QUEUE; one more is refused.
         threads: Threads of an inference, all cores if None.
-        mode: See Session.
+        mode, decode: See Session.
         read_timeout: Seconds after which a request whose files are not read yet fails.
         clock: Returns the time in seconds.
         **options: Arguments of the Controller: margin, headroom, patience.
@@ -234,6 +234,7 @@ class AdaptiveSession(Closable):
             max_queue: int = 256,
             threads: Optional[int] = None,
             mode: str = 'fast',
+            decode: str = 'scaled',
             read_timeout: float = 30.,
             clock: Callable[[], float] = time.perf_counter,
             **options: Any,
@@ -241,7 +242,7 @@ class AdaptiveSession(Closable):
         self.budget_ms = check_argument('budget_ms', budget_ms, _POSITIVE)
         self.max_queue = check_argument('max_queue', max_queue, integer(0, MAX_QUEUE))
         self.read_timeout = check_argument('read_timeout', read_timeout, number(0, threading.TIMEOUT_MAX, above=True))
-        self.session = Session.open(path, threads, mode)
+        self.session = Session.open(path, threads, mode, decode)
         self._is_owner = self.session is not path
         self._clock = clock
         self.latency, overhead = measure_latency(self.session, clock=clock)
@@ -256,7 +257,7 @@ class AdaptiveSession(Closable):
         self._after_fork()
         super().__init__(partial(
             type(self), os.path.abspath(path) if self._is_owner else path, budget_ms, floor, max_queue, threads, mode,
-            read_timeout, clock, **options))
+            decode, read_timeout, clock, **options))
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}({self.session!r}, budget_ms={self.budget_ms:g})'
@@ -301,7 +302,7 @@ class AdaptiveSession(Closable):
                 start = self._clock()
             runs = -(-len(images) // (self.session.batch_size or 1))  # a batch takes as long as a single image there
             with self._in_line(_Request(start + budget_ms / 1e3, runs)) as request:
-                images = [open_image(image, MODES[len(self.session.mean)]) for image in images]
+                images = list(map(self.session.read, images))
                 request.turn.wait()
                 self._check_open()
                 resolution, logits = self._serve(images)

@@ -14,7 +14,7 @@ import numpy as np
 from . import fields
 from .errors import UserError
 from .files import atomic_write
-from .images import MODES, ImageSource, name_of, open_image
+from .images import ImageSource, name_of
 from .lifetime import Closable
 from .session import NotFiniteError, Session, image_list
 
@@ -80,7 +80,7 @@ class CascadeSession(Closable):
         path: File of `timm-rs export --format onnx`, or a Session.
         cascade: File of `timm-rs fit-cascade`, a Cascade, or thresholds by resolution.
         threads: Threads of an inference, all cores if None.
-        mode: See Session.
+        mode, decode: See Session. An image is decoded once, for the cascade's largest size.
 
     Raises:
         UserError: A file is of another kind, or the network lacks a resolution of the cascade.
@@ -97,11 +97,12 @@ class CascadeSession(Closable):
             cascade: Union[str, os.PathLike, Cascade, Mapping[int, float]],
             threads: Optional[int] = None,
             mode: str = 'fast',
+            decode: str = 'scaled',
     ):
         if isinstance(cascade, (str, os.PathLike)):
             cascade = read_cascade(cascade)
         self.cascade = cascade if isinstance(cascade, Cascade) else Cascade(cascade)
-        self.session = Session.open(path, threads, mode)
+        self.session = Session.open(path, threads, mode, decode)
         self._is_owner = self.session is not path
         for resolution in self.cascade.resolutions:
             self.session.check_resolution(resolution)
@@ -109,7 +110,7 @@ class CascadeSession(Closable):
             raise UserError(f'{self.session.path} has no classes, expected a classifier.')
         self.session.check_takes_images()
         super().__init__(partial(
-            type(self), os.path.abspath(path) if self._is_owner else path, self.cascade, threads, mode))
+            type(self), os.path.abspath(path) if self._is_owner else path, self.cascade, threads, mode, decode))
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}({self.session!r}, {self.cascade})'
@@ -133,8 +134,7 @@ class CascadeSession(Closable):
             UserError: See Session.predict.
         """
         self._check_open()
-        mode = MODES[len(self.session.mean)]
-        images = [open_image(image, mode) for image in image_list(images)]  # decoded once for all sizes
+        images = [self.session.read(image, self.cascade.resolutions[-1]) for image in image_list(images)]
         logits = np.zeros((len(images), self.session.num_classes), np.float32)
         counts = np.zeros((len(images), 1), np.float32)  # of sizes whose answer counts
         sizes = np.zeros(len(images), int)

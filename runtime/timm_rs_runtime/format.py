@@ -49,9 +49,9 @@ def parse_metadata(texts: Mapping[str, str], path: str) -> Dict[str, Any]:
     return dict(values, **found)
 
 
-def preprocessing_of(metadata: Dict[str, Any]) -> Preprocessing:
+def preprocessing_of(metadata: Dict[str, Any], decode: str = 'exact') -> Preprocessing:
     """Return the preprocessing in the metadata of a file."""
-    return Preprocessing(**{name: metadata[name] for name in PREPROCESSING})
+    return Preprocessing(**{name: metadata[name] for name in PREPROCESSING}, decode=decode)
 
 
 def read_metadata(path: str) -> Dict[str, Any]:

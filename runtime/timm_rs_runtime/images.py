@@ -2,7 +2,7 @@
 import io
 import os
 import stat
-from typing import IO, List, Optional, Sequence, Union
+from typing import IO, Callable, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from PIL import Image
@@ -48,7 +48,11 @@ class ImageError(UserError):
     """An image cannot be used; the message names it."""
 
 
-def open_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
+def open_image(
+        source: ImageSource,
+        mode: str = 'RGB',
+        needed: Optional[Callable[[int, int], Tuple[int, int]]] = None,
+) -> Image.Image:
     """Return an image, decoded and converted; every image is read by this function.
 
     The pixels are those that timm reads, byte for byte, with one exception: 16 bits per pixel are scaled to 8, while
@@ -58,6 +62,9 @@ def open_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
     Args:
         source: Name of a file, a binary file or its content, or an image.
         mode: RGB, L or another mode of 8 bits.
+        needed: Returns from width and height how many pixels of each suffice. A JPEG is then decoded at the smallest
+            of 1, 1/2, 1/4 and 1/8 of its size that has them; the image has this size as `full_size` and its divisor as
+            `divisor`. An image that was opened before keeps its pixels.
 
     Raises:
         ImageError: It is not an image in one of FORMATS, is damaged, has more than MAX_PIXELS or a larger aspect ratio
@@ -71,6 +78,10 @@ def open_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
             file = io.BytesIO(content) if isinstance(content, _IN_MEMORY) else content
             image = Image.open(file, formats=_readable_formats())
         _check_size(image, name)
+        full_size, divisor = image.size, 1.
+        if needed is not None and image is not source:
+            drafted = image.draft(mode, needed(*full_size))  # None if its format has no smaller scales
+            divisor = full_size[0] / drafted[1][2] if drafted else divisor
         image.load()
         converted = image if image.mode == mode else _convert(image, mode, name)
     except ImageError:
@@ -81,6 +92,7 @@ def open_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
         raise ImageError(f'{name} cannot be read as an image: {str(e) or type(e).__name__}.') from e
     if converted is not source:
         converted.filename = name  # for messages
+        converted.full_size, converted.divisor = full_size, divisor
     return converted
 
 

@@ -27,7 +27,7 @@ class Predictor:
         budget_ms: Or at the largest size that keeps this budget.
         cascade: Or by the cascade in this file.
         threads: Threads of an inference, all cores if None.
-        mode: See Session.
+        mode, decode: See Session.
 
     Raises:
         UserError: A file or argument is not usable.
@@ -41,8 +41,9 @@ class Predictor:
             cascade: Optional[str] = None,
             threads: Optional[int] = None,
             mode: str = 'fast',
+            decode: str = 'scaled',
     ):
-        self.session = session = Session.open(path, threads, mode)
+        self.session = session = Session.open(path, threads, mode, decode)
         session.check_takes_images()
         self._resolution = session.check_resolution(resolution)
         self._adaptive = None if budget_ms is None else AdaptiveSession(session, budget_ms)

@@ -1,7 +1,7 @@
 """timm's evaluation preprocessing with Pillow and NumPy only"""
 import math
 from dataclasses import dataclass
-from typing import Tuple
+from typing import Optional, Tuple
 
 import numpy as np
 from PIL import Image
@@ -10,7 +10,10 @@ from . import fields
 from .errors import UserError
 from .images import MAX_PIXELS, MODES, ImageError, ImageSource, name_of, open_image
 
-__all__ = ['PREPROCESSING', 'Preprocessing']
+__all__ = ['MARGINS', 'PREPROCESSING', 'Preprocessing']
+
+# By how much a JPEG that is decoded at a smaller scale still exceeds the resized image, by values of `decode`.
+MARGINS = {'scaled': 2., 'fast': 1.25, 'exact': None}
 
 PREPROCESSING = dict(
     mean=fields.array(fields.number(), 1, fields.MAX_SIZE),
@@ -19,11 +22,16 @@ PREPROCESSING = dict(
     crop_pct=fields.number(0, 4, above=True),  # the crop may be larger than the image
     crop_mode=fields.text(choices=('center', 'squash', 'border')),
 )
+_ATTRIBUTES = fields.record(dict(PREPROCESSING, decode=fields.text(choices=tuple(MARGINS))))
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From an image file to the input of a network, bit for bit as timm.data.create_transform does it.
+    """From an image file to the input of a network.
+
+    With decode='exact' it is bit for bit that of timm.data.create_transform. Otherwise a JPEG is decoded at the
+    smallest scale that keeps a margin over the resized image, and only what the crop shows is resized. Other formats
+    are decoded whole, then reduced by a whole factor that keeps the same margin. 'nearest' is always exact.
 
     Attributes:
         mean: Pixel mean of each channel, of values in [0, 1].
@@ -32,6 +40,7 @@ class Preprocessing:
         crop_pct: Side of the crop as a share of the resized image.
         crop_mode: center (the shorter side is resized), squash (both are) or border (the longer is, the rest is
             filled).
+        decode: scaled (a margin of 2), fast (1.25) or exact.
 
     Raises:
         UserError: A value is not usable.
@@ -46,9 +55,10 @@ class Preprocessing:
     interpolation: str = 'bicubic'
     crop_pct: float = 0.875
     crop_mode: str = 'center'
+    decode: str = 'exact'
 
     def __post_init__(self):
-        fields.check_fields(vars(self), fields.record(PREPROCESSING), 'Preprocessing')
+        fields.check_fields(vars(self), _ATTRIBUTES, 'Preprocessing')
         if len(self.mean) != len(self.std) or len(self.mean) not in MODES:
             raise UserError(f'mean is {self.mean} and std is {self.std}, expected 1 or 3 channels each.')
 
@@ -66,15 +76,46 @@ class Preprocessing:
             ImageError: See open_image; or resizing would need more than MAX_PIXELS.
         """
         name = name_of(image)
-        image = open_image(image, MODES[len(self.mean)])
-        width, height = self._resized(*image.size, resolution)
+        image = self.open(image, resolution)
+        width, height = self._resized(*getattr(image, 'full_size', image.size), resolution)
         if width * height > MAX_PIXELS:
             raise ImageError(f'{name} would be resized to {width}x{height}, expected at most {MAX_PIXELS:,} pixels.')
-        image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
-        image = self._cropped(image, resolution)
-        array = np.asarray(image, np.float32).reshape(resolution, resolution, -1).transpose(2, 0, 1) / np.float32(255)
-        mean, std = (np.array(v, np.float32)[:, None, None] for v in (self.mean, self.std))
-        return np.ascontiguousarray((array - mean) / std)
+        image = self._cropped(self._shown(image, (width, height), resolution), resolution)
+        pixels = np.asarray(image).reshape(resolution, resolution, -1)
+        mean, std = (np.array(v, np.float32)[:, None] for v in (self.mean, self.std))
+        levels = (np.arange(256, dtype=np.float32) / np.float32(255) - mean) / std  # [C, 256]
+        array = np.empty((len(mean), resolution, resolution), np.float32)
+        for channel, values in enumerate(levels):
+            np.take(values, pixels[..., channel], out=array[channel], mode='clip')  # other modes make a copy
+        return array
+
+    def open(self, image: ImageSource, resolution: int) -> Image.Image:
+        """Return an image that is decoded for this resolution, and for smaller ones.
+
+        Raises:
+            ImageError: See open_image.
+        """
+        margin = self._margin
+        return open_image(image, MODES[len(self.mean)], margin and (
+            lambda *size: tuple(math.ceil(margin * side) for side in self._resized(*size, resolution))))
+
+    @property
+    def _margin(self) -> Optional[float]:
+        return None if self.interpolation == 'nearest' else MARGINS[self.decode]
+
+    def _shown(self, image: Image.Image, size: Tuple[int, int], resolution: int) -> Image.Image:
+        """Return the image resized to width and height, or as much of that as the crop shows."""
+        interpolation = Image.Resampling[self.interpolation.upper()]
+        if self._margin is None:
+            return image.resize(size, interpolation)
+        divisor = getattr(image, 'divisor', 1)
+        shown = [min(side, resolution) for side in size]
+        start = [max(-_offset(side, resolution), 0) for side in size]
+        full_size = getattr(image, 'full_size', image.size)
+        box = [
+            full / divisor * (edge / side) for edges in (start, map(sum, zip(start, shown)))
+            for edge, side, full in zip(edges, size, full_size)]
+        return image.resize(shown, interpolation, box, self._margin)
 
     def _resized(self, width: int, height: int, resolution: int) -> Tuple[int, int]:
         """Return width and height before the crop."""
@@ -89,6 +130,8 @@ class Preprocessing:
         return int(target * width / height), target
 
     def _cropped(self, image: Image.Image, resolution: int) -> Image.Image:
+        if image.size == (resolution, resolution):
+            return image
         fill = tuple(round(255 * m) for m in self.mean) if self.crop_mode == 'border' else 0
         square = Image.new(image.mode, (resolution, resolution), fill)
         square.paste(image, tuple(_offset(size, resolution) for size in image.size))

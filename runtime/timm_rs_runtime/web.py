@@ -33,6 +33,7 @@ def answer_all(session: Session, image: str, milliseconds: Mapping[int, float]) 
         UserError: The image cannot be used, or the network fails.
     """
     rows = []
+    image = session.read(image)
     for resolution in session.resolutions:
         (best,) = top(session.predict(image, resolution)[0], session.class_names, 1)
         madds = session.madds.get(resolution, 0)

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     if args.data_dir is None:
         raise UserError('Expected --data-dir, labelled images.')
     check_new_file(args.output, args.overwrite)
-    session = Session(args.file, args.threads)
+    session = Session(args.file, args.threads, decode='exact')
     errors = ReadErrors(args.max_unreadable)
     folder = split_folder(args.data_dir, args.split)
     images, labels = label_folders(folder, session, args.images)

@@ -5,6 +5,7 @@ import warnings
 
 from ..fields import check_argument, integer
 from ..predict import Predictor, predict_all
+from ..preprocess import MARGINS
 
 MAX_TOP = 1000
 
@@ -19,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument('--budget-ms', type=float, metavar='T', help='take the largest size that answers in T ms')
     size.add_argument('--cascade', metavar='FILE', help='take larger sizes only for unsure images; file of fit-cascade')
     add('--mode', default='fast', choices=('fast', 'low_memory'), help='default: %(default)s')
+    add('--decode', default='scaled', choices=MARGINS,
+        help="how JPEGs are decoded: at a smaller scale that keeps a margin, with 'fast' less, or as timm "
+             '(default: %(default)s)')
     add('--top', type=int, default=5, metavar='K', help='classes to print (default: %(default)s)')
     add('--json', action='store_true', help='print a line of JSON for each image')
 
@@ -28,7 +32,8 @@ def run(args: argparse.Namespace) -> None:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f'{args.program}: {message}', file=sys.stderr)
         warnings.simplefilter('always', RuntimeWarning)
-        predictor = Predictor(args.model, args.resolution, args.budget_ms, args.cascade, args.threads, args.mode)
+        predictor = Predictor(
+            args.model, args.resolution, args.budget_ms, args.cascade, args.threads, args.mode, args.decode)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Palette images with Transparency')  # by Pillow
         failed = predict_all(predictor, args.images, args.top, args.json, args.program)
