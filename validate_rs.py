@@ -47,6 +47,7 @@ from timm_rs.load import load_model
 from timm_rs.records import labels_beside, read_label_names
 from timm_rs.resolutions import check_resolutions, neighbours
 from timm_rs_runtime.errors import KeyValues, OneLineParser, UserError, one_line_errors
+from timm_rs_runtime.fields import check_counts
 from timm_rs_runtime.files import atomic_write, check_new_file
 from timm_rs_runtime.unreadable import MAX_UNREADABLE, ReadErrors
 
@@ -173,6 +174,7 @@ def main(argv=None):
                 'of --in-chans and --img-size if these are given.')
 
     with one_line_errors('validate_rs.py', args.traceback):
+        check_counts(args)
         if args.results_file:
             check_new_file(args.results_file, args.overwrite)
         if args.img_size is not None:

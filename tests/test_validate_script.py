@@ -158,7 +158,11 @@ def test_validation_compares_the_classes_that_are_named_beside_the_checkpoint(im
 @pytest.mark.parametrize('flags,message', [
     (['--checkpoint', 'nowhere.pth'], 'nowhere.pth does not exist'),
     (['--model', 'rs_resnet10'], 'did you mean rs_resnet10'),
-    (['--model', MODEL, '--img-size', '0'], 'expected positive integers'),
+    (['--model', MODEL, '--img-size', '0'], '--img-size is 0, expected an integer from 1 to 4096'),
+    (['--model', MODEL, '--img-size', '32', '100000'], '--img-size is 100000, expected an integer from 1 to 4096'),
+    (['--model', MODEL, '--batch-size', '0'], '--batch-size is 0, expected an integer from 1 to '),
+    (['--model', MODEL, '--workers', '1000000000'], '--workers is 1000000000, expected an integer from 0 to 1024'),
+    (['--model', MODEL, '--workers', '-1'], '--workers is -1, expected an integer from 0 to 1024'),
     (['--results-file', 'nowhere/x.csv', '--model', MODEL], 'nowhere does not exist, expected a folder for x.csv'),
     (['--results-file', 'x.txt'], 'expected a name that ends in .csv or .json'),
     ([], 'give --checkpoint, --model, or both'),

@@ -8,12 +8,13 @@ import math
 import numbers
 import os
 import reprlib
+from argparse import Namespace
 from typing import Any, Callable, Dict, Mapping, Sequence, Union
 
 from .errors import UserError, one_line
 
 __all__ = [
-    'MAX_BYTES', 'MAX_CLASSES', 'MAX_SIZE', 'array', 'check_argument', 'check_fields', 'either', 'flag', 'integer',
+    'MAX_BYTES', 'MAX_CLASSES', 'MAX_SIZE', 'array', 'check_argument', 'check_counts', 'check_fields', 'either', 'flag', 'integer',
     'number', 'optional', 'parse_json', 'plain', 'read_json', 'read_text', 'record', 'resolutions', 'shown',
     'size_text', 'table', 'text']
 
@@ -93,6 +94,24 @@ def check_argument(name: str, value: Any, check: Check) -> Any:
         return check(value)
     except Mismatch as e:
         raise UserError(f'{name}{e.place} is {shown(e.value)}, expected {e.expected}.') from None
+
+
+def check_counts(args: Namespace) -> None:
+    """Check the flags that say how many processes to start, or how much memory to take.
+
+    Raises:
+        UserError: One is out of bounds.
+
+    Example:
+        >>> check_counts(Namespace(workers=10 ** 9, batch_size=8))
+        Traceback (most recent call last):
+        timm_rs_runtime.errors.UserError: --workers is 1000000000, expected an integer from 0 to 1024.
+    """
+    for name, check in _COUNTS.items():
+        values = getattr(args, name, None)
+        for value in values if isinstance(values, (list, tuple)) else (values,):
+            if value is not None:
+                check_argument(f"--{name.replace('_', '-')}", value, check)
 
 
 def integer(low: int, high: int) -> Check:
@@ -282,3 +301,11 @@ def _at(check: Check, value: Any, place: str) -> Any:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f'it holds {name}')
+
+
+_COUNTS = dict(
+    workers=integer(0, 1024),
+    images=integer(1, 10 ** 9),
+    **dict.fromkeys(('batch_size', 'validation_batch_size', 'log_freq'), integer(1, 10 ** 6)),
+    **dict.fromkeys(('resolution', 'resolutions', 'img_size'), integer(1, MAX_SIZE)),
+)

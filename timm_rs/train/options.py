@@ -419,6 +419,10 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} is {value}, expected at least {least}.")
+    try:
+        fields.check_counts(args)
+    except UserError as e:
+        parser.error(str(e))
     if args.stop_epoch is not None and args.stop_epoch > args.epochs:
         parser.error(f'--stop-epoch is {args.stop_epoch}, expected at most --epochs {args.epochs}.')
     if args.amp and args.model_dtype not in (None, 'float32'):
