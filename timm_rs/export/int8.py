@@ -2,6 +2,8 @@
 
 With a scale per output channel, a BatchNorm after a convolution changes that scale and the bias, but not the codes of
 the weights. So the sizes share the codes, and each has its own rows of scales and biases. Zero points are shared.
+Weights have 7 bits: without VNNI, ONNX Runtime adds two products of a code of 8 bits and a weight in 16 bits, where
+products with weights of 8 bits saturate (docs/deploy.md).
 Activations are uint8; their ranges are measured at every size on real images. Operators without an integer form in ONNX
 Runtime, such as SiLU or attention, stay in float32 between conversions.
 """
@@ -22,6 +24,7 @@ __all__ = ['Int8Error', 'measure_ranges', 'to_int8']
 
 MICROSOFT = 'com.microsoft'
 _SAME_RANGE = ('MaxPool', 'Flatten', 'Reshape', 'Transpose', 'Squeeze', 'Unsqueeze')  # pass codes on unchanged
+_MOST = 64  # code of a weight: 2 x 255 x 64 < 2 ** 15
 _BIAS_LIMIT = 2. ** 30  # codes of a bias, which sums of products are added to in int32
 
 Ranges = Dict[str, List[Tuple[float, float]]]
@@ -138,9 +141,9 @@ class _Quantizer:
         negative = np.all([s <= 0 for s in scale], axis=0)  # at every size: then it is the weights that are negative
         weight = np.where(negative[:, None, None, None], -weight, weight)
         scale = [np.where(negative, -s, s) for s in scale]
-        step = np.abs(weight).reshape(len(weight), -1).max(1) / 127
+        step = np.abs(weight).reshape(len(weight), -1).max(1) / _MOST
         step = np.where(step > 0, step, 1.).astype(np.float32)
-        codes = np.clip(np.rint(weight / step[:, None, None, None]), -127, 127).astype(np.int8)
+        codes = np.clip(np.rint(weight / step[:, None, None, None]), -_MOST, _MOST).astype(np.int8)
         steps, biases = [], []
         for s, b, xs in zip(scale, shift, self.constants[x_scale]):
             size = np.maximum(np.abs(s * step), np.abs(b) / (xs * _BIAS_LIMIT))  # a scale may be 0
@@ -202,8 +205,8 @@ class _Quantizer:
         x = self._code(node.input[0])
         x_scale, x_zero = self.grid[x]
         weight, bias = weights[0], self.constants[node.input[2]]
-        step = np.maximum(np.abs(weight).max(1), 1e-20).astype(np.float32) / 127
-        codes = np.clip(np.rint(weight / step[:, None]), -127, 127).astype(np.int8)
+        step = np.maximum(np.abs(weight).max(1), 1e-20).astype(np.float32) / _MOST
+        codes = np.clip(np.rint(weight / step[:, None]), -_MOST, _MOST).astype(np.int8)
         biases = [np.rint(np.clip(b / (step.astype(np.float64) * xs), -_BIAS_LIMIT, _BIAS_LIMIT)).astype(np.int32)
                   for b, xs in zip(bias, self.constants[x_scale])]
         output = node.output[0]
