@@ -14,9 +14,9 @@ from typing import Any, Callable, Dict, Mapping, Sequence, Union
 from .errors import UserError, one_line
 
 __all__ = [
-    'MAX_BYTES', 'MAX_CLASSES', 'MAX_SIZE', 'array', 'check_argument', 'check_counts', 'check_fields', 'either', 'flag', 'integer',
-    'number', 'optional', 'parse_json', 'plain', 'read_json', 'read_text', 'record', 'resolutions', 'shown',
-    'size_text', 'table', 'text']
+    'MAX_BYTES', 'MAX_CLASSES', 'MAX_SIZE', 'array', 'check_argument', 'check_counts', 'check_fields', 'either',
+    'flag', 'integer', 'number', 'optional', 'parse_json', 'plain', 'read_json', 'read_text', 'record', 'resolutions',
+    'shown', 'size_text', 'table', 'text']
 
 MAX_BYTES = 2 ** 24  # of a text file
 MAX_CLASSES = 10 ** 6
