@@ -3,6 +3,7 @@ import argparse
 
 from timm_rs_runtime.commands.images import add_images, print_read
 from timm_rs_runtime.errors import UserError
+from timm_rs_runtime.fields import check_argument, integer
 from timm_rs_runtime.files import check_new_folder
 
 from ._source import add_source, load, print_saved, read_labels
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from timm_rs_runtime.unreadable import ReadErrors
 
     check_new_folder(args.output)
+    check_argument('--images', args.images, integer(1, 10 ** 9))
     labels = read_labels(args)
     device = torch.device(args.device if torch.cuda.is_available() or not args.device.startswith('cuda') else 'cpu')
     model = load(args).model.to(device)

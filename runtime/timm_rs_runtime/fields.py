@@ -305,7 +305,6 @@ def _refuse_constant(name: str) -> None:
 
 _COUNTS = dict(
     workers=integer(0, 1024),
-    images=integer(1, 10 ** 9),
     **dict.fromkeys(('batch_size', 'validation_batch_size', 'log_freq'), integer(1, 10 ** 6)),
     **dict.fromkeys(('resolution', 'resolutions', 'img_size'), integer(1, MAX_SIZE)),
 )
