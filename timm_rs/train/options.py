@@ -29,22 +29,18 @@ WARM_START = dict(
 # Flags of timm's train.py that have no meaning here, with the reason that the user is given.
 _REFUSED = {
     'naflex_loader': 'NaFlex batches are token sequences; a BatchNorm network takes images of the sizes --resolutions',
-    'naflex_train_seq_lens': 'NaFlex does not apply to BatchNorm networks',
-    'naflex_max_seq_len': 'NaFlex does not apply to BatchNorm networks',
-    'naflex_patch_sizes': 'NaFlex does not apply to BatchNorm networks',
-    'naflex_patch_size_probs': 'NaFlex does not apply to BatchNorm networks',
-    'naflex_loss_scale': 'NaFlex does not apply to BatchNorm networks',
+    **dict.fromkeys(
+        ('naflex_train_seq_lens', 'naflex_max_seq_len', 'naflex_patch_sizes', 'naflex_patch_size_probs',
+         'naflex_loss_scale'), 'NaFlex does not apply to BatchNorm networks'),
     'aug_splits': 'every image is seen at all resolutions already; splits would need BNs private to both',
     'split_bn': 'BatchNorm is private to the resolution; splits would need BNs private to both',
     'resplit': 'there are no augmentation splits',
     'jsd_loss': 'the resolutions already teach each other, see --distill',
     'torchscript': 'the network switches at run time; script one resolution of the trained network, model.at(160)',
     'fuser': 'it goes with --torchscript; use --torchcompile',
-    'kd_distill_type': 'a teacher passes on its logits',
-    'kd_loss_type': 'a teacher passes on its logits, by their divergence',
-    'kd_student_feature_dim': 'a teacher passes on its logits, not features',
-    'kd_teacher_feature_dim': 'a teacher passes on its logits, not features',
-    'kd_token_distill_type': 'a teacher passes on its logits, not to tokens',
+    **dict.fromkeys(
+        ('kd_distill_type', 'kd_loss_type', 'kd_student_feature_dim', 'kd_teacher_feature_dim',
+         'kd_token_distill_type'), 'a teacher passes on its logits, by their divergence'),
     'train_img_sizes': 'the training sizes are --resolutions, see --sizes-per-update',
     'train_size_schedule': 'the training sizes are --resolutions, see --sizes-per-update',
     'multilabel_threshold': 'distillation between resolutions is defined for one label per image',
