@@ -47,13 +47,15 @@ def main():
     parser.add_argument('--trials', default=20, type=int, metavar='N', help='plain runs to kill (default: %(default)s)')
     parser.add_argument('--further', default=3, type=int, metavar='N',
                         help='runs of each other variant to kill (default: %(default)s)')
+    parser.add_argument('--variants', nargs='+', default=list(VARIANTS), choices=VARIANTS, metavar='NAME',
+                        help=f'of {", ".join(VARIANTS)} (default: all)')
     parser.add_argument('--seed', default=0, type=int, metavar='N', help='of the moments (default: %(default)s)')
     args = parser.parse_args()
     generator = random.Random(args.seed)
 
     rows = []
     with tempfile.TemporaryDirectory() as root:
-        for name, (flags, processes) in VARIANTS.items():
+        for name, (flags, processes) in ((v, VARIANTS[v]) for v in args.variants):
             folder = Path(root) / name.replace(' ', '-')
             expected, duration = train_to_the_end(folder / 'alone', flags, processes)
             for trial in range(args.trials if name == 'plain' else args.further):

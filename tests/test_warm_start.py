@@ -220,6 +220,19 @@ def test_defaults_from_trained_weights(flags, expected, tmp_path, monkeypatch):
     assert {k: args[k] for k in expected} == expected
 
 
+@pytest.mark.parametrize('flags, is_high', [
+    ('--pretrained --lr 0.01', True),
+    ('--pretrained --lr-base 0.1', True),
+    ('--pretrained --lr 0.001', False),
+    ('--pretrained', False),
+    ('--pretrained --opt sgd --lr 0.01', False),
+    ('--lr 0.1', False),
+])
+def test_a_rate_that_is_meant_for_sgd_is_noted(flags, is_high, caplog):
+    parse_args(flags.split())
+    assert ('The learning rate is high for adamw' in caplog.text) == is_high
+
+
 @pytest.mark.parametrize('flag, num_classes, extra, is_zero', [
     ('--pretrained-path', 5, [], True),
     ('--pretrained-path', 5, ['--head-init-scale', '0.5'], False),

@@ -328,6 +328,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
             chosen = {k: v for k, v in chosen.items() if not k.startswith('lr_')}
         _logger.info(f"From trained weights: {', '.join(f'{k} {v}' for k, v in chosen.items()) or 'all flags given'}.")
         defaults.update(chosen)
+        if 'opt' in chosen and max(given.get(k) or 0 for k in ('lr', 'lr_base')) > 10 * WARM_START['lr_base']:
+            _logger.warning(f"The learning rate is high for {chosen['opt']}; if it is meant for SGD, give --opt sgd.")
     args = argparse.Namespace(**{**defaults, **given})
     for dest in _REFUSED:
         delattr(args, dest)
