@@ -342,7 +342,7 @@ def test_missing_package_leaves_nothing_behind(images, tmp_path, capfd, monkeypa
     (['--num-classes', '3'], 'has 2 classes, expected 3'),
     (['--batch-size', '100'], '--batch-size 100'),
     (['--img-size', '64'], '--img-size 64: the training sizes are --resolutions'),
-    (['--kd-model-name', 'resnet50'], '--kd-model-name is not supported'),
+    (['--kd-distill-type', 'feature'], '--kd-distill-type is not supported'),
     (['--split-bn'], '--split-bn is not supported'),
     (['--aug-splits', '3'], '--aug-splits is not supported'),
     (['--jsd-loss'], '--jsd-loss is not supported'),
