@@ -37,7 +37,8 @@ with tempfile.TemporaryDirectory() as folder:
     arguments = ['mnnconvert', '-f', 'ONNX', '--modelFile', f'{folder}/a.onnx', '--MNNModel', f'{folder}/a.mnn',
                  '--bizCode', 'x']
     program = f'import _tools; _tools.mnnconvert({arguments})'
-    result = subprocess.run([sys.executable, '-c', program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    result = subprocess.run([sys.executable, '-c', program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            cwd=folder)  # where the converter leaves a file of its own
     written = os.path.exists(f'{folder}/a.mnn') and os.path.getsize(f'{folder}/a.mnn')
 print('MNN', importlib.metadata.version('MNN'))
 print('\n'.join(line for line in result.stdout.splitlines() if 'BatchNorm' in line))

@@ -9,8 +9,8 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder"
 "$folder/bin/pip" install --quiet --disable-pip-version-check torch==2.14.1 timm==1.0.31 datasets==5.2.0
-mkdir -p "$folder/work/data" "$folder/work/pictures/cat"
-cd "$folder/work"
+mkdir -p "$folder/run/data" "$folder/run/pictures/cat"
+cd "$folder/run"
 "$folder/bin/python" - <<'EOF'
 import io
 import os

@@ -8,8 +8,8 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder"
 "$folder/bin/pip" install --quiet --disable-pip-version-check torch==2.14.1 timm==1.0.31 webdataset==1.0.2
-mkdir "$folder/work"
-cd "$folder/work"
+mkdir "$folder/run"
+cd "$folder/run"
 "$folder/bin/python" - <<'EOF'
 import io
 import sys
