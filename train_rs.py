@@ -118,7 +118,7 @@ def set_up(args, flags, held):
 
     utils.random_seed(args.seed)  # the same weights everywhere, also in the moving average
     datasets = build_datasets(args)
-    model = build_model(args, device)
+    model = build_model(args, device, number_classes(datasets[1]))
     loaders = build_loaders(args, model, device, *datasets)
     task = build_task(args, model, device)
     optimizer = build_optimizer(args, model)

@@ -8,6 +8,7 @@ from timm.utils import freeze
 
 from timm_rs import PrivateBN, add_resolution, make_switchable
 from timm_rs.calibrate import METHODS
+from timm_rs.data.readers import UNREADABLE
 from timm_rs.data.resample import downscale
 
 
@@ -93,6 +94,21 @@ def test_tuning_brings_the_new_size_nearer_to_its_teacher():
     tuned = add_resolution(copy.deepcopy(model), 40, batches, method='tune_bn', epochs=10, lr=3e-3)
     with torch.no_grad():
         assert divergence(tuned) < 0.9 * measured
+
+
+def test_divergence_and_accuracy_are_reported(caplog):
+    """The new size answers as its only neighbour does, until it is taught."""
+    caplog.set_level('INFO')
+    model, x = rs_model(resolutions=(64,)), images(64, n=8)
+    labels = model.at(64)(downscale(x, 40)).argmax(1)
+    labels[:2] = (labels[:2] + 1) % model.num_classes
+    labels[-1] = UNREADABLE  # of an image that cannot be read
+    add_resolution(model, 40, loader(64), epochs=2, lr=0.05, test_loader=[(x[:5], labels[:5]), (x[5:], labels[5:])])
+    after = (model.at(40)(downscale(x, 40)).argmax(1) == labels)[:7].double().mean().item()
+    first, second, accuracy = caplog.messages
+    assert first.startswith('Tuned 40 px, epoch 1 of 2: KL divergence from the answers at 64 px 0.')
+    assert float(second.split()[-3]) < float(first.split()[-3])
+    assert accuracy == f'Top-1 at 40 px: {100 * 5 / 7:.2f} before, {100 * after:.2f} after.'
 
 
 @pytest.mark.parametrize('method', [m for m in METHODS if m != 'copy'])

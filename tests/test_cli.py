@@ -31,7 +31,7 @@ TINY = dict(channels=[8, 16, 24, 32], stem_width=8)
 
 
 def rs_model(resolutions=RESOLUTIONS, **kwargs):
-    kwargs = dict(TINY, num_classes=10, resolutions=resolutions, **kwargs)
+    kwargs = dict(dict(TINY, num_classes=10, resolutions=resolutions), **kwargs)
     return randomize_bn(timm.create_model(f'rs_{NAME}', **kwargs)).eval()
 
 
@@ -173,6 +173,19 @@ def test_calibrate_on_a_folder_of_images(tmp_path, capsys, caplog):
         run(*argv, '--max-unreadable', 0, '--output', tmp_path / 'none')
     assert '1 images cannot be read, expected at most 0 (--max-unreadable)' in capsys.readouterr().err
     assert not (tmp_path / 'none').exists()
+
+
+def test_calibrate_reports_the_accuracy(tmp_path, capsys, caplog):
+    caplog.set_level('INFO')
+    pytest.importorskip('sklearn')
+    save_model(rs_model(in_chans=1), str(tmp_path / 'model'))
+    argv = ['calibrate', tmp_path / 'model', '--resolution', 40, '--dataset', 'digits', '--images', 64, '--workers', 0]
+    run(*argv, '--test-split', 'val', '--output', tmp_path / 'out')
+    assert 'Tuned 40 px, epoch 2 of 2: KL divergence' in caplog.text and 'Top-1 at 40 px: ' in caplog.text
+    save_model(rs_model(in_chans=1, num_classes=9), str(tmp_path / 'nine'))
+    with pytest.raises(SystemExit):
+        run('calibrate', tmp_path / 'nine', *argv[2:], '--test-split', 'val', '--output', tmp_path / 'none')
+    assert '--test-split val has 10 classes, the model has 9' in capsys.readouterr().err
 
 
 def test_modes_survive_the_count_of_multiply_adds():

@@ -1,4 +1,5 @@
 """Two gloo processes come to what one comes to, and none of them waits for a dead one"""
+import argparse
 import copy
 import csv
 import json
@@ -30,6 +31,7 @@ import validate_rs
 from timm_rs import EnsembleDistillationLoss
 from timm_rs.private_bn import PrivateBN
 from timm_rs.train import MultiResolutionTask
+from timm_rs.train.loop import choose_statistics
 
 ROOT = Path(__file__).parent.parent
 RESOLUTIONS = (48, 32, 16)
@@ -131,6 +133,27 @@ def test_gradients_of_two_processes_are_those_of_one(tmp_path):
         assert len(files) == 6
         for path in files:
             torch.testing.assert_close(torch.load(path), expected, rtol=1e-5, atol=1e-5)
+
+
+class Similar:
+    """Stands in for a task: its processes find other similarities, on their own images."""
+
+    def measure_statistics(self, images):
+        return [0.7 + 0.2 * dist.get_rank(), 0.6 + 0.2 * dist.get_rank()]
+
+
+def choose(folder):
+    dist.init_process_group('gloo')
+    rank = dist.get_rank()
+    args = argparse.Namespace(distributed=True, world_size=2, rank=rank, local_rank=rank, resolutions=[32, 16])
+    Path(folder, str(rank)).write_text(choose_statistics(Similar(), torch.zeros(1), args))
+    dist.destroy_process_group()
+
+
+def test_two_processes_choose_the_same_statistics(tmp_path):
+    assert Job(choose, str(tmp_path)).finish() == [0, 0]
+    # The mean is 0.75, though the second process by itself has 0.85.
+    assert [(tmp_path / rank).read_text() for rank in '01'] == ['running', 'running']
 
 
 def differ_in_statistics(rank):

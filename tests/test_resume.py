@@ -147,6 +147,20 @@ def test_kill_between_the_first_row_and_the_first_checkpoint(images, tmp_path, u
     check(tmp_path, uninterrupted)
 
 
+def test_what_normalizes_is_chosen_once(images, tmp_path, capfd):
+    flags = ('--bn-statistics', 'auto')
+    assert run(images, tmp_path / 'whole', flags=flags) == 0
+    assert capfd.readouterr().err.count('--bn-statistics') == 1
+    assert run(images, tmp_path / 'parts', kill_at_replace=8, flags=flags) == -signal.SIGKILL
+    assert capfd.readouterr().err.count('--bn-statistics') == 1
+    assert run(images, tmp_path / 'parts', flags=flags) == 0
+    assert '--bn-statistics' not in capfd.readouterr().err
+    check(tmp_path / 'parts', (outcome(tmp_path / 'whole'),))
+    choices = [torch.load(tmp_path / name / 'run' / 'last.pth.tar', weights_only=False)['args'].bn_statistics
+               for name in ('whole', 'parts')]
+    assert choices[0] == choices[1] != 'auto'
+
+
 @pytest.fixture(scope='module')
 def finished(images, uninterrupted, tmp_path_factory):
     """A finished run to copy from, whose files are as links and modes may differ."""

@@ -7,6 +7,7 @@ import timm
 import torch
 from conftest import assert_equal, images, randomize_bn
 
+from timm_rs.hub.convert import save_model
 from timm_rs.train import MultiResolutionTask
 from timm_rs.train.builders import build_model
 from timm_rs.train.loop import choose_statistics
@@ -244,6 +245,28 @@ def test_a_new_classifier_begins_at_zero(flag, num_classes, extra, is_zero, swit
     assert bool(built.conv1.weight.any())
 
 
+WNIDS = ('n01440764', 'n02102040', 'n02979186')
+LABELS = ('tench, Tinca tinca', 'English springer', 'Cassette_player')  # the same classes
+
+
+@pytest.mark.parametrize('labels, classes, is_new', [
+    (LABELS, WNIDS, False),
+    (LABELS, ('tench', 'english springer', 'cassette player'), False),
+    (LABELS, ('cat', 'cow', 'dog'), True),
+    (LABELS, (WNIDS[1], WNIDS[0], WNIDS[2]), True),  # the same ones in another order
+    (None, ('cat', 'cow', 'dog'), False),  # not known, so only the number counts
+    (LABELS, None, False),
+])
+def test_classes_are_compared_by_name(labels, classes, is_new, tmp_path, caplog):
+    caplog.set_level('INFO')
+    save_model(create('rs_resnet18', num_classes=3), str(tmp_path / 'model'), labels)
+    args = parse_args(['--model', f"local-dir:{tmp_path / 'model'}", '--pretrained'])
+    args.distributed = False
+    built = build_model(args, torch.device('cpu'), classes and {name: i for i, name in enumerate(classes)})
+    assert args.new_classifier == is_new and bool(built.fc.weight.any()) != is_new
+    assert ('class 0 is' in caplog.text) == is_new
+
+
 def step(task, x):
     """Train for a step, on images of the largest resolution."""
     task.train()
@@ -277,6 +300,7 @@ def test_batch_statistics_are_compared_with_the_running_ones():
     args = argparse.Namespace(distributed=False, resolutions=RESOLUTIONS, rank=0, world_size=1, local_rank=0)
     assert min(task.measure_statistics(x)) > 0.98 and choose_statistics(task, x, args) == 'batch'
     assert_equal(dict(model.state_dict()), state)
+    assert all(bn.track_running_stats for bn in model.modules() if isinstance(bn, torch.nn.BatchNorm2d))
     with torch.no_grad():
         for bn in model.modules():
             if isinstance(bn, torch.nn.BatchNorm2d):  # each channel passes on another share of its values

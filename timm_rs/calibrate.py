@@ -12,9 +12,11 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from timm_rs_runtime.errors import UserError
 
+from .data.readers import UNREADABLE
 from .data.resample import INTERPOLATIONS, downscale
 from .private_bn import PrivateBN, interpolate
 from .resolutions import nearest_resolution, neighbours
@@ -35,6 +37,7 @@ def add_resolution(
         epochs: int = 2,
         lr: float = 1e-3,
         min_images: int = 64,
+        test_loader: Optional[Iterable] = None,
 ) -> nn.Module:
     """Give a switchable network a resolution that it was not trained at, in place.
 
@@ -44,9 +47,13 @@ def add_resolution(
     - 'copy': nothing; no images are needed;
     - 'statistics': running mean and variance are re-estimated on the images (as in fvcore's precise BN);
     - 'tune_bn': the network at its largest resolution teaches the new one without labels, by the KL divergence of the
-      logits; only the affine parameters of the new BN layers learn;
+      logits; only the affine parameters of the new BN layers learn, and the running statistics stay: those of the
+      new size's images ruin some networks (EfficientNet and MobileNet of TensorFlow);
     - 'tune_bn_head': the classifier learns too. It is shared, so the other resolutions change: only for a network that
       serves nothing but the new resolution.
+
+    On images like those of use, 'tune_bn' gains most where the new size is far below the trained ones; on unrelated
+    images expect a point or two (docs/train.md). The log reports the divergence of every epoch.
 
     The ensemble weights become a longer parameter. An optimizer made before has neither it nor the new BN layers.
 
@@ -60,6 +67,8 @@ def add_resolution(
         epochs: Passes over the loader while tuning.
         lr: Learning rate of tuning, AdamW with a cosine schedule.
         min_images: Fewer images than this are refused.
+        test_loader: Gives batches (images, labels), the images as those of loader; the log then reports the accuracy at
+            the new size before and after.
 
     Returns:
         The same network, with the new resolution among its resolutions.
@@ -91,11 +100,25 @@ def add_resolution(
     with _restored(model, method == 'tune_bn_head'):
         _insert(model, resolution)
         model.eval()
+        before = None if test_loader is None else _top1(model, resolution, test_loader)
         if method == 'statistics':
             measure_statistics(model, resolution, loader)
         if method.startswith('tune'):
             tune(model, resolution, loader, head=method == 'tune_bn_head', epochs=epochs, lr=lr)
+        if before is not None:
+            after = _top1(model, resolution, test_loader)
+            _logger.info(f'Top-1 at {resolution} px: {before:.2f} before, {after:.2f} after.')
     return model
+
+
+@torch.no_grad()
+def _top1(model: nn.Module, resolution: int, loader: Iterable) -> float:
+    """Return the top-1 accuracy in percent."""
+    right = []
+    for images, target in loader:
+        (images,) = next(_batches(model, [images], resolution))
+        right.append((model(images).argmax(1).cpu() == target.cpu())[target.cpu() != UNREADABLE])
+    return 100 * torch.cat(right).double().mean().item()
 
 
 @contextmanager
@@ -186,8 +209,11 @@ def tune(
     try:
         for parameter in frozen:
             parameter.requires_grad_(True)
-        for _ in range(epochs):
-            for larger, images in _batches(model, loader, teacher, resolution):
+        for epoch in range(epochs):
+            losses = []
+            bar = tqdm(_batches(model, loader, teacher, resolution), f'Tune {resolution}', steps // epochs, leave=False,
+                       disable=None)
+            for larger, images in bar:
                 with torch.no_grad():
                     target = teaching(larger)
                 logits = model(images)
@@ -201,10 +227,13 @@ def tune(
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
+                losses.append(loss.item())
+                bar.set_postfix(kl=f'{losses[-1]:.4f}')
+            _logger.info(f'Tuned {resolution} px, epoch {epoch + 1} of {epochs}: KL divergence from the answers at '
+                         f'{teacher} px {sum(losses) / len(losses):.4f} on average.')
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-    _logger.info(f'Tuned {resolution} px for {steps} steps, last KL divergence {loss.item():.4f}.')
 
 
 def _set_statistics(layer: nn.Module, total: torch.Tensor, squares: torch.Tensor, count: torch.Tensor) -> None:

@@ -1,5 +1,6 @@
 """timm-rs calibrate"""
 import argparse
+import logging
 
 from timm_rs_runtime.commands.images import add_images, print_read
 from timm_rs_runtime.errors import UserError
@@ -16,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('--resolution', type=int, required=True, metavar='N', help='new input size in pixels')
     add_images(parser, 'images to calibrate on; labels are not used', 'train', 5000)
+    add('--test-split', default='', metavar='NAME', help='labelled split to measure the accuracy on, before and after')
     add('--dataset', default='', metavar='NAME', help='kind of data set: "", "digits", or <type>/<name> as in timm')
     add('--method', default='tune_bn', choices=METHODS, help='default: %(default)s')
     add('--epochs', type=int, default=2, metavar='N', help='passes over the images (default: %(default)s)')
@@ -32,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     from timm.data.model_config import resolve_input_data_config
 
     from timm_rs.calibrate import add_resolution
-    from timm_rs.data.datasets import choose_img_mode, create_dataset
+    from timm_rs.data.datasets import choose_img_mode, count_classes, create_dataset
     from timm_rs.data.readers import CheckedLoader, ReadableDataset
     from timm_rs.hub.convert import save_model
     from timm_rs_runtime.unreadable import ReadErrors
@@ -42,23 +44,33 @@ def run(args: argparse.Namespace) -> None:
     labels = read_labels(args)
     device = torch.device(args.device if torch.cuda.is_available() or not args.device.startswith('cuda') else 'cpu')
     model = load(args).model.to(device)
-    loader, errors = None, ReadErrors(args.max_unreadable, 'another one stands in for it')
-    if args.method != 'copy':
-        config = resolve_input_data_config(model)
-        size = max(args.resolution, model.resolutions[0])
-        channels = config.pop('input_size')[0]
-        dataset = create_dataset(
-            args.dataset, args.data_dir, args.split, input_img_mode=choose_img_mode(channels))
+    config = resolve_input_data_config(model)
+    size = max(args.resolution, model.resolutions[0])
+    channels = config.pop('input_size')[0]
+
+    def open_images(split, most, then, stand_in):
+        dataset = create_dataset(args.dataset, args.data_dir, split, input_img_mode=choose_img_mode(channels))
         dataset.transform = create_transform((channels, size, size), is_training=False, **config)
         if isinstance(dataset, torch.utils.data.IterableDataset):
             raise UserError(f'--dataset {args.dataset} is a stream, expected a folder, digits or hfds/...')
-        chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:args.images]
-        readable = ReadableDataset(dataset, errors, stand_in=True)
-        loader = CheckedLoader(
-            torch.utils.data.Subset(readable, chosen.tolist()), errors, batch_size=args.batch_size,
-            num_workers=args.workers)
-    add_resolution(model, args.resolution, loader, args.method, epochs=args.epochs, lr=args.lr)
+        errors = ReadErrors(args.max_unreadable, then)
+        chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:most]
+        readable = torch.utils.data.Subset(ReadableDataset(dataset, errors, stand_in=stand_in), chosen.tolist())
+        return dataset, CheckedLoader(readable, errors, batch_size=args.batch_size, num_workers=args.workers)
+
+    loader = test_loader = None
+    if args.method != 'copy':
+        dataset, loader = open_images(args.split, args.images, 'another one stands in for it', True)
+    if args.test_split:
+        test_set, test_loader = open_images(args.test_split, None, 'it is left out', False)
+        if count_classes(test_set) != model.num_classes:
+            raise UserError(
+                f'--test-split {args.test_split} has {count_classes(test_set) or "no"} classes, the model has '
+                f'{model.num_classes}.')
+    logging.basicConfig(level=logging.INFO, format='%(message)s')
+    add_resolution(model, args.resolution, loader, args.method, epochs=args.epochs, lr=args.lr, test_loader=test_loader)
     if loader is not None:
-        print_read(len(chosen) - len(errors.names), len(errors.names), dataset.source)
+        unreadable = len(loader.errors.names)
+        print_read(len(loader.dataset) - unreadable, unreadable, dataset.source)
     save_model(model.cpu(), args.output, labels)
     print_saved(args.output, model, ' '.join(map(str, model.resolutions)))

@@ -8,7 +8,7 @@ import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Tuple
 
 import timm
 import torch
@@ -36,6 +36,7 @@ from ..data.datasets import (
     create_eval_loader,
     describe,
     explain_classes,
+    imagenet_classes,
     number_classes,
     share_shards,
 )
@@ -110,8 +111,18 @@ def select_device(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
-    """Build the model and set args.resolutions, args.num_classes and args.in_chans accordingly."""
+def build_model(
+        args: argparse.Namespace,
+        device: torch.device,
+        classes: Optional[Mapping[Any, int]] = None,
+) -> nn.Module:
+    """Build the model and set args.resolutions, args.num_classes, args.in_chans and args.new_classifier accordingly.
+
+    Args:
+        args: The flags.
+        device: Device of the model.
+        classes: The index of each class of the data set by its name, if it records them.
+    """
     name, kwargs = read_source(args.model, args.pretrained)
     if not name.startswith(PREFIX) or not is_model(name):
         raise UserError(_PLAIN.format(args.model) if kwargs else explain_unknown_model(name))
@@ -165,10 +176,11 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
     if conflict:
         raise UserError(conflict)
     count_madds(model, args.resolutions[-1], args.in_chans)  # the smallest size must pass through the network
+    args.new_classifier = _has_new_classifier(args, model, classes)
     if args.head_init_scale is not None:
         for parameter in model.get_classifier().parameters():
             parameter.data.mul_(args.head_init_scale)
-    elif _has_new_classifier(args, model):  # at random it would first disturb what is trained
+    elif args.new_classifier:  # at random it would first disturb what is trained
         heads = model.get_classifier()
         for layer in nn.ModuleList(heads if isinstance(heads, (list, tuple)) else [heads]).modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)) and len(layer.weight) == model.num_classes:
@@ -190,10 +202,25 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
     return model
 
 
-def _has_new_classifier(args: argparse.Namespace, model: nn.Module) -> bool:
-    """Return whether the network has trained weights, but a classifier for other classes."""
-    pretrained = (args.pretrained or args.pretrained_path) and not args.initial_checkpoint
-    return bool(pretrained) and model.pretrained_cfg['num_classes'] != model.num_classes
+def _has_new_classifier(args: argparse.Namespace, model: nn.Module, classes: Optional[Mapping[Any, int]]) -> bool:
+    """Return whether the network has trained weights, but a classifier for other classes, by their names if known."""
+    if args.initial_checkpoint or not (args.pretrained or args.pretrained_path):
+        return False
+    if model.pretrained_cfg['num_classes'] != model.num_classes:
+        return True
+    labels = model.pretrained_cfg.get('label_names') or ()
+    if not classes or len(labels) != model.num_classes:
+        return False
+    wordnet = dict(zip(*imagenet_classes(1000)))
+
+    def first_name(label: Any) -> str:
+        return wordnet.get(label, str(label)).split(',')[0].replace('_', ' ').lower()
+
+    differ = explain_classes(
+        {first_name(name): i for name, i in classes.items()}, {first_name(name): i for i, name in enumerate(labels)})
+    if differ:
+        _logger.info(f'The weights are of other classes ({differ}), so the classifier is new.')
+    return differ is not None
 
 
 def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:
@@ -423,7 +450,7 @@ def _build_teachers(args: argparse.Namespace, model: nn.Module, device: torch.de
     """Build the fixed teachers, None if no flag asks for one; call it before the network is trained or resumed."""
     networks = []
     if args.self_teacher:
-        if not (args.initial_checkpoint or args.pretrained) or _has_new_classifier(args, model):
+        if not (args.initial_checkpoint or args.pretrained) or args.new_classifier:
             raise UserError(
                 f'--self-teacher needs trained weights with their classifier for {args.num_classes} classes: '
                 '--initial-checkpoint, or --pretrained with the classes of the weights.')

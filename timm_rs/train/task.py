@@ -1,5 +1,4 @@
 """The multi-resolution step as a timm training task"""
-import copy
 from dataclasses import asdict
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -113,13 +112,23 @@ class MultiResolutionTask(ClassificationTask):
             input: Augmented images [N, C, H, W] at the largest resolution, of which 32 are enough.
         """
         model, found = unwrap_model(self.trainable_module), []
+        layers = {m: m.track_running_stats for m in model.modules() if isinstance(m, BatchNorm)}
+        training, resolution = self.training, model.resolution
+        model.eval()
         for x in self.pyramid(input[:32]):
-            plain, features = copy.deepcopy(model.at(x.shape[-1])).eval(), []
+            model.switch_to(x.shape[-1])
+            features = []
             for mode in (False, True):
-                _use_batch_statistics(plain, mode)
-                pooled = plain.forward_head(plain.forward_features(x), pre_logits=True).flatten(1).float()
+                _use_batch_statistics(model, mode)
+                for layer, tracks in layers.items():
+                    layer.track_running_stats = tracks and not mode  # those of the batch leave no trace
+                pooled = model.forward_head(model.forward_features(x), pre_logits=True).flatten(1).float()
                 features.append(pooled - pooled.mean(0))
             found.append(torch.cosine_similarity(*features).mean().item())
+        for layer, tracks in layers.items():
+            layer.track_running_stats = tracks
+        model.switch_to(resolution)
+        self.train(training)
         return found
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
