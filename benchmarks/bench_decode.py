@@ -7,7 +7,9 @@ answers them one by one at 224 and 96 px, in ONNX Runtime, batch 1, random weigh
 'exact'. Decoders take turns (A B A B ...); n: 1 load, 5 rounds. A ratio is the median within a round.
 
 Accuracy, with --model: top-1 accuracy of the trained network in this file on the photographs, at each of its sizes,
-and how many answers are those of exact. The photographs are as they are, or enlarged to a shorter side of --side px.
+how many answers are those of exact, how far the pixels of its input are from exact's (rms, of 255 levels), and how many
+decoded pixels a side has for each one after resizing. 'noise' is exact plus -1, 0 or 1 level at random. The photographs
+are as they are, or enlarged to a shorter side of --side px, with noise of --noise levels.
 
     python benchmarks/bench_decode.py --data-dir imagenette --clock cpu
     python benchmarks/bench_decode.py --data-dir imagenette --model rs_resnet10t.onnx --output FILE
@@ -43,6 +45,7 @@ def main():
     parser.add_argument('--model', metavar='FILE.onnx', help='measure the accuracy of this file instead of times')
     parser.add_argument('--most', type=int, metavar='N', help='photographs that are answered (default: all)')
     parser.add_argument('--side', type=int, default=0, metavar='N', help='enlarge them to a shorter side of N px')
+    parser.add_argument('--noise', type=float, default=4, metavar='X', help='noise of enlarged ones (default: 4)')
     args = parser.parse_args()
     rows = compare_accuracy(args) if args.model else compare_time(args)
     print_table([key for key in rows[0] if not key.endswith('_range')], rows)
@@ -95,27 +98,39 @@ def compare_time(args):
 
 
 def compare_accuracy(args):
-    """Return a row for each size."""
+    """Return a row for each size and way of decoding; and for noise, which shows how little changes answers."""
     sessions = {decode: Session(args.model, args.threads, decode=decode) for decode in MARGINS}
-    resolutions = sessions['exact'].resolutions
-    paths, labels = label_folders(split_folder(args.data_dir, args.split), sessions['exact'], args.most)
-    answers = {(decode, r): [] for decode in MARGINS for r in resolutions}
+    exact = sessions['exact']
+    crop_pct, std = exact.preprocessing.crop_pct, np.array(exact.std, np.float32)[:, None, None]
+    paths, labels = label_folders(split_folder(args.data_dir, args.split), exact, args.most)
+    noise = np.random.default_rng(0)
+    found = {(r, decode): [] for r in exact.resolutions for decode in (*MARGINS, 'noise')}
     for start in range(0, len(paths), BATCH):
         batch = paths[start:start + BATCH]
         if args.side:
-            batch = [enlarged(path, to_side(args.side, *open_image(path).size), 0) for path in batch]
-        whole = [sessions['exact'].read(photograph) for photograph in batch]  # once: all its sizes decode the same
-        for (decode, resolution), found in answers.items():
-            photographs = whole if decode == 'exact' else batch
-            found.extend(sessions[decode].predict(photographs, resolution).argmax(-1))
+            batch = [enlarged(path, to_side(args.side, *open_image(path).size), args.noise) for path in batch]
+        whole = list(map(exact.read, batch))  # once: all its sizes decode the same
+        for r in exact.resolutions:
+            inputs = np.stack([exact.preprocess(image, r) for image in whole])
+            for decode in (*MARGINS, 'noise'):
+                opened, changed = whole, inputs
+                if decode in ('scaled', 'fast'):
+                    opened = [sessions[decode].read(photograph, r) for photograph in batch]
+                    changed = np.stack([sessions[decode].preprocess(image, r) for image in opened])
+                elif decode == 'noise':
+                    changed = inputs + noise.integers(-1, 2, inputs.shape).astype(np.float32) / (255 * std)
+                answers = exact.predict(changed).argmax(-1)
+                ratios = [min(image.size) * crop_pct / r for image in opened]
+                errors = ((255 * std * (changed - inputs)) ** 2).mean((1, 2, 3))
+                found[r, decode] += zip(answers, ratios, errors)
     rows = []
-    for resolution in resolutions:
-        row = dict(resolution=resolution, images=len(paths))
-        for decode in MARGINS:
-            found, exact = (np.array(answers[key, resolution]) for key in (decode, 'exact'))
-            row[f'{decode}_top1'] = round(100 * float((found == labels).mean()), 2)
-            row[f'{decode}_agreement'] = round(100 * float((found == exact).mean()), 2)
-        rows.append(row)
+    for (r, decode), values in found.items():
+        answers, ratios, errors = map(np.array, zip(*values))
+        reference = np.array([answer for answer, *_ in found[r, 'exact']])
+        rows.append(dict(
+            resolution=r, decode=decode, images=len(paths), pixels_per_side=round(float(np.median(ratios)), 2),
+            rms_levels=round(float(errors.mean()) ** 0.5, 2), top1=round(100 * float((answers == labels).mean()), 2),
+            agreement=round(100 * float((answers == reference).mean()), 2)))
     return rows
 
 

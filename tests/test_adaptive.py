@@ -26,14 +26,15 @@ from timm_rs_runtime import (  # noqa: E402
     Session,
     UserError,
 )
-from timm_rs_runtime.adaptive import READ_AHEAD, Estimate, measure_latency  # noqa: E402
+from timm_rs_runtime.adaptive import READ_AHEAD, measure_latency, measure_reading  # noqa: E402
+from timm_rs_runtime.controller import Estimate, ReadingTime  # noqa: E402
 
 LATENCY = {224: 0.016, 160: 0.008, 96: 0.004}
 PHOTOGRAPH = Image.new('RGB', (8, 8))
 
 
 class SimulatedSession:
-    """Takes the time of LATENCY on its own clock; images are read in no time."""
+    """Takes the time of LATENCY on its own clock; decoding takes `per_pixel` for each decoded pixel."""
     resolutions = (224, 160, 96)
     mean = (0.5, 0.5, 0.5)
     batch_size = None
@@ -43,16 +44,19 @@ class SimulatedSession:
         self.now = 0.
         self.slowdown = 1.
         self.before = lambda: None
-        self._prepare = Preprocessing((0.5,) * 3, (0.5,) * 3)
+        self.per_pixel = 0.
+        self.preprocessing = Preprocessing((0.5,) * 3, (0.5,) * 3, crop_pct=1.0, decode='scaled')
 
     def clock(self):
         return self.now
 
-    def read(self, image):
-        return self._prepare.open(image, 224)
+    def read(self, image, resolution):
+        opened = self.preprocessing.open(image, resolution)
+        self.now += self.per_pixel * opened.width * opened.height * (opened is not image)
+        return opened
 
     def preprocess(self, image, resolution):
-        return self._prepare(image, resolution)
+        return self.preprocessing(image, resolution)
 
     def predict(self, batch):
         self.before()
@@ -63,6 +67,20 @@ class SimulatedSession:
 def adaptive(budget_ms, **kwargs):
     session = SimulatedSession()
     return AdaptiveSession(session, budget_ms, clock=session.clock, **kwargs), session
+
+
+@pytest.fixture
+def slow_reading(monkeypatch):
+    """Sessions expect 0.1 us for a decoded pixel, and that is what it takes."""
+    monkeypatch.setattr('timm_rs_runtime.adaptive.measure_reading', lambda clock: (0., 1e-7))
+    monkeypatch.setattr(SimulatedSession, 'read', lambda self, image, resolution, read=SimulatedSession.read: (
+        setattr(self, 'per_pixel', self.per_pixel or 1e-7), read(self, image, resolution))[1])
+
+
+def encoded(width, height, form='jpeg'):
+    file = io.BytesIO()
+    Image.new('RGB', (width, height)).save(file, form)
+    return file.getvalue()
 
 
 # The controller
@@ -124,6 +142,37 @@ def test_reading_images_counts():
     assert controller.expected(224) == pytest.approx(0.046)
 
 
+def test_decoding_counts():
+    """24 ms in all: decoding at 96 and 160 px takes a third of what it takes at 224."""
+    reading = [[0.012, 0.004, 0.004]]
+    for left, resolution in ((0.029, 224), (0.027, 160), (0.011, 96), (0.001, 96)):
+        assert Controller(LATENCY).choose([left], [1], reading) == resolution
+    both = reading * 2  # 2 * (12 + 16), 2 * (4 + 8) and 2 * (4 + 4) ms
+    for left, resolution in ((0.057, 224), (0.055, 160), (0.023, 96)):
+        assert Controller(LATENCY).choose([1., left], [1, 1], both) == resolution
+
+
+def test_each_format_has_a_slowdown_of_its_own():
+    reading = ReadingTime(per_byte=2e-9, per_pixel=1e-9)
+    prices = reading.prices(1000, [4000, 1000])
+    assert prices == pytest.approx([6e-6, 3e-6])
+    for _ in range(200):
+        reading.observe('PNG', 3e-6, 9e-6)
+    assert reading.expected('PNG', prices) == pytest.approx([18e-6, 9e-6])
+    assert reading.expected('JPEG', prices) == pytest.approx(prices)
+    reading.observe('', 0., 1.)  # an image that was decoded already
+    assert reading.expected('', prices) == pytest.approx(prices)
+
+
+def test_prices_are_measured_at_the_start():
+    """From 307,200 pixels that take 4 ms, and 1 of 64 of them that take 1 ms."""
+    times = iter(np.cumsum([0., 0.004, 0.001] * 5))
+    per_byte, per_pixel = measure_reading(clock=lambda: next(times))
+    assert per_pixel * 307200 == pytest.approx(0.003 * 64 / 63)
+    assert 5000 < (0.004 - 0.003 * 64 / 63) / per_byte < 307200  # bytes of the file
+    assert measure_reading(rounds=1, clock=lambda: 0.) == (0., 0.)
+
+
 def test_jitter_is_reckoned_with():
     controller = Controller(LATENCY, margin=2)
     controller.observe(224, 0.032, overhead=0.)
@@ -173,6 +222,57 @@ def test_a_budget_below_the_fastest_size():
     assert not session.feasible
     answer = session.predict(PHOTOGRAPH)
     assert answer.resolution == 96 and not answer.in_time and session.stats()['misses'] == 1
+
+
+# 2560 x 2560 pixels have twice the pixels of 224 px at 1/4, a side of 640, of 160 and 96 px at 1/8, a side of 320:
+# 40.96 and 10.24 ms.
+
+@pytest.mark.usefixtures('slow_reading')
+@pytest.mark.parametrize('budget_ms, resolution, milliseconds', [
+    (58, 224, 56.96),
+    (55, 160, 18.24),
+    (18, 96, 14.24),
+])
+def test_the_size_is_chosen_for_decoding_and_network(budget_ms, resolution, milliseconds):
+    session, _ = adaptive(budget_ms)
+    answer = session.predict(encoded(2560, 2560))
+    assert (answer.resolution, answer.in_time) == (resolution, True)
+    assert answer.milliseconds == pytest.approx(milliseconds)
+    stats = session.stats()
+    assert stats['reading_ms'] == pytest.approx(milliseconds - 1e3 * LATENCY[resolution])
+    assert stats['network_ms'] == pytest.approx(1e3 * LATENCY[resolution])
+    assert stats['expected_reading_ms'] == pytest.approx({224: 40.96, 160: 10.24, 96: 10.24})
+    assert stats['resolution'] == resolution
+
+
+@pytest.mark.usefixtures('slow_reading')
+def test_a_large_photograph_does_not_hold_the_others_down():
+    session, _ = adaptive(25)
+    assert [session.predict(image).resolution for image in (PHOTOGRAPH, encoded(2560, 2560), PHOTOGRAPH)] == [
+        224, 160, 224]
+
+
+@pytest.mark.usefixtures('slow_reading')
+def test_images_with_nothing_to_decode_and_those_that_cannot_be_decoded():
+    session, _ = adaptive(25)
+    given = Image.new('RGB', (2560, 2560))
+    assert session.predict(given).milliseconds == pytest.approx(16)
+    assert session.stats()['reading_ms'] == 0
+    for content in (b'nothing', encoded(2560, 2560)[:1000]):
+        with pytest.raises(ImageError):
+            session.predict(content)
+    assert session.stats()['failed'] == 2 and session.predict(given).in_time
+
+
+def test_slow_decoding_is_learned(slow_reading):
+    """Three times as slow as at the start; PNGs of 200 x 200, which take 4 ms then 12."""
+    session, simulated = adaptive(25)
+    assert session.predict(encoded(200, 200, 'png')).resolution == 224
+    simulated.per_pixel = 3e-7
+    answers = [session.predict(encoded(200, 200, 'png')) for _ in range(40)]
+    assert answers[-1].resolution == 160 and all(answer.in_time for answer in answers)
+    assert session.stats()['expected_reading_ms'][224] == pytest.approx(12, rel=0.1)
+    assert session.predict(encoded(200, 200)).resolution == 160  # it still waits for several
 
 
 def test_a_slow_spell_is_noticed_and_gone():
@@ -323,7 +423,7 @@ def test_a_client_that_breaks_off():
 def test_few_images_are_read_ahead(monkeypatch):
     read = []
     session, simulated = adaptive(100)
-    monkeypatch.setattr(simulated, 'read', lambda image: read.append(image) or image)
+    monkeypatch.setattr(simulated, 'read', lambda image, resolution: read.append(image) or image)
     with ThreadPoolExecutor(24) as pool:
         futures, go_on = queue_up(session, simulated, pool, [PHOTOGRAPH] * 10)
         while len(read) < 1 + READ_AHEAD:
@@ -354,7 +454,8 @@ def test_prometheus_text():
     for line in ('# TYPE timm_rs_requests_total counter', 'timm_rs_requests_total{resolution="224"} 1',
                  'timm_rs_requests_total{resolution="96"} 0', 'timm_rs_deadline_misses_total 0',
                  'timm_rs_queue_length 0', 'timm_rs_budget_seconds 0.02',
-                 'timm_rs_expected_seconds{resolution="160"} 0.008'):
+                 'timm_rs_expected_seconds{resolution="160"} 0.008', 'timm_rs_reading_seconds_total 0.0',
+                 'timm_rs_network_seconds_total 0.016', 'timm_rs_expected_reading_seconds{resolution="96"} 0.0'):
         assert line in lines, line
     assert all(line.startswith(('# HELP timm_rs_', '# TYPE timm_rs_', 'timm_rs_')) for line in lines)
 

@@ -179,6 +179,38 @@ def test_an_image_that_was_given_keeps_its_pixels(tmp_path):
         assert scaled(image, size).shape == (3, size, size) and image.size == (160, 120)
 
 
+def test_a_larger_size_decodes_again(tmp_path):
+    """640 x 480 at 1/4 serve 48 px, which need 108; 96 px need 218 and 240 px need 548."""
+    path = saved(tmp_path / 'a.jpg', Image.fromarray(smooth(640, 480)))
+    with open(path, 'rb') as f:
+        content = f.read()
+    scaled = Preprocessing(MEAN, STD, decode='scaled')
+    for source in (path, content, io.BytesIO(content)):
+        image = scaled.open(source, 48)
+        for size, decoded in ((48, (160, 120)), (96, (320, 240)), (240, (640, 480))):
+            assert scaled.open(image, size).size == decoded and image.size == (160, 120)
+            assert np.array_equal(scaled(image, size), scaled(path, size))
+    whole = scaled.open(path, 240)
+    assert scaled.open(whole, 500) is whole
+
+
+@pytest.mark.parametrize('name, size', [('a.jpg', (801, 599)), ('a.png', (801, 599)), ('a.mpo', (640, 480))])
+def test_what_will_be_decoded_is_known_before(tmp_path, name, size):
+    options = dict(save_all=True, append_images=[Image.new('RGB', size)]) if name.endswith('mpo') else {}
+    path = saved(tmp_path / name, Image.fromarray(smooth(*size)), **options)
+    with open(path, 'rb') as f:
+        content = f.read()
+    for decode in ('scaled', 'fast', 'exact'):
+        preprocessing = Preprocessing(MEAN, STD, decode=decode)
+        opened = [preprocessing.open(path, r) for r in (160, 96, 48, 24)]
+        for source in (content, io.BytesIO(content), memoryview(content)):
+            form, length, pixels = images.work_of(source, [preprocessing.needed(r) for r in (160, 96, 48, 24)])
+            assert (length, pixels) == (len(content), [image.width * image.height for image in opened])
+            assert form == {'jpg': 'JPEG', 'png': 'PNG', 'mpo': 'MPO'}[name[-3:]]
+    for nothing in (b'text', content[:20], Image.new('RGB', (9, 9))):
+        assert images.work_of(nothing, [None, None]) == ('', 0, [0, 0])
+
+
 @pytest.mark.parametrize('decode', ['scaled', 'fast'])
 def test_bounds_and_damage_are_those_of_exact(tmp_path, monkeypatch, decode):
     scaled = Preprocessing(MEAN, STD, decode=decode)

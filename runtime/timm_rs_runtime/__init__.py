@@ -1,6 +1,7 @@
 """Runs the ONNX files of `timm-rs export` at any of their resolutions; needs NumPy, Pillow and ONNX Runtime only"""
-from .adaptive import AdaptiveSession, Controller, Prediction, QueueFullError
+from .adaptive import AdaptiveSession, Prediction, QueueFullError
 from .cascade import Cascade, CascadePrediction, CascadeSession
+from .controller import Controller
 from .errors import UserError
 from .images import ImageError
 from .lifetime import ClosedError

@@ -1,4 +1,5 @@
 """A session that keeps a latency budget by choosing the resolution of each request"""
+import io
 import os
 import threading
 import time
@@ -8,19 +9,20 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, islice
-from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from itertools import islice
+from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from PIL import Image
 
+from .controller import Controller, ReadingTime
 from .errors import UserError
 from .fields import check_argument, integer, number
-from .images import ImageError, ImageSource, buffered, is_in_memory, name_of
+from .images import ImageError, ImageSource, buffered, is_in_memory, name_of, open_image, work_of
 from .lifetime import Closable
 from .session import NotFiniteError, Session, image_list
 
-__all__ = ['AdaptiveSession', 'Controller', 'Prediction', 'QueueFullError', 'measure_latency']
+__all__ = ['AdaptiveSession', 'Prediction', 'QueueFullError', 'measure_latency', 'measure_reading']
 
 READ_AHEAD = 3  # requests whose images are decoded while they wait
 MAX_QUEUE = 10 ** 6
@@ -33,7 +35,10 @@ _METRICS = {
     'queue': ('queue_length', 'Requests that wait.'),
     'resolution': ('resolution_pixels', 'Resolution chosen last.'),
     'slowdown': ('slowdown_ratio', 'Recent latency of inference against that at the start.'),
-    'expected_ms': ('expected_seconds', 'Expected time of an image, by resolution.'),
+    'reading_ms': ('reading_seconds_total', 'Time spent on decoding images.'),
+    'network_ms': ('network_seconds_total', 'Time spent on resizing images and on inference.'),
+    'expected_reading_ms': ('expected_reading_seconds', 'Expected time to decode the last request, by resolution.'),
+    'expected_ms': ('expected_seconds', 'Expected time of an image once it is decoded, by resolution.'),
     'budget_ms': ('budget_seconds', 'Budget of a request.'),
 }  # of Prometheus, by their keys in stats()
 
@@ -58,131 +63,13 @@ class Prediction:
     in_time: bool
 
 
-class Estimate:
-    """A running mean and mean deviation, as TCP estimates round-trip times (RFC 6298).
-
-    Example:
-        >>> estimate = Estimate(8.)
-        >>> estimate.update(16.)
-        >>> estimate.mean, estimate.deviation
-        (9.0, 2.0)
-    """
-
-    def __init__(self, mean: float):
-        self.mean = mean
-        self.deviation = 0.
-
-    def update(self, value: float) -> None:
-        error = value - self.mean
-        self.mean += error / 8
-        self.deviation += (abs(error) - self.deviation) / 4
-
-    def upper(self, margin: float) -> float:
-        """Return the mean plus `margin` deviations."""
-        return self.mean + margin * self.deviation
-
-
-class Controller:
-    """Chooses the size of each request; without threads or clocks.
-
-    A request takes the time to read its image, which does not depend on the size, and the time of the inference. The
-    latter is what was measured at the start, times a slowdown that all sizes share: a size that was not used for a
-    while is judged by the others.
-
-    It takes the largest size at which the next request and all that wait behind it would be in time. It goes down at
-    once, and up only after several requests in a row had room for more.
-
-    Args:
-        latency: Seconds that one image takes at each resolution.
-        overhead: Seconds that reading one image takes.
-        floor: Smallest resolution to use, the smallest one if None.
-        margin: Mean deviations of recent latency that are added to its mean.
-        headroom: Share of time to spare that going up needs.
-        patience: Requests in a row that must have had room for more.
-
-    Attributes:
-        resolutions: Those that are chosen from, largest first.
-        resolution: The one that was chosen last.
-
-    Raises:
-        UserError: The floor is unknown, or a value is not usable.
-
-    Example:
-        >>> controller = Controller({224: 0.016, 96: 0.004})
-        >>> controller.choose([0.1]), controller.choose([0.03, 0.03]), controller.choose([0.1])
-        (224, 96, 96)
-    """
-
-    def __init__(
-            self,
-            latency: Mapping[int, float],
-            overhead: float = 0.,
-            floor: Optional[int] = None,
-            margin: float = 2.,
-            headroom: float = 0.2,
-            patience: int = 4,
-    ):
-        if floor is not None and floor not in latency:
-            raise UserError(f"Unknown floor {floor!r}, expected one of {', '.join(map(str, latency))}.")
-        self.resolutions = tuple(sorted((r for r in latency if r >= (floor or 0)), reverse=True))
-        self.resolution = self.resolutions[0]
-        self._latency = dict(latency)
-        self._slowdown = Estimate(1.)
-        self._overhead = Estimate(overhead)
-        self._margin = check_argument('margin', margin, number(0))
-        self._headroom = check_argument('headroom', headroom, number(0))
-        self._patience = check_argument('patience', patience, integer(1, MAX_QUEUE))
-        self._roomy = 0
-
-    def choose(self, left: Sequence[float], counts: Optional[Sequence[int]] = None) -> int:
-        """Return the resolution for the first of the requests in line.
-
-        Args:
-            left: Seconds until the deadline of each, in the order in which they are served.
-            counts: Images of each, one if None; runs of the network if it takes only whole batches.
-        """
-        counts = counts or [1] * len(left)
-        fitting = self._largest(left, counts, 1.)
-        if fitting <= self.resolution:
-            self.resolution, self._roomy = fitting, 0
-            return fitting
-        larger = self._largest(left, counts, 1 + self._headroom)
-        self._roomy = self._roomy + 1 if larger > self.resolution else 0
-        if self._roomy >= self._patience:
-            self.resolution, self._roomy = larger, 0
-        return self.resolution
-
-    def observe(self, resolution: int, inference: float, overhead: float, count: int = 1) -> None:
-        """Learn from a request that was served.
-
-        Args:
-            resolution: Its size.
-            inference: Seconds that the network took.
-            overhead: Seconds that everything else took.
-            count: Its images, or runs.
-        """
-        self._slowdown.update(inference / max(self._latency[resolution] * count, 1e-9))
-        self._overhead.update(overhead / count)
-
-    def expected(self, resolution: int) -> float:
-        """Return the seconds to expect for an image."""
-        return self._overhead.upper(self._margin) + self._latency[resolution] * self._slowdown.upper(self._margin)
-
-    @property
-    def slowdown(self) -> float:
-        """How many times longer inference takes recently than it did at the start."""
-        return self._slowdown.mean
-
-    def _largest(self, left: Sequence[float], counts: Sequence[int], factor: float) -> int:
-        """Return the largest size at which all would be in time, the floor if there is none."""
-        pace = min(seconds / waiting for seconds, waiting in zip(left, accumulate(counts)))
-        return next((r for r in self.resolutions if factor * self.expected(r) <= pace), self.resolutions[-1])
-
-
 @dataclass(eq=False)
 class _Request:
     deadline: float
     count: int
+    kind: str  # format of its images
+    prices: List[float]  # of decoding them at each resolution, see ReadingTime
+    reading: List[float]  # expected seconds of that; 0 once they are decoded
     near: threading.Event = field(default_factory=threading.Event)  # set when it may decode its images
     turn: threading.Event = field(default_factory=threading.Event)  # set when it is served
 
@@ -193,7 +80,8 @@ class AdaptiveSession(Closable):
     Any number of threads may call predict. Requests are served one after the other, in the order in which they came,
     each in the thread that called. Files are read before a request stands in line, so that a stalled disk or a slow
     client does not hold up others. While one request is served, the next READ_AHEAD in line decode their images; memory
-    does not grow with the line.
+    does not grow with the line. What decoding costs is predicted from the bytes and pixels of a file, and counts: the
+    size is chosen before an image is decoded, for the sum, and may go down afterwards.
 
     It can be closed, is a context manager, can be pickled and copied, and works in forked processes: a copy opens the
     file and measures again; a forked process starts with an empty line and counters at 0.
@@ -247,6 +135,7 @@ class AdaptiveSession(Closable):
         self._clock = clock
         self.latency, overhead = measure_latency(self.session, clock=clock)
         self._controller = Controller(self.latency, overhead, floor, **options)
+        self._reading = ReadingTime(*measure_reading(clock=clock))
         smallest = self._controller.resolutions[-1]
         fastest_ms = 1e3 * self._controller.expected(smallest)
         self.feasible = fastest_ms <= budget_ms
@@ -300,12 +189,11 @@ class AdaptiveSession(Closable):
             images = self._read(images)
             if is_sent:
                 start = self._clock()
-            runs = -(-len(images) // (self.session.batch_size or 1))  # a batch takes as long as a single image there
-            with self._in_line(_Request(start + budget_ms / 1e3, runs)) as request:
-                images = list(map(self.session.read, images))
+            with self._in_line(self._request(images, start + budget_ms / 1e3)) as request:
+                images, largest = self._decode(images, request)
                 request.turn.wait()
                 self._check_open()
-                resolution, logits = self._serve(images)
+                resolution, logits = self._serve(images, largest)
                 milliseconds = 1e3 * (self._clock() - start)
         except BaseException as e:
             with self._lock:
@@ -340,8 +228,10 @@ class AdaptiveSession(Closable):
         Returns:
             'requests' (served, by resolution), 'misses' (later than their budget, among these), 'rejected' (the queue
             was full), 'failed' (ended in any other error), 'queue' (waiting now), 'resolution' (chosen last),
-            'slowdown' (of inference against the start), 'expected_ms' (of an image now, by resolution), 'budget_ms',
-            'feasible'. Every request that has ended counts once, in 'requests', 'rejected' or 'failed'.
+            'slowdown' (of inference against the start), 'reading_ms' (spent on decoding), 'network_ms' (on resizing and
+            inference), 'expected_reading_ms' (to decode the last request, by resolution), 'expected_ms' (of an image
+            that is decoded, by resolution), 'budget_ms', 'feasible'. Every request that has ended counts once, in
+            'requests', 'rejected' or 'failed'.
         """
         with self._lock:
             return dict(
@@ -350,8 +240,11 @@ class AdaptiveSession(Closable):
                 rejected=self._counts['rejected'],
                 failed=self._counts['failed'],
                 queue=max(len(self._line) - 1, 0),
-                resolution=self._controller.resolution,
+                resolution=self._resolution,
                 slowdown=self._controller.slowdown,
+                reading_ms=1e3 * self._counts['reading'],
+                network_ms=1e3 * self._counts['network'],
+                expected_reading_ms={r: 1e3 * t for r, t in zip(self._controller.resolutions, self._expected_reading)},
                 expected_ms={r: 1e3 * self._controller.expected(r) for r in self._controller.resolutions},
                 budget_ms=self.budget_ms,
                 feasible=self.feasible,
@@ -369,19 +262,51 @@ class AdaptiveSession(Closable):
             lines += [f'timm_rs_{name}{labels} {round(scale * v, 9)}' for labels, v in values.items()]
         return '\n'.join(lines) + '\n'
 
-    def _serve(self, images: Sequence[ImageSource]) -> Tuple[int, np.ndarray]:
+    def _request(self, images: Sequence[ImageSource], deadline: float) -> _Request:
+        runs = -(-len(images) // (self.session.batch_size or 1))  # a batch takes as long as a single image there
+        needs = list(map(self.session.preprocessing.needed, self._controller.resolutions))
+        formats, lengths, pixels = zip(*(work_of(image, needs) for image in images))
+        kind, prices = max(formats), self._reading.prices(sum(lengths), map(sum, zip(*pixels)))
+        self._expected_reading = self._reading.expected(kind, prices)
+        return _Request(deadline, runs, kind, prices, self._expected_reading)
+
+    def _decode(self, images: Sequence[ImageSource], request: _Request) -> Tuple[List[Image.Image], int]:
+        """Decode images for a size that is in time now, and return the largest size that these pixels serve."""
+        start = self._clock()
+        resolutions = self._controller.resolutions
+        with self._lock:
+            fitting = self._controller.largest(*self._outlook(start))
+        price = request.prices[resolutions.index(fitting)]
+        largest = next(r for r, other in zip(resolutions, request.prices) if other <= price)
+        decoded = [self.session.read(image, largest) for image in images]
+        seconds = self._clock() - start
+        with self._lock:
+            self._reading.observe(request.kind, price, seconds)
+            self._counts['reading'] += seconds
+            request.reading = [0.] * len(resolutions)
+        return decoded, largest
+
+    def _outlook(self, now: float) -> Tuple[List[float], List[int], List[List[float]]]:
+        """Return what the controller has to know of the line."""
+        return [r.deadline - now for r in self._line], [r.count for r in self._line], [r.reading for r in self._line]
+
+    def _serve(self, images: Sequence[Image.Image], largest: int) -> Tuple[int, np.ndarray]:
         start = self._clock()
         with self._lock:
-            line = list(self._line)
-            resolution = self._controller.choose([r.deadline - start for r in line], [r.count for r in line])
+            request, controller = self._line[0], self._controller
+            # A photograph whose decoding left room for less than the others does not hold them down.
+            choose = controller.choose if largest == controller.resolutions[0] else controller.largest
+            self._resolution = resolution = min(choose(*self._outlook(start)), largest)
         batch = np.stack([self.session.preprocess(image, resolution) for image in images])
         prepared = self._clock()
         try:
             logits = self.session.predict(batch)
         except NotFiniteError as e:
             raise NotFiniteError(e.path, resolution, e.logits, list(map(name_of, images))) from None
+        end = self._clock()
         with self._lock:
-            self._controller.observe(resolution, self._clock() - prepared, prepared - start, line[0].count)
+            self._controller.observe(resolution, end - prepared, prepared - start, request.count)
+            self._counts['network'] += end - start
         return resolution, logits
 
     @contextmanager
@@ -419,6 +344,8 @@ class AdaptiveSession(Closable):
         self._lock = threading.RLock()  # a signal handler may close it
         self._line: Deque[_Request] = deque()  # the request that is served, then those that wait
         self._counts = Counter()
+        self._resolution = self._controller.resolution
+        self._expected_reading = [0.] * len(self._controller.resolutions)
 
 
 def measure_latency(
@@ -452,3 +379,19 @@ def measure_latency(
         seconds.append(np.diff(times))
     overhead, *latency = np.median(seconds, axis=0).tolist()
     return dict(zip(session.resolutions, latency)), overhead
+
+
+def measure_reading(rounds: int = 5, clock: Callable[[], float] = time.perf_counter) -> Tuple[float, float]:
+    """Measure how many seconds a byte of a JPEG and a pixel that is decoded take here."""
+    width, height, file = 640, 480, io.BytesIO()
+    Image.effect_noise((width, height), 16).convert('RGB').save(file, 'JPEG', quality=90)
+    seconds = []
+    for _ in range(rounds):
+        times = [clock()]
+        for needed in (None, lambda *_: (1, 1)):  # all pixels, then 1 of 64
+            open_image(file, 'RGB', needed)
+            times.append(clock())
+        seconds.append(np.diff(times))
+    whole, scaled = np.median(seconds, axis=0).tolist()
+    pixels = max(whole - scaled, 0.) * 64 / 63  # seconds of all
+    return max(whole - pixels, 0.) / file.getbuffer().nbytes, pixels / (width * height)

@@ -1,5 +1,6 @@
 """How images are found and read, in training, evaluation and serving"""
 import io
+import operator
 import os
 import stat
 from typing import IO, Callable, List, Optional, Sequence, Tuple, Union
@@ -23,9 +24,11 @@ __all__ = [
     'open_image',
     'split_folder',
     'spread',
+    'work_of',
 ]
 
 ImageSource = Union[str, os.PathLike, bytes, bytearray, memoryview, IO[bytes], Image.Image]
+Needed = Callable[[int, int], Tuple[int, int]]
 
 # Formats of photographs, as far as Pillow has them; none of them needs another program.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'AVIF', 'HEIF', 'BMP', 'GIF', 'JPEG2000', 'PPM', 'TIFF')
@@ -51,7 +54,7 @@ class ImageError(UserError):
 def open_image(
         source: ImageSource,
         mode: str = 'RGB',
-        needed: Optional[Callable[[int, int], Tuple[int, int]]] = None,
+        needed: Optional[Needed] = None,
 ) -> Image.Image:
     """Return an image, decoded and converted; every image is read by this function.
 
@@ -64,13 +67,17 @@ def open_image(
         mode: RGB, L or another mode of 8 bits.
         needed: Returns from width and height how many pixels of each suffice. A JPEG is then decoded at the smallest
             of 1, 1/2, 1/4 and 1/8 of its size that has them; the image has this size as `full_size` and its divisor as
-            `divisor`. An image that was opened before keeps its pixels.
+            `divisor`. It is decoded again if it comes back with a need for more pixels. An image that was opened by
+            others keeps its pixels.
 
     Raises:
         ImageError: It is not an image in one of FORMATS, is damaged, has more than MAX_PIXELS or a larger aspect ratio
             than MAX_ASPECT, or the range of its pixels is unknown.
     """
     name = name_of(source)
+    if needed is not None and getattr(source, 'divisor', 1) > 1 and any(
+            more > side for more, side in zip(needed(*source.full_size), source.size)):
+        source = source.encoded
     try:
         image = source
         if not isinstance(source, Image.Image):
@@ -93,7 +100,35 @@ def open_image(
     if converted is not source:
         converted.filename = name  # for messages
         converted.full_size, converted.divisor = full_size, divisor
+        if divisor > 1:
+            converted.encoded = content
     return converted
+
+
+def work_of(source: ImageSource, needs: Sequence[Optional[Needed]]) -> Tuple[str, int, List[int]]:
+    """Return what open_image will decode: format, bytes of the file, and pixels for each need.
+
+    All are empty or 0 for an image that was opened before, and where there is no image, which open_image reports.
+
+    Args:
+        source: An image in memory.
+        needs: See open_image.
+    """
+    if isinstance(source, Image.Image):
+        return '', 0, [0] * len(needs)
+    file = source if isinstance(source, io.BytesIO) else io.BytesIO(source)
+    try:
+        image = Image.open(file, formats=_readable_formats())
+    except Exception:  # see open_image
+        return '', 0, [0] * len(needs)
+    pixels = []
+    for needed in needs:
+        scale = 1
+        if needed is not None and image.format in ('JPEG', 'MPO'):
+            scale = min(map(operator.floordiv, image.size, needed(*image.size)))
+        divisor = next((d for d in (8, 4, 2) if d <= scale), 1)
+        pixels.append(-(-image.width // divisor) * -(-image.height // divisor))
+    return image.format, file.getbuffer().nbytes, pixels
 
 
 def _readable_formats() -> List[str]:

@@ -1,7 +1,7 @@
 """timm's evaluation preprocessing with Pillow and NumPy only"""
 import math
 from dataclasses import dataclass
-from typing import Optional, Tuple
+from typing import Callable, Optional, Tuple
 
 import numpy as np
 from PIL import Image
@@ -95,9 +95,13 @@ class Preprocessing:
         Raises:
             ImageError: See open_image.
         """
+        return open_image(image, MODES[len(self.mean)], self.needed(resolution))
+
+    def needed(self, resolution: int) -> Optional[Callable[[int, int], Tuple[int, int]]]:
+        """Return the function that open_image takes: how many pixels of each side suffice. None for all of them."""
         margin = self._margin
-        return open_image(image, MODES[len(self.mean)], margin and (
-            lambda *size: tuple(math.ceil(margin * side) for side in self._resized(*size, resolution))))
+        return margin and (
+            lambda *size: tuple(math.ceil(margin * side) for side in self._resized(*size, resolution)))
 
     @property
     def _margin(self) -> Optional[float]:

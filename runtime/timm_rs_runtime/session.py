@@ -181,6 +181,8 @@ class Session(Closable):
     def read(self, image: ImageSource, resolution: Optional[int] = None) -> Image.Image:
         """Return an image that is decoded for a resolution, the largest if None, and for smaller ones.
 
+        It may be used at larger ones too: it is then decoded again if they need more of its pixels.
+
         Raises:
             ImageError: The image cannot be used.
             UserError: The network lacks this resolution.
