@@ -6,8 +6,9 @@
     python train_rs.py --dataset digits --model rs_resnet10t --resolutions 32 24 16 --epochs 10
 
 The flags are those of timm's train.py, and --resolutions, --distill, --loss-reduction, --small-steps,
---sizes-per-update, --private, --bn-statistics, --flip, --resample, --memory and --decoded-cache. From trained weights
-(--pretrained, --pretrained-path, --initial-checkpoint) some defaults differ, and the first lines of the log say which.
+--sizes-per-update, --private, --bn-statistics, --flip, --resample, --memory, --decode and --decoded-cache. From trained
+weights (--pretrained, --pretrained-path, --initial-checkpoint) some defaults differ, and the first lines of the log say
+which.
 The output folder holds args.yaml, summary.csv (accuracy at every resolution, of the ensemble, and their mean),
 label_names.txt if the data set names its classes, the last and the best checkpoints. With --resume auto a killed run
 continues as if it had not been killed.

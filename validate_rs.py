@@ -49,6 +49,7 @@ from timm_rs.resolutions import check_resolutions, neighbours
 from timm_rs_runtime.errors import KeyValues, OneLineParser, UserError, one_line_errors
 from timm_rs_runtime.fields import check_counts
 from timm_rs_runtime.files import atomic_write, check_new_file
+from timm_rs_runtime.preprocess import MARGINS
 from timm_rs_runtime.unreadable import MAX_UNREADABLE, ReadErrors
 
 _logger = logging.getLogger('validate')
@@ -94,6 +95,9 @@ def create_parser():
         help='end with an error beyond N unreadable images; up to N are left out (default: %(default)s)')
     add('--num-samples', default=None, type=int, metavar='N', help='images in an iterable split')
     add('--dataset-download', action='store_true', help='let data sets that can be downloaded do so')
+    add('--decode', default='exact', choices=tuple(MARGINS),
+        help='all pixels of an image (default), or a JPEG at the smallest scale that has twice the pixels on each side '
+             'that the largest size takes (scaled), or 1.25 times as many (fast)')
     add('--class-map', default='', metavar='FILE', help='file that maps class names to indices')
     add('--input-img-mode', default=None, help='PIL mode that images are converted to')
     add('--input-key', default=None, help='key of the image in a sample')
@@ -205,7 +209,7 @@ def main(argv=None):
             args.dataset, args.data_dir, args.split, class_map=args.class_map, download=args.dataset_download,
             num_samples=args.num_samples, batch_size=args.batch_size, input_key=args.input_key,
             target_key=args.target_key, trust_remote_code=args.dataset_trust_remote_code,
-            input_img_mode=choose_img_mode(in_chans, args.input_img_mode), seed=args.seed,
+            input_img_mode=choose_img_mode(in_chans, args.input_img_mode), seed=args.seed, decode=args.decode,
         )
         if not args.class_map:
             check_classes(args, dataset, model)

@@ -132,11 +132,12 @@ def test_other_images_have_a_cache_of_their_own(images, tmp_path, monkeypatch):
     os.utime(tmp_path / 'images' / 'train' / 'cat' / '0.jpg')
     run(tmp_path / 'images', tmp_path, 'b')
     run(tmp_path / 'images', tmp_path, 'c', '--decoded-cache-side', '40')
-    assert len([*(tmp_path / 'cache').glob('train-*')]) == 3
+    run(tmp_path / 'images', tmp_path, 'd', '--decode', 'fast')
+    assert len([*(tmp_path / 'cache').glob('train-*')]) == 4
     assert len([*(tmp_path / 'cache').glob('validation-*')]) == 1
     monkeypatch.setattr(cache, 'READER', cache.READER + 1)
-    run(tmp_path / 'images', tmp_path, 'd')
-    assert len([*(tmp_path / 'cache').glob('train-*')]) == 4
+    run(tmp_path / 'images', tmp_path, 'e')
+    assert len([*(tmp_path / 'cache').glob('train-*')]) == 5
     assert len([*(tmp_path / 'cache').glob('validation-*')]) == 2
 
 

@@ -85,11 +85,14 @@ KINDS = dict(
 )
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[*((kind, 'exact') for kind in KINDS), *((kind, 'scaled') for kind in KINDS)])
 def dataset(request, tmp_path):
-    if request.param == 'wds':
+    kind, decode = request.param
+    if kind == 'wds':
         pytest.importorskip('webdataset')
-    return create_dataset(**KINDS[request.param](tmp_path), input_img_mode='L')
+    dataset = create_dataset(**KINDS[kind](tmp_path), input_img_mode='L', decode=decode)
+    dataset.transform = Image.Image.copy  # which needs the pixels
+    return dataset
 
 
 @pytest.fixture

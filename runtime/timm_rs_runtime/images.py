@@ -3,7 +3,8 @@ import io
 import operator
 import os
 import stat
-from typing import IO, Callable, List, Optional, Sequence, Tuple, Union
+from contextlib import contextmanager
+from typing import IO, Callable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from PIL import Image
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 ImageSource = Union[str, os.PathLike, bytes, bytearray, memoryview, IO[bytes], Image.Image]
-Needed = Callable[[int, int], Tuple[int, int]]
+Needed = Callable[[int, int], Tuple[int, int]]  # pixels of width and height that suffice, of those that an image has
 
 # Formats of photographs, as far as Pillow has them; none of them needs another program.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'AVIF', 'HEIF', 'BMP', 'GIF', 'JPEG2000', 'PPM', 'TIFF')
@@ -78,31 +79,58 @@ def open_image(
     if needed is not None and getattr(source, 'divisor', 1) > 1 and any(
             more > side for more, side in zip(needed(*source.full_size), source.size)):
         source = source.encoded
-    try:
-        image = source
-        if not isinstance(source, Image.Image):
-            content = buffered(source)
-            file = io.BytesIO(content) if isinstance(content, _IN_MEMORY) else content
-            image = Image.open(file, formats=_readable_formats())
+    if not isinstance(source, Image.Image):
+        content = buffered(source)
+        image = decode(open_header(content), mode, needed, name)
+        if image.divisor > 1:
+            image.encoded = content
+        return image
+    with _explained(name):
+        _check_size(source, name)
+        source.load()
+    return source if source.mode == mode else decode(source, mode, None, name)
+
+
+def open_header(source: ImageSource) -> Image.Image:
+    """Return an image in a file whose size is known and checked, for `decode`.
+
+    Raises:
+        ImageError: See open_image.
+    """
+    name = name_of(source)
+    with _explained(name):
+        content = buffered(source)
+        file = io.BytesIO(content) if isinstance(content, _IN_MEMORY) else content
+        image = Image.open(file, formats=_readable_formats())
         _check_size(image, name)
+    return image
+
+
+def decode(image: Image.Image, mode: str, needed: Optional[Needed], name: str) -> Image.Image:
+    """Decode an image of `open_header`, once, and convert it; see open_image."""
+    with _explained(name):
         full_size, divisor = image.size, 1.
-        if needed is not None and image is not source:
+        if needed is not None:
             drafted = image.draft(mode, needed(*full_size))  # None if its format has no smaller scales
             divisor = full_size[0] / drafted[1][2] if drafted else divisor
         image.load()
         converted = image if image.mode == mode else _convert(image, mode, name)
+    converted.filename = name  # for messages
+    converted.full_size, converted.divisor = full_size, divisor
+    return converted
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Raise an ImageError whatever goes wrong."""
+    try:
+        yield
     except ImageError:
         raise
     except Image.UnidentifiedImageError:  # its message names an object in memory
         raise ImageError(f"{name} is not an image, expected one of {', '.join(_readable_formats())}.") from None
     except Exception as e:  # Pillow's readers have no common class of what damaged files make them raise
         raise ImageError(f'{name} cannot be read as an image: {str(e) or type(e).__name__}.') from e
-    if converted is not source:
-        converted.filename = name  # for messages
-        converted.full_size, converted.divisor = full_size, divisor
-        if divisor > 1:
-            converted.encoded = content
-    return converted
 
 
 def work_of(source: ImageSource, needs: Sequence[Optional[Needed]]) -> Tuple[str, int, List[int]]:

@@ -14,9 +14,10 @@ from timm.data.loader import fast_collate
 from timm.data.readers import img_extensions
 
 from timm_rs_runtime.errors import UserError
-from timm_rs_runtime.images import extensions, open_image, split_folder
+from timm_rs_runtime.images import extensions, split_folder
 
 from ..resolutions import check_resolutions
+from .lazy import read_image
 from .readers import ImageDataset, StreamDataset
 
 _PACKAGES = dict(wds='webdataset', hfds='datasets', hfids='datasets', tfds='tensorflow_datasets')
@@ -84,13 +85,20 @@ def describe(dataset: torch.utils.data.Dataset) -> str:
     return f'{len(dataset):,} images of {dataset.source}'
 
 
-def create_dataset(name: str, root: Optional[str], split: str, **kwargs: Any) -> torch.utils.data.Dataset:
+def create_dataset(
+        name: str,
+        root: Optional[str],
+        split: str,
+        decode: str = 'exact',
+        **kwargs: Any,
+) -> torch.utils.data.Dataset:
     """Return a data set of timm, or the digits.
 
     Args:
         name: 'digits', or a name of timm: '' for a folder or tar of class folders, 'hfds/...' and so on.
         root: Folder of the data set.
         split: Name of the split.
+        decode: How images are decoded: exact, scaled or fast, see timm_rs.data.lazy.
         **kwargs: Further arguments of timm.data.create_dataset.
 
     Returns:
@@ -122,12 +130,13 @@ def create_dataset(name: str, root: Optional[str], split: str, **kwargs: Any) ->
             dataset = timm_data.create_dataset(name, root=root, split=split, **kwargs)
     except (AssertionError, FileNotFoundError, NotADirectoryError, RuntimeError) as e:
         raise UserError(f'Cannot read split {split!r} of data set {name or root}: {e}') from e
+    read = partial(read_image, mode=mode, decode=decode)
     if isinstance(dataset, timm_data.IterableImageDataset):
-        dataset = StreamDataset(dataset.reader, kind, mode)
+        dataset = StreamDataset(dataset.reader, kind, read)
     elif isinstance(dataset, timm_data.ImageDataset):
-        dataset = ImageDataset(None, dataset.reader, input_img_mode=mode)
+        dataset = ImageDataset(dataset.reader, read)
     elif hasattr(dataset, 'loader'):  # torchvision's folders of images
-        dataset.loader = partial(open_image, mode=mode)
+        dataset.loader = read
     dataset.input_img_mode, dataset.source = mode, source
     return dataset
 

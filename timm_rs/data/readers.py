@@ -2,7 +2,7 @@
 import io
 import tarfile
 from functools import partial
-from typing import Any, Dict, Iterator, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple, Union
 
 from PIL import Image
 from timm import data as timm_data
@@ -11,7 +11,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import DataLoader, Dataset
 
 from timm_rs_runtime.errors import one_line
-from timm_rs_runtime.images import ImageError, name_of, open_image
+from timm_rs_runtime.images import ImageError, ImageSource, name_of
 from timm_rs_runtime.unreadable import ReadErrors
 
 from .._compat import wds_decoder
@@ -25,9 +25,17 @@ _PIXEL = b'P4 1 1 \0'  # an image, PPM
 class ImageDataset(timm_data.ImageDataset):
     """Images and labels of a folder, tar or table.
 
+    Args:
+        reader: timm's.
+        read: Returns an image from what it is in.
+
     Raises:
         ImageError: An image cannot be read; timm would give the next one.
     """
+
+    def __init__(self, reader: Reader, read: Callable[[ImageSource], Image.Image]):
+        super().__init__(None, reader)
+        self.read = read
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         try:
@@ -36,7 +44,7 @@ class ImageDataset(timm_data.ImageDataset):
             file, target = self.reader.samples[index] if is_folder else self.reader[index][:2]
         except (AssertionError, OSError, TypeError, tarfile.TarError) as e:  # timm's, of rows without an image
             raise ImageError(f'Image number {index} cannot be read: {one_line(e)}.') from e
-        image = open_image(file, self.input_img_mode)
+        image = self.read(file)
         if self.transform is not None:
             image = self.transform(image)
         return image, -1 if target is None else target
@@ -112,21 +120,22 @@ class StreamDataset(timm_data.IterableImageDataset):
     Args:
         reader: timm's.
         kind: wds, hfids or tfds, whose images TensorFlow decodes.
-        input_img_mode: PIL mode of the images.
+        read: Returns an image from what it is in.
     """
 
-    def __init__(self, reader: Reader, kind: str, input_img_mode: str = 'RGB'):
+    def __init__(self, reader: Reader, kind: str, read: Callable[[ImageSource], Image.Image]):
         super().__init__(None, reader=reader)
         self.kind = kind
-        self.input_img_mode = input_img_mode
+        self.read = read
         self.errors: Optional[ReadErrors] = None
         self.stand_in = False
 
     def __iter__(self) -> Iterator[Tuple[Any, Any]]:
-        waiting, sample = 0, None
+        waiting, last = 0, None
         for number, (source, target) in enumerate(self._sources()):
             try:
-                image = open_image(source, self.input_img_mode)
+                image = self.read(source)
+                images = [self._transformed(image) for _ in range(1 + waiting)]
             except ImageError as e:
                 if self.errors is None:
                     raise
@@ -134,14 +143,17 @@ class StreamDataset(timm_data.IterableImageDataset):
                 self.errors.report(f'number {number}' if name == name_of(None) else name, e)
                 if self.stand_in:
                     waiting += 1
-                    continue
-                yield _black(self), UNREADABLE
+                else:
+                    yield _black(self), UNREADABLE
                 continue
-            for _ in range(1 + waiting):
-                yield image if self.transform is None else self.transform(image), target
-            waiting, sample = 0, (image, target)
-        for _ in range(waiting if sample else 0):
-            yield self.transform(sample[0]), sample[1]
+            for each in images:
+                yield each, target
+            waiting, last = 0, (image, target)
+        for _ in range(waiting if last else 0):
+            yield self._transformed(last[0]), last[1]
+
+    def _transformed(self, image: Image.Image) -> Any:
+        return image if self.transform is None else self.transform(image)
 
     def _sources(self) -> Iterator[Tuple[Any, Any]]:
         """Give what open_image takes, and labels; timm's readers would open the images themselves."""

@@ -236,7 +236,7 @@ def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:
     )
     train_set = create_dataset(
         args.dataset, args.data_dir, args.train_split, is_training=True, batch_size=args.batch_size,
-        num_samples=args.train_num_samples, repeats=args.epoch_repeats, **common,
+        num_samples=args.train_num_samples, repeats=args.epoch_repeats, decode=args.decode, **common,
     )
     eval_set = create_dataset(
         args.dataset, args.data_dir, args.val_split, is_training=False,
@@ -393,7 +393,7 @@ def _decoded_loaders(
 
     train_set.transform = Squash(side)
     train = decode(
-        'train', samples[0], [((args.in_chans, side, side), 'uint8'), ((), 'float32')], {},
+        'train', samples[0], [((args.in_chans, side, side), 'uint8'), ((), 'float32')], dict(decode=args.decode),
         DataLoader(train_set, batch_size=64, num_workers=args.workers))
     eval_loader = create_eval_loader(eval_set, args.resolutions, 64, data_config, args.workers)
     evaluation = decode(

@@ -9,6 +9,7 @@ from timm.utils.distributed import world_info_from_env
 
 from timm_rs_runtime import fields
 from timm_rs_runtime.errors import KeyValues, OneLineParser, UserError, did_you_mean
+from timm_rs_runtime.preprocess import MARGINS
 from timm_rs_runtime.unreadable import MAX_UNREADABLE
 
 from ..data.datasets import INTERPOLATIONS
@@ -127,6 +128,10 @@ def create_parser() -> argparse.ArgumentParser:
     add('--target-key', default=None, help='key of the label in a sample')
     add('--dataset-trust-remote-code', action='store_true', help='let a HF data set run its own code')
 
+    add('--decode', default='exact', choices=tuple(MARGINS),
+        help='how training images are decoded: all of their pixels (default), or a JPEG at the smallest scale at which '
+             'its crop still has twice the width and height of the largest of --resolutions (scaled), or 1.25 times '
+             '(fast)')
     add('--decoded-cache', default='', metavar='DIR',
         help='decode the images of a folder once and keep them here; training crops and flips them on the device')
     add('--decoded-cache-side', type=int, default=None, metavar='N',
