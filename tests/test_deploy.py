@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -32,7 +33,7 @@ from timm_rs_runtime import (  # noqa: E402
     ort,
 )
 from timm_rs_runtime.predict import Predictor  # noqa: E402
-from timm_rs_runtime.session import MODES  # noqa: E402
+from timm_rs_runtime.session import MODES, ahead  # noqa: E402
 
 RESOLUTIONS = (64, 48, 32)
 TINY = dict(channels=[16, 16, 24, 32], stem_width=8)  # of whole and of partly filled blocks
@@ -121,6 +122,70 @@ def test_low_memory_holds_one_graph(file):
     opened = Session(file, threads=1, mode='low_memory')
     assert len({id(s) for s in opened._sessions.values()}) == 1
     assert len({id(s) for s in Session(file, threads=1)._sessions.values()}) == len(RESOLUTIONS)
+
+
+
+def test_many_images_are_read_while_the_network_runs(file, tmp_path, monkeypatch):
+    """40 images in runs of 16, 16 and 8: at least 32 are read before the end of the first, at most 40."""
+    paths = []
+    for i in range(40):
+        paths.append(tmp_path / f'{i}.png')
+        Image.effect_noise((40, 40), 50).save(paths[-1])
+    opened = Session(file, threads=1)
+    one_by_one = np.concatenate([opened.predict(path, 32) for path in paths])
+    read, runs, enough = [], [], threading.Event()
+    preprocess, run = opened.preprocess, opened._run
+
+    def count(image, resolution):
+        read.append(image)
+        if len(read) == 32:
+            enough.set()
+        return preprocess(image, resolution)
+
+    def wait(session, images):
+        assert enough.wait(10)
+        runs.append(len(images))
+        return run(session, images)
+
+    monkeypatch.setattr(opened, 'preprocess', count)
+    monkeypatch.setattr(opened, '_run', wait)
+    np.testing.assert_allclose(opened.predict(paths, 32), one_by_one, atol=1e-5)
+    assert read == paths and runs == [16, 16, 8]
+    monkeypatch.undo()
+    cascade = CascadeSession(opened, {32: 1., 64: 0.}).predict(paths)
+    np.testing.assert_allclose(cascade.logits, opened.predict(paths, 64), atol=1e-5)
+    assert cascade.resolutions.tolist() == [64] * 40
+    paths[20] = tmp_path / 'missing.png'
+    for predict in (opened.predict, CascadeSession(opened, {64: 0.}).predict):
+        with pytest.raises(ImageError, match='missing.png does not exist'):
+            predict(paths)
+    assert not [thread for thread in threading.enumerate() if 'ThreadPool' in thread.name]
+
+
+def test_one_image_needs_no_thread(file, monkeypatch):
+    opened = Session(file, threads=1)
+    monkeypatch.setattr(threading.Thread, 'start', lambda self: pytest.fail('a thread'))
+    assert opened.predict([Image.new('RGB', (9, 9))] * 16).shape[0] == 16
+
+
+def test_few_items_are_made_ahead():
+    made = []
+
+    def make():
+        for i in range(9):
+            if i == 6:
+                raise ImageError('6')
+            made.append(i)
+            yield i
+
+    found = []
+    with pytest.raises(ImageError, match='^6$'):
+        for i in ahead(make()):
+            assert len(made) <= i + 3  # this one and two more
+            found.append(i)
+    assert found == made == list(range(6))
+    assert next(ahead(iter(range(10 ** 9)))) == 0  # and left
+    assert list(ahead([])) == []
 
 
 def test_threads_share_a_session(model, file):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from timm_rs.export.export import export_switchable  # noqa: E402
 from timm_rs_cli import main  # noqa: E402
 from timm_rs_runtime import Cascade, Session  # noqa: E402
 from timm_rs_runtime.cascade import softmax, write_cascade  # noqa: E402
-from timm_rs_runtime.predict import top  # noqa: E402
+from timm_rs_runtime.predict import Predictor, top  # noqa: E402
 
 
 @pytest.fixture(scope='module')
@@ -57,6 +58,7 @@ def predict(capsys, *argv, code=None):
 def test_runs_where_there_is_no_torch(file, folder, image, code):
     program = f"""
 import sys
+import threading
 sys.modules.update(dict.fromkeys(['torch', 'torchvision', 'onnx', 'safetensors', 'huggingface_hub']))
 from timm_rs_cli import main
 main(['predict', {str(folder / image)!r}, '--model', {file!r}, '--threads', '1'])
@@ -117,6 +119,37 @@ def test_folders_and_json(file, folder, capsys):
     logits = Session(file, threads=1).predict(folder / 'a.png')[0]
     assert rows[0]['top'] == top(logits, [f'class {i}' for i in range(10)])
     assert 'nowhere.jpg does not exist' in rows[3]['error']
+
+
+@pytest.mark.parametrize('size', [('--resolution', '64'), ('--cascade',)])
+def test_the_next_images_are_read_meanwhile(file, tmp_path, capsys, monkeypatch, size):
+    """The second is read before the first is answered, the fourth is not."""
+    if size == ('--cascade',):
+        write_cascade(tmp_path / 'c.json', Cascade({32: 1., 64: 0.}))
+        size = (*size, tmp_path / 'c.json')
+    names, read, seen, second = 'abcdef', [], [], threading.Event()
+    for name in names:
+        Image.effect_noise((40, 40), 50).save(tmp_path / f'{name}.png')
+    (tmp_path / 'c.png').write_text('nothing')
+
+    def count(self, image, read_one=Predictor.read):
+        read.append(image[-5])
+        if len(read) == 2:
+            second.set()
+        return read_one(self, image)
+
+    def answer(self, image, answer_one=Predictor.__call__):
+        assert second.wait(10)
+        seen.append(len(read))
+        return answer_one(self, image)
+
+    monkeypatch.setattr(Predictor, 'read', count)
+    monkeypatch.setattr(Predictor, '__call__', answer)
+    lines, errors = predict(capsys, tmp_path, '--model', file, *size, '--json', code=1)
+    rows = [json.loads(line) for line in lines]
+    assert [row['image'][-5] for row in rows] == read == list(names)
+    assert ['error' in row for row in rows] == [False, False, True, False, False, False]
+    assert 2 <= seen[0] <= 3 and max(seen) == 6
 
 
 def test_an_empty_folder_is_an_error(file, tmp_path, capsys):

@@ -10,13 +10,14 @@ from functools import partial
 from typing import Any, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
+from PIL import Image
 
 from . import fields
 from .errors import UserError
 from .files import atomic_write
 from .images import ImageSource, name_of
 from .lifetime import Closable
-from .session import NotFiniteError, Session, image_list
+from .session import IMAGES_AT_A_TIME, NotFiniteError, Session, image_list, read_in_chunks
 
 __all__ = ['Cascade', 'CascadePrediction', 'CascadeSession', 'read_cascade', 'softmax', 'write_cascade']
 
@@ -122,7 +123,7 @@ class CascadeSession(Closable):
             self.session.close()
 
     def predict(self, images: Union[ImageSource, Sequence[ImageSource]]) -> CascadePrediction:
-        """Answer images; only the unsure ones of a batch go on to the next size.
+        """Answer images; only the unsure ones go on to the next size. The next ones are read while the network runs.
 
         An answer that is not finite does not count: its image goes on, and fails after the last size.
 
@@ -134,7 +135,13 @@ class CascadeSession(Closable):
             UserError: See Session.predict.
         """
         self._check_open()
-        images = [self.session.read(image, self.cascade.resolutions[-1]) for image in image_list(images)]
+        read = partial(self.session.read, resolution=self.cascade.resolutions[-1])
+        opened = read_in_chunks(read, image_list(images), IMAGES_AT_A_TIME)
+        answers = [self._answer(chunk) for chunk in opened] or [self._answer([])]
+        return CascadePrediction(*map(np.concatenate, zip(*answers)))
+
+    def _answer(self, images: Sequence[Image.Image]) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return logits, size and multiply-adds of each image."""
         logits = np.zeros((len(images), self.session.num_classes), np.float32)
         counts = np.zeros((len(images), 1), np.float32)  # of sizes whose answer counts
         sizes = np.zeros(len(images), int)
@@ -161,7 +168,7 @@ class CascadeSession(Closable):
         if len(unsure):
             names = [name_of(images[i]) for i in unsure]
             raise NotFiniteError(self.session.path, resolution, found[goes_on], names)
-        return CascadePrediction(logits, sizes, madds)
+        return logits, sizes, madds
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

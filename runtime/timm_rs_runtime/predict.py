@@ -11,7 +11,7 @@ from .adaptive import AdaptiveSession
 from .cascade import CascadeSession, softmax
 from .errors import UserError, one_line
 from .images import ImageError, ImageSource, buffered, find_images
-from .session import Session
+from .session import Session, ahead
 
 __all__ = ['Predictor', 'find_sources', 'predict_all', 'top']
 
@@ -48,6 +48,16 @@ class Predictor:
         self._resolution = session.check_resolution(resolution)
         self._adaptive = None if budget_ms is None else AdaptiveSession(session, budget_ms)
         self._cascade = None if cascade is None else CascadeSession(session, cascade)
+        if self._cascade is not None:
+            self._resolution = self._cascade.cascade.resolutions[-1]
+
+    def read(self, image: ImageSource) -> ImageSource:
+        """Return an image that is decoded as far as that can be done before it is answered.
+
+        Raises:
+            UserError: The image cannot be used.
+        """
+        return image if self._adaptive is not None else self.session.read(image, self._resolution)
 
     def __call__(self, image: ImageSource) -> Tuple[np.ndarray, int, float]:
         """Return logits [num_classes], the size and milliseconds, the reading of the image included.
@@ -107,7 +117,7 @@ def predict_all(
 ) -> int:
     """Print the answer for each image: its top classes, or a line of JSON.
 
-    An image that fails is a line on stderr, or a line of JSON with an 'error'.
+    An image that fails is a line on stderr, or a line of JSON with an 'error'. The next ones are read meanwhile.
 
     Args:
         predictor: Answers.
@@ -123,11 +133,21 @@ def predict_all(
     for stream in (sys.stdout, sys.stderr):  # names of files may hold bytes that are not text
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
-    for name, image in find_sources(names):
+
+    def read(source: Tuple[str, Any]) -> Tuple[str, Any, float]:
+        (name, image), start = source, time.perf_counter()
         try:
-            if isinstance(image, ImageError):
+            image = image if isinstance(image, UserError) else predictor.read(image)
+        except UserError as e:
+            image = e
+        return name, image, 1e3 * (time.perf_counter() - start)
+
+    for name, image, reading in ahead(map(read, find_sources(names))):
+        try:
+            if isinstance(image, UserError):
                 raise image
             logits, resolution, milliseconds = predictor(image)
+            milliseconds += reading
             best = top(logits, predictor.session.class_names, k)
             row = dict(image=name, resolution=resolution, milliseconds=round(milliseconds, 3), top=best)
         except UserError as e:

@@ -1,9 +1,11 @@
 """An exported network at work in ONNX Runtime, without torch"""
 import os
 import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union
 
 import numpy as np
 from PIL import Image
@@ -19,6 +21,8 @@ __all__ = ['MODES', 'NotFiniteError', 'Session']
 
 MODES = ('fast', 'low_memory')
 MAX_IMAGES = 4096  # of a request
+IMAGES_AT_A_TIME = 16  # that are read while the network runs those before
+_Item = TypeVar('_Item')
 
 
 class NotFiniteError(UserError):
@@ -66,7 +70,7 @@ class Session(Closable):
         preprocessing: What is done to an image; None if the channels are not those of one: it takes only batches then.
         mean: Pixel mean of each channel, of values in [0, 1].
         std: Pixel standard deviation of each channel.
-        batch_size: Images that are run at a time, if the file takes only batches of one size; None for any number.
+        batch_size: Images of a run, if the file takes only batches of one size; None for any number.
         metadata: What the file records about itself.
 
     Raises:
@@ -131,7 +135,7 @@ class Session(Closable):
             images: Union[ImageSource, Sequence[ImageSource], np.ndarray],
             resolution: Optional[int] = None,
     ) -> np.ndarray:
-        """Return the logits of images.
+        """Return the logits of images. The next ones are read while the network runs.
 
         Args:
             images: An image or a list of them, each the name of a file, a binary file or a PIL image; or a preprocessed
@@ -150,21 +154,22 @@ class Session(Closable):
                 MAX_IMAGES images.
         """
         sessions = self._opened()
-        sources = None
         if isinstance(images, np.ndarray):
             resolution = self._check_batch(images, resolution)
+            names = (f'image {i} of the batch' for i in range(len(images)))
+            size = self.batch_size or max(len(images), 1)
+            batches = (images[i:i + size] for i in range(0, len(images), size))
         else:
-            sources = image_list(images)
+            images = image_list(images)
             resolution = self.check_resolution(resolution)
-            images = [self.preprocess(source, resolution) for source in sources]
-        if not len(images):
+            names = map(name_of, images)
+            batches = read_in_chunks(
+                lambda image: self.preprocess(image, resolution), images, self.batch_size or IMAGES_AT_A_TIME)
+        runs = [self._run(sessions[resolution], np.asarray(batch)) for batch in batches]
+        if not runs:
             return np.zeros((0, self.num_classes), np.float32)
-        images = np.asarray(images)
-        size = self.batch_size or len(images)
-        runs = [self._run(sessions[resolution], images[i:i + size]) for i in range(0, len(images), size)]
         logits = np.concatenate(runs)
         if not np.isfinite(logits).all():
-            names = map(name_of, sources) if sources else (f'image {i} of the batch' for i in range(len(images)))
             raise NotFiniteError(self.path, resolution, logits, list(names))
         return logits
 
@@ -268,3 +273,30 @@ def image_list(images: Union[ImageSource, Iterable[ImageSource]]) -> List[ImageS
     images = list(islice(images, MAX_IMAGES + 1))
     fields.check_argument('The number of images', len(images), fields.integer(0, MAX_IMAGES))
     return images
+
+
+def read_in_chunks(read: Callable[[ImageSource], Any], images: Sequence[ImageSource], size: int) -> Iterator[List]:
+    """Give what images become by `read`, in lists of at most `size`, each of which is made while the last is used."""
+    starts = range(0, len(images), size)
+    chunks = (list(map(read, images[i:i + size])) for i in starts)
+    return ahead(chunks) if len(starts) > 1 else chunks
+
+
+def ahead(items: Iterable[_Item], most: int = 2) -> Iterator[_Item]:
+    """Give the items of an iterator, which makes up to `most` of the next ones in a thread meanwhile.
+
+    An error is raised in the place of the item. ONNX Runtime and the decoders of Pillow let other threads work.
+
+    Example:
+        >>> list(ahead(i * i for i in range(3)))
+        [0, 1, 4]
+    """
+    items, end = iter(items), object()
+    pool = ThreadPoolExecutor(1)
+    try:
+        waiting = deque(pool.submit(next, items, end) for _ in range(most))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(pool.submit(next, items, end))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)
