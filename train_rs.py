@@ -46,7 +46,7 @@ from timm_rs.train.options import parse_args
 from timm_rs.train.preemption import Preempted, Preemption
 from timm_rs.train.resume import claim_output, resume_run
 from timm_rs.train.saver import AtomicCheckpointSaver, Progress
-from timm_rs.train.summary import append_summary, trim_summary
+from timm_rs.train.summary import append_summary
 from timm_rs_runtime.errors import UserError, one_line_errors
 from timm_rs_runtime.files import atomic_write
 
@@ -165,7 +165,6 @@ def set_up(args, flags, held):
         saver = AtomicCheckpointSaver(
             model=model, optimizer=optimizer, args=args, amp_scaler=loss_scaler, checkpoint_dir=output_dir,
             recovery_dir=output_dir, decreasing=decreasing, max_history=args.checkpoint_hist, task=task)
-        trim_summary(os.path.join(output_dir, 'summary.csv'), progress.epoch)
         if resume and os.path.dirname(resume) == output_dir:
             saver.resume(checkpoint, output.whole)
         with atomic_write(os.path.join(output_dir, 'args.yaml'), overwrite=True) as f:

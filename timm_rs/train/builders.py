@@ -283,7 +283,7 @@ def build_loaders(
         eval_set: Dataset,
 ) -> Loaders:
     """Build loaders for training as timm's train.py does, and one for evaluation at all resolutions in one pass."""
-    data_config = resolve_input_data_config(model, args=_data_args(args), verbose=args.rank == 0)
+    data_config = _data_config(args, model, verbose=args.rank == 0)
     mixup = collate = None
     prefetcher = not args.no_prefetcher and not args.decoded_cache
     if is_mixing(args):
@@ -464,7 +464,7 @@ def _build_teachers(args: argparse.Namespace, model: nn.Module, device: torch.de
         networks.append(network.at(network.resolutions[0]) if isinstance(network, SwitchableMixin) else network)
     if not networks:
         return None
-    data_config = resolve_input_data_config(model, args=_data_args(args))
+    data_config = _data_config(args, model)
     return FixedTeachers(
         networks, data_config['mean'], data_config['std'], args.kd_temperature, args.task_loss_weight,
         args.distill_loss_weight, args.label_free)
@@ -506,12 +506,13 @@ def name_flags(args: argparse.Namespace, *flags: str) -> Iterator[None]:
 def _train_interpolation(args: argparse.Namespace, model: nn.Module) -> str:
     """Return how training images are resized; as in evaluation if it is drawn at random for each image."""
     names = [] if args.no_aug else [args.train_interpolation]
-    names.append(resolve_input_data_config(model, args=_data_args(args))['interpolation'])
+    names.append(_data_config(args, model)['interpolation'])
     return next((name for name in names if name in ResolutionPyramid.INTERPOLATIONS), 'bicubic')
 
 
-def _data_args(args: argparse.Namespace) -> Dict[str, Any]:
-    """Return the flags that timm's data configuration takes."""
+def _data_config(args: argparse.Namespace, model: nn.Module, verbose: bool = False) -> Dict[str, Any]:
+    """Return timm's data configuration of the model and the flags."""
     size = (args.in_chans, args.resolutions[0], args.resolutions[0])
     chosen = {k: getattr(args, k) for k in ('mean', 'std', 'interpolation', 'crop_pct')}
-    return dict(input_size=size, **{k: v for k, v in chosen.items() if v})
+    flags = dict(input_size=size, **{k: v for k, v in chosen.items() if v})
+    return resolve_input_data_config(model, args=flags, verbose=verbose)

@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 from dataclasses import dataclass, field
-from typing import Any, Container, Dict, List, Optional, Tuple
+from typing import Any, Container, Dict, List, Optional
 
 from timm.utils import CheckpointSaver
 
@@ -72,12 +72,7 @@ class AtomicCheckpointSaver(CheckpointSaver):
                 self.best_epoch = int(path.removesuffix(self.extension).rpartition('-')[2])
                 self._duplicate(path, best)
         recovery = os.path.join(glob.escape(self.recovery_dir), f'{self.recovery_prefix}-*{self.extension}')
-        files = sorted(glob.glob(recovery), key=_recovery_position)
+        files = sorted(glob.glob(recovery), key=lambda path: list(map(int, re.findall(r'\d+', os.path.basename(path)))))
         self.prev_recovery_file, self.curr_recovery_file = ([''] * 2 + files)[-2:]
         if metric is not None:
             self.save_checkpoint(epoch, metric)
-
-
-def _recovery_position(path: str) -> Tuple[int, int]:
-    match = re.search(r'-(\d+)-(\d+)\.pth\.tar$', path)
-    return (int(match.group(1)), int(match.group(2))) if match else (-1, -1)

@@ -1,4 +1,5 @@
 """The multi-resolution step as a timm training task"""
+import copy
 from dataclasses import asdict
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -111,24 +112,15 @@ class MultiResolutionTask(ClassificationTask):
         Args:
             input: Augmented images [N, C, H, W] at the largest resolution, of which 32 are enough.
         """
-        model, found = unwrap_model(self.trainable_module), []
-        layers = {m: m.track_running_stats for m in model.modules() if isinstance(m, BatchNorm)}
-        training, resolution = self.training, model.resolution
-        model.eval()
+        model, found = copy.deepcopy(unwrap_model(self.trainable_module)).eval(), []
         for x in self.pyramid(input[:32]):
             model.switch_to(x.shape[-1])
             features = []
             for mode in (False, True):
                 _use_batch_statistics(model, mode)
-                for layer, tracks in layers.items():
-                    layer.track_running_stats = tracks and not mode  # those of the batch leave no trace
                 pooled = model.forward_head(model.forward_features(x), pre_logits=True).flatten(1).float()
                 features.append(pooled - pooled.mean(0))
             found.append(torch.cosine_similarity(*features).mean().item())
-        for layer, tracks in layers.items():
-            layer.track_running_stats = tracks
-        model.switch_to(resolution)
-        self.train(training)
         return found
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
