@@ -14,12 +14,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('-o', '--output', required=True, metavar='FILE', help='file to write')
     add('--overwrite', action='store_true', help='replace a file of this name')
-    add('--format', default='onnx', choices=('onnx', 'torch-export', 'torchscript'), help='default: %(default)s')
+    add('--format', default='onnx', choices=('onnx', 'executorch', 'torch-export', 'torchscript'),
+        help='default: %(default)s')
     add('--resolution', type=int, metavar='N',
-        help='take this resolution out (default: one file for all of them, ONNX only)')
+        help='take this resolution out (default: one file for all of them, ONNX or ExecuTorch)')
     batch = parser.add_mutually_exclusive_group()
-    batch.add_argument('--batch-size', type=int, metavar='N', help='images of a batch, with --resolution')
-    batch.add_argument('--dynamic-batch', action='store_true', help='batches of any number of images (the default)')
+    batch.add_argument('--batch-size', type=int, metavar='N', help='images of a batch, with --resolution or ExecuTorch')
+    batch.add_argument('--dynamic-batch', action='store_true', help='batches of any number of images (the default, except of ExecuTorch: 1)')
     add('--tolerance', type=float, default=0., metavar='X',
         help='accept differences of logits between network and file up to X (default: what float32 rounding explains)')
     add('--quantize', choices=('int8',), help='all resolutions in int8, with --data-dir')
@@ -29,13 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from timm_rs.export import export_int8, export_resolution, export_switchable
+    from timm_rs.export import export_executorch, export_int8, export_resolution, export_switchable
     from timm_rs_runtime.images import find_images, split_folder
     from timm_rs_runtime.unreadable import ReadErrors
 
-    if args.resolution is None and (args.format != 'onnx' or args.batch_size):
+    is_program = args.format == 'executorch'
+    if is_program and (args.resolution is not None or args.dynamic_batch):
+        what = '--dynamic-batch' if args.dynamic_batch else '--resolution'
+        raise UserError(f'--format executorch does not go with {what}: it has all resolutions and a fixed batch size.')
+    if args.resolution is None and not is_program and (args.format != 'onnx' or args.batch_size):
         what = f'--format {args.format}' if args.format != 'onnx' else '--batch-size'
-        raise UserError(f'{what} needs --resolution: one file for all resolutions is ONNX, of any batch size.')
+        raise UserError(
+            f'{what} needs --resolution: one file for all resolutions is ONNX, of any batch size, or ExecuTorch.')
     if bool(args.quantize) != bool(args.data_dir):
         raise UserError('--quantize int8 and --data-dir DIR need each other.')
     if args.quantize and args.resolution is not None:
@@ -46,14 +52,19 @@ def run(args: argparse.Namespace) -> None:
         folder = split_folder(args.data_dir, args.split)
         images, errors = find_images(folder, args.images), ReadErrors(args.max_unreadable)
     model = load(args).model
+    common = dict(class_names=labels, overwrite=args.overwrite)
+    if is_program:
+        common.update(batch_size=args.batch_size or 1)
     if args.quantize:
-        found = export_int8(model, args.output, images, labels, overwrite=args.overwrite, errors=errors)
+        export = export_executorch if is_program else export_int8
+        found = export(model, args.output, images, errors=errors, **common)
         count = len(images) - len(errors.names)
         print_read(count, len(errors.names), folder)
         lines = {r: f"top-1 of {row['agreement']:.1%} of {count} images as the network's, "
                     f"logits {row['error']:.1%} off" for r, row in found.items()}
     elif args.resolution is None:
-        errors = export_switchable(model, args.output, labels, args.tolerance, args.overwrite)
+        export = export_executorch if is_program else export_switchable
+        errors = export(model, args.output, tolerance=args.tolerance, **common)
         lines = {r: f'differs from the network by at most {error:.2g}' for r, error in errors.items()}
     else:
         error = export_resolution(

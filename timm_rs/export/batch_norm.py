@@ -9,7 +9,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .._compat import BatchNorm
 
-__all__ = ['fuse_batch_norms', 'reduce_batch_norms']
+__all__ = ['fuse_batch_norms', 'reduce_batch_norms', 'split_batch_norms']
 
 
 def reduce_batch_norms(network: nn.Module) -> nn.Module:
@@ -63,6 +63,32 @@ def fuse_batch_norms(network: nn.Module, images: torch.Tensor) -> nn.Module:
                 conv = pairs[bn]
                 conv.weight, conv.bias = fuse_conv_bn_weights(
                     conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
-                rest = [m for n, m in bn.named_children() if n in ('drop', 'act') and not isinstance(m, nn.Identity)]
-                setattr(parent, name, nn.Sequential(*rest) if rest else nn.Identity())
+                setattr(parent, name, _without_norm(bn))
     return network
+
+
+class _ScaleAndShift(nn.Module):
+    def __init__(self, bn: nn.Module):
+        super().__init__()
+        self.register_buffer('scale', bn.weight.data)
+        self.register_buffer('shift', bn.bias.data)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = (-1, *(1,) * (x.dim() - 2))
+        return x * self.scale.view(shape) + self.shift.view(shape)
+
+
+def split_batch_norms(network: nn.Module) -> nn.Module:
+    """Return a copy for inference whose BatchNorms are a multiplication and an addition."""
+    network = reduce_batch_norms(network)
+    for parent in list(network.modules()):
+        for name, bn in list(parent.named_children()):
+            if isinstance(bn, BatchNorm) and bn.track_running_stats:
+                setattr(parent, name, nn.Sequential(_ScaleAndShift(bn), _without_norm(bn)))
+    return network
+
+
+def _without_norm(bn: nn.Module) -> nn.Module:
+    """Return what timm's layers do after the normalization."""
+    rest = [m for n, m in bn.named_children() if n in ('drop', 'act') and not isinstance(m, nn.Identity)]
+    return nn.Sequential(*rest) if rest else nn.Identity()

@@ -25,7 +25,7 @@ from .describe import describe, set_metadata
 from .trace import ExportError, quiet, trace_onnx, trace_program, trace_torchscript
 from .verify import Run, compare_int8, verify
 
-__all__ = ['FORMATS', 'export_int8', 'export_resolution', 'export_switchable']
+__all__ = ['FORMATS', 'export_executorch', 'export_int8', 'export_resolution', 'export_switchable']
 
 FORMATS = ('onnx', 'torch-export', 'torchscript')
 
@@ -98,9 +98,7 @@ def export_int8(
     if not images:
         raise UserError('There are no images to measure the ranges of activations on.')
     plain, metadata = _take_all(model, class_names)
-    name, channels = metadata['architecture'], len(metadata['mean'])
-    if channels not in MODES:
-        raise UserError(f'The ranges of activations are measured on images, but {name} takes {channels} channels.')
+    name = metadata['architecture']
     graph = _trace_all(plain, name)
     batches = _read(images, batch_size, metadata, errors or ReadErrors(0))
     from .int8 import Int8Error, measure_ranges, to_int8  # needs onnx
@@ -113,6 +111,59 @@ def export_int8(
     with atomic_path(path, overwrite) as partial:
         run = _save_onnx(build(graph), dict(metadata, precision='int8'), partial)
         return compare_int8(run, plain, batches, name)
+
+
+def export_executorch(
+        model: nn.Module,
+        path: str,
+        images: Sequence[Any] = (),
+        class_names: Optional[Sequence[str]] = None,
+        batch_size: int = 1,
+        tolerance: float = 0.,
+        overwrite: bool = False,
+        errors: Optional[ReadErrors] = None,
+) -> Dict[int, Any]:
+    """Write one ExecuTorch program with a method for each resolution, see timm_rs.export.executorch.
+
+    The method forward_160 takes images [batch_size, C, 160, 160], contiguous in memory; `resolutions` returns the sizes
+    and `metadata` the preprocessing and the class names as JSON.
+
+    Args:
+        model: Switchable network.
+        path: File to write, complete or not at all.
+        images: If given the program is in int8, see export_int8.
+        batch_size: Images of a batch.
+        class_names, tolerance, overwrite: See export_switchable.
+        errors: See export_int8.
+
+    Returns:
+        As export_switchable, or with images as export_int8.
+
+    Raises:
+        ExportError: The network cannot be traced or lowered, or differs from its file.
+        UserError: The network is not switchable, a weight is not finite, or the number of names is wrong.
+    """
+    check_new_file(path, overwrite)
+    if batch_size < 1:
+        raise UserError(f'batch_size is {batch_size}, expected a positive number.')
+    plain, metadata = _take_all(model, class_names)
+    from .executorch import load, lower, trace_float, trace_int8  # needs executorch
+
+    if images:
+        metadata['precision'] = 'int8'
+        batches = _read(images, batch_size, metadata, errors or ReadErrors(0))
+        batches = {r: [b for b in some if len(b) == batch_size] for r, some in batches.items()}
+        if not all(batches.values()):
+            raise UserError(f'There are fewer images than batch_size, {batch_size}.')
+        programs = trace_int8(plain, batches)
+    else:
+        programs = trace_float(plain, batch_size)
+    with atomic_path(path, overwrite) as partial:
+        lower(programs, metadata, partial)
+        run = load(partial)
+        if images:
+            return compare_int8(run, plain, batches, metadata['architecture'])
+        return verify(run, plain, metadata['architecture'], tolerance, (batch_size,))
 
 
 def export_resolution(
@@ -188,7 +239,11 @@ def _read(
         errors: ReadErrors,
 ) -> Dict[int, List[np.ndarray]]:
     """Return the preprocessed batches of each resolution, without the images that cannot be read."""
-    preprocessing, mode = preprocessing_of(metadata), MODES[len(metadata['mean'])]
+    channels = len(metadata['mean'])
+    if channels not in MODES:
+        raise UserError(
+            f"The ranges of activations are measured on images, but {metadata['architecture']} takes {channels} channels.")
+    preprocessing, mode = preprocessing_of(metadata), MODES[channels]
     batches = {resolution: [] for resolution in metadata['resolutions']}
     for i in range(0, len(images), batch_size):
         opened = [errors.open(image, mode) for image in images[i:i + batch_size]]

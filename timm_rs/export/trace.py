@@ -13,7 +13,8 @@ from timm_rs_runtime.errors import UserError, one_line
 from .._compat import get_model_input_config
 from .batch_norm import fuse_batch_norms
 
-__all__ = ['ExportError', 'example_images', 'quiet', 'trace_onnx', 'trace_program', 'trace_torchscript']
+__all__ = [
+    'ExportError', 'example_images', 'quiet', 'trace_onnx', 'trace_program', 'trace_torchscript', 'tracing']
 
 OPSET = 17
 
@@ -41,7 +42,7 @@ def trace_onnx(network: nn.Module, resolution: int, batch_size: Optional[int] = 
     file = io.BytesIO()
     mode = torch.onnx.TrainingMode.EVAL if fuse else torch.onnx.TrainingMode.PRESERVE  # the latter fuses nothing
     options = {} if batch_size else dict(dynamic_axes={'images': {0: 'batch'}, 'logits': {0: 'batch'}})
-    with _tracing(network, resolution):
+    with tracing(network, resolution):
         # The exporter of torch.export writes a BatchNorm's parts in as many nodes, and takes ten times as long.
         torch.onnx.export(
             network, (example_images(network, resolution, batch_size or 2),), file, dynamo=False, training=mode,
@@ -53,14 +54,14 @@ def trace_program(network: nn.Module, resolution: int, batch_size: Optional[int]
     """Return the torch.export program of a plain network at one size, see trace_onnx; its BatchNorms are fused."""
     images = example_images(network, resolution, batch_size or 2)
     shapes = None if batch_size else ({0: torch.export.Dim('batch')},)
-    with _tracing(network, resolution):
+    with tracing(network, resolution):
         return torch.export.export(fuse_batch_norms(network, images), (images,), dynamic_shapes=shapes)
 
 
 def trace_torchscript(network: nn.Module, resolution: int, batch_size: Optional[int] = None) -> Any:
     """Return the TorchScript of a plain network at one size, see trace_onnx; its BatchNorms are fused."""
     images = example_images(network, resolution, batch_size or 2)
-    with _tracing(network, resolution), torch.no_grad():
+    with tracing(network, resolution), torch.no_grad():
         return torch.jit.freeze(torch.jit.trace(fuse_batch_norms(network, images), images))
 
 
@@ -98,7 +99,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _tracing(network: nn.Module, resolution: int) -> Iterator[None]:
+def tracing(network: nn.Module, resolution: int) -> Iterator[None]:
     """Trace quietly; what tracers raise, which has no common class, becomes an ExportError."""
     try:
         with quiet():
