@@ -10,11 +10,11 @@ from fuzzing import KINDS, fuzz, judge, mutate, mutate_value, run  # noqa: E402
 
 
 @pytest.mark.slow
-def test_300_mutated_files_are_answered_or_refused_in_one_line():
-    found = fuzz(300)
+def test_150_mutated_files_are_answered_or_refused_in_one_line():
+    found = fuzz(150)
     assert not found['wrong']
     answers = {kind: counts.get('answered', 0) + counts.get('refused', 0) for kind, counts in found['counts'].items()}
-    assert sum(answers.values()) >= 290 and min(answers.values()) >= 25 and set(answers) == set(KINDS)
+    assert sum(answers.values()) >= 145 and min(answers.values()) >= 12 and set(answers) == set(KINDS)
 
 
 def test_mutations_follow_from_the_seed_and_change_something():

@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='take this resolution out (default: one file for all of them, ONNX or ExecuTorch)')
     batch = parser.add_mutually_exclusive_group()
     batch.add_argument('--batch-size', type=int, metavar='N', help='images of a batch, with --resolution or ExecuTorch')
-    batch.add_argument('--dynamic-batch', action='store_true', help='batches of any number of images (the default, except of ExecuTorch: 1)')
+    batch.add_argument('--dynamic-batch', action='store_true',
+        help='batches of any number of images (the default; one image with ExecuTorch)')
     add('--tolerance', type=float, default=0., metavar='X',
         help='accept differences of logits between network and file up to X (default: what float32 rounding explains)')
     add('--quantize', choices=('int8',), help='all resolutions in int8, with --data-dir')

@@ -95,7 +95,7 @@ def _trace(network: nn.Module, source: nn.Module, resolution: int, batch_size: i
 
 
 def _on_levels(network: nn.Module) -> nn.Module:
-    """Return a copy whose weights are on the levels of int8, so that every scaling of a channel has the same integers."""
+    """Return a copy with weights on the levels of int8: every scaling of a channel then has the same integers."""
     network = copy.deepcopy(network)
     for layer in network.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):

@@ -241,8 +241,8 @@ def _read(
     """Return the preprocessed batches of each resolution, without the images that cannot be read."""
     channels = len(metadata['mean'])
     if channels not in MODES:
-        raise UserError(
-            f"The ranges of activations are measured on images, but {metadata['architecture']} takes {channels} channels.")
+        name = metadata['architecture']
+        raise UserError(f'The ranges of activations are measured on images, but {name} takes {channels} channels.')
     preprocessing, mode = preprocessing_of(metadata), MODES[channels]
     batches = {resolution: [] for resolution in metadata['resolutions']}
     for i in range(0, len(images), batch_size):
