@@ -146,8 +146,8 @@ def work_of(source: ImageSource, needs: Sequence[Optional[Needed]]) -> Tuple[str
         return '', 0, [0] * len(needs)
     file = source if isinstance(source, io.BytesIO) else io.BytesIO(source)
     try:
-        image = Image.open(file, formats=_readable_formats())
-    except Exception:  # see open_image
+        image = open_header(file)
+    except ImageError:
         return '', 0, [0] * len(needs)
     pixels = []
     for needed in needs:

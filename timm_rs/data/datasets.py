@@ -12,6 +12,7 @@ from PIL import Image, ImageMode
 from timm import data as timm_data
 from timm.data.loader import fast_collate
 from timm.data.readers import img_extensions
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from timm_rs_runtime.errors import UserError
 from timm_rs_runtime.images import extensions, split_folder
@@ -41,7 +42,7 @@ __all__ = [
 ]
 
 
-class DigitsDataset(torch.utils.data.Dataset):
+class DigitsDataset(Dataset):
     """Handwritten digits bundled with scikit-learn: 1,797 images of 8x8 pixels, 10 classes.
 
     Every fourth image is for validation (450), the others are for training (1,347).
@@ -78,20 +79,14 @@ class DigitsDataset(torch.utils.data.Dataset):
         return (self.transform(image) if self.transform is not None else image), self.targets[index]
 
 
-def describe(dataset: torch.utils.data.Dataset) -> str:
+def describe(dataset: Dataset) -> str:
     """Return in words how many images a data set of create_dataset holds, and where they are."""
-    if isinstance(dataset, torch.utils.data.IterableDataset):
+    if isinstance(dataset, IterableDataset):
         return f'the images of {dataset.source}'
     return f'{len(dataset):,} images of {dataset.source}'
 
 
-def create_dataset(
-        name: str,
-        root: Optional[str],
-        split: str,
-        decode: str = 'exact',
-        **kwargs: Any,
-) -> torch.utils.data.Dataset:
+def create_dataset(name: str, root: Optional[str], split: str, decode: str = 'exact', **kwargs: Any) -> Dataset:
     """Return a data set of timm, or the digits.
 
     Args:
@@ -132,12 +127,12 @@ def create_dataset(
         raise UserError(f'Cannot read split {split!r} of data set {name or root}: {e}') from e
     read = partial(read_image, mode=mode, decode=decode)
     if isinstance(dataset, timm_data.IterableImageDataset):
-        dataset = StreamDataset(dataset.reader, kind, read)
+        dataset = StreamDataset(dataset.reader, kind)
     elif isinstance(dataset, timm_data.ImageDataset):
-        dataset = ImageDataset(dataset.reader, read)
+        dataset = ImageDataset(None, dataset.reader)
     elif hasattr(dataset, 'loader'):  # torchvision's folders of images
         dataset.loader = read
-    dataset.input_img_mode, dataset.source = mode, source
+    dataset.read, dataset.input_img_mode, dataset.source = read, mode, source
     return dataset
 
 
@@ -152,13 +147,7 @@ def _all_extensions() -> Iterator[None]:
         img_extensions.set_img_extensions(before)
 
 
-def share_shards(
-        dataset: torch.utils.data.IterableDataset,
-        is_training: bool,
-        rank: int,
-        world_size: int,
-        num_workers: int,
-) -> None:
+def share_shards(dataset: IterableDataset, is_training: bool, rank: int, world_size: int, num_workers: int) -> None:
     """Let a process read its part of WebDataset shards: equal parts for training, each image once for evaluation.
 
     timm's reader deals the shards of training out, which needs one for every worker. In an evaluation with several
@@ -189,7 +178,7 @@ def share_shards(
         reader.dist_rank, reader.dist_num_replicas = 0, 1
 
 
-def count_classes(dataset: torch.utils.data.Dataset) -> Optional[int]:
+def count_classes(dataset: Dataset) -> Optional[int]:
     """Return the number of classes if a data set records it, else None."""
     if hasattr(dataset, 'num_classes'):
         return dataset.num_classes
@@ -197,7 +186,7 @@ def count_classes(dataset: torch.utils.data.Dataset) -> Optional[int]:
     return max(class_to_idx.values()) + 1 if class_to_idx else None
 
 
-def number_classes(dataset: torch.utils.data.Dataset) -> Optional[Mapping[Any, int]]:
+def number_classes(dataset: Dataset) -> Optional[Mapping[Any, int]]:
     """Return the index of each class by its name if a data set records them, else None."""
     return getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None) or None
 
@@ -300,14 +289,14 @@ class PyramidNormalizer:
 
 
 def create_eval_loader(
-        dataset: torch.utils.data.Dataset,
+        dataset: Dataset,
         resolutions: Sequence[int],
         batch_size: int,
         data_config: dict,
         num_workers: int = 0,
         distributed: bool = False,
         pin_memory: bool = False,
-) -> torch.utils.data.DataLoader:
+) -> DataLoader:
     """Return a loader that reads and decodes every image once and gives it at every resolution.
 
     At each size the preprocessing is timm's for that size (resize to size / crop_pct, centre crop), so the batches are

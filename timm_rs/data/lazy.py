@@ -87,13 +87,7 @@ class LazyImage(Image.Image):
         x, y = self.box[:2]
         return LazyImage(self.encoded, (x + left, y + top, x + right, y + bottom))
 
-    def resize(
-            self,
-            size: Sequence[int],
-            resample: Optional[int] = None,
-            box: Optional[Sequence[float]] = None,
-            reducing_gap: Optional[float] = None,
-    ) -> Image.Image:
+    def resize(self, size, resample=None, box=None, reducing_gap=None) -> Image.Image:
         if self.is_loaded or box is not None or resample == Image.Resampling.NEAREST:
             return super().resize(size, resample, box, reducing_gap)
         margin = self.encoded.margin

@@ -2,7 +2,7 @@
 import io
 import tarfile
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, Optional, Tuple, Union
 
 from PIL import Image
 from timm import data as timm_data
@@ -11,7 +11,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import DataLoader, Dataset
 
 from timm_rs_runtime.errors import one_line
-from timm_rs_runtime.images import ImageError, ImageSource, name_of
+from timm_rs_runtime.images import ImageError, name_of, open_image
 from timm_rs_runtime.unreadable import ReadErrors
 
 from .._compat import wds_decoder
@@ -25,17 +25,13 @@ _PIXEL = b'P4 1 1 \0'  # an image, PPM
 class ImageDataset(timm_data.ImageDataset):
     """Images and labels of a folder, tar or table.
 
-    Args:
-        reader: timm's.
+    Attributes:
         read: Returns an image from what it is in.
 
     Raises:
         ImageError: An image cannot be read; timm would give the next one.
     """
-
-    def __init__(self, reader: Reader, read: Callable[[ImageSource], Image.Image]):
-        super().__init__(None, reader)
-        self.read = read
+    read = staticmethod(open_image)
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         try:
@@ -120,13 +116,15 @@ class StreamDataset(timm_data.IterableImageDataset):
     Args:
         reader: timm's.
         kind: wds, hfids or tfds, whose images TensorFlow decodes.
+
+    Attributes:
         read: Returns an image from what it is in.
     """
+    read = staticmethod(open_image)
 
-    def __init__(self, reader: Reader, kind: str, read: Callable[[ImageSource], Image.Image]):
+    def __init__(self, reader: Reader, kind: str):
         super().__init__(None, reader=reader)
         self.kind = kind
-        self.read = read
         self.errors: Optional[ReadErrors] = None
         self.stand_in = False
 
