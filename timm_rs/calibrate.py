@@ -52,8 +52,8 @@ def add_resolution(
     - 'tune_bn_head': the classifier learns too. It is shared, so the other resolutions change: only for a network that
       serves nothing but the new resolution.
 
-    On images like those of use, 'tune_bn' gains most where the new size is far below the trained ones; on unrelated
-    images expect a point or two (docs/train.md). The log reports the divergence of every epoch.
+    On images like those of use, 'tune_bn' gains most where the new size is far below the trained ones; unrelated
+    images can make it worse (docs/train.md). The log reports the divergence of every epoch.
 
     The ensemble weights become a longer parameter. An optimizer made before has neither it nor the new BN layers.
 
