@@ -27,15 +27,7 @@ from timm_rs import PrivateBN
 from timm_rs.data.datasets import imagenet_classes
 from timm_rs.data.resample import downscale
 
-VARIANTS = {
-    'as it is': dict(passes=0),
-    'one pass': dict(passes=1),
-    'two passes, rate 5e-3': dict(lr=5e-3),
-    'two passes, features too': dict(features=1.),
-    'two passes, mirrored at random': dict(mirror=True),
-    'two passes, temperature 4': dict(temperature=4.),
-    'statistics matched': dict(passes=0, match=True),
-}
+VARIANTS = {'as it is': (0, 0.), 'one pass': (1, 1e-3), 'two passes, rate 5e-3': (2, 5e-3)}  # passes, rate
 COLUMNS = (
     'size', 'variant', 'photographs', 'steps', 'lr', 'top1', 'kl', 'agree', 'test_images', 'seconds')
 
@@ -74,34 +66,30 @@ def main():
 
 def run(args, model, size, variant):
     """Tune a copy of the BatchNorms of one size and return a row of the table."""
-    settings = dict(dict(passes=2, lr=1e-3, temperature=1., features=0., match=False, mirror=False, share=.5),
-                    **VARIANTS[variant])
-    images, answers = taught(args, model, round(2 * settings['share'] * args.photographs))
+    passes, lr = VARIANTS[variant]
+    images, answers = cached(args, 'train', lambda: answer(args, model, slice(args.photographs)))
     layers = [m for m in model.modules() if isinstance(m, PrivateBN)]
     for layer in layers:
         layer[size].load_state_dict(layer[model.resolutions[0]].state_dict())
     start = time.process_time()
-    if settings['match']:
-        match_statistics(args, model, layers, size, images[:512])
-    steps = settings['passes'] * (len(images) // args.batch_size)
+    steps = passes * (len(images) // args.batch_size)
     if steps:
-        tune(args, model, layers, size, images, answers, settings, steps)
+        tune(args, model, layers, size, images, answers, lr, steps)
     seconds = time.process_time() - start
     top1 = test(args, model, size)
     kl, agree = compare(args, model, size)
     return dict(
-        size=size, variant=variant, photographs=len(images) if steps or settings['match'] else 0, steps=steps,
-        lr=settings['lr'] if steps else '', top1=top1,
+        size=size, variant=variant, photographs=len(images) if steps else 0, steps=steps, lr=lr or '', top1=top1,
         kl=round(kl, 4), agree=round(agree, 1), test_images=len(cached(args, f'test_{size}', None)[1]),
         seconds=round(seconds))
 
 
-def tune(args, model, layers, size, images, answers, settings, steps):
+def tune(args, model, layers, size, images, answers, lr, steps):
     parameters = [p for layer in layers for p in layer[size].parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=settings['lr'], weight_decay=0.)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(0)
-    t, network = settings['temperature'], model.at(size)
+    network = model.at(size)
     for p in parameters:
         p.requires_grad_(True)
     for step in range(steps):
@@ -109,16 +97,9 @@ def tune(args, model, layers, size, images, answers, settings, steps):
         if not place:
             order = torch.randperm(len(images), generator=generator)
         index = order[place:place + args.batch_size]
-        x = shrink(args, model, images[index], size)
-        if settings['mirror']:
-            mirrored = torch.rand(len(x), generator=generator) < .5
-            x[mirrored] = x[mirrored].flip(-1)
-        features, logits = forward(network, x)
-        target_features, target = (a[index].float() for a in answers)
-        log_p, log_q = (F.log_softmax(z / t, dim=-1) for z in (target, logits))
-        loss = t ** 2 * F.kl_div(log_q, log_p, reduction='batchmean', log_target=True)
-        if settings['features']:
-            loss = loss + settings['features'] * (1 - F.cosine_similarity(features, target_features)).mean() * 10
+        logits = network(shrink(args, model, images[index], size))
+        log_p, log_q = (F.log_softmax(z, dim=-1) for z in (answers[index].float(), logits))
+        loss = F.kl_div(log_q, log_p, reduction='batchmean', log_target=True)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -127,46 +108,6 @@ def tune(args, model, layers, size, images, answers, settings, steps):
             print(f'  {size} px, step {step} of {steps}: {loss.item():.3f}', flush=True)
     for p in parameters:
         p.requires_grad_(False)
-
-
-@torch.no_grad()
-def match_statistics(args, model, layers, size, images):
-    """Let each BatchNorm's output have the mean and variance per channel that it has at the largest size."""
-    largest = model.resolutions[0]
-    sums = {(i, r): torch.zeros(3) for i in range(len(layers)) for r in (largest, size)}
-
-    def moments(key, x):
-        n = torch.tensor(float(x.numel() // x.shape[1]))
-        batch = torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3)), n.expand(x.shape[1])])
-        sums[key] = sums[key] + batch if sums[key].ndim == 2 else batch
-        mean = sums[key][0] / sums[key][2]
-        return mean, sums[key][1] / sums[key][2] - mean.square()
-
-    def record(i, r):
-        def hook(layer, inputs):
-            mean, var = moments((i, r), inputs[0])
-            if r == largest:
-                known[i] = mean, var
-                return
-            (mean_l, var_l), source = known[i], layers[i][largest]
-            ratio = (var / var_l.clamp(min=1e-12)).clamp(.1, 10)
-            layer.running_var.copy_(source.running_var * ratio)
-            layer.running_mean.copy_(mean - (mean_l - source.running_mean) * ratio.sqrt())
-        return hook
-
-    known = {}
-    hooks = [layer[r].register_forward_pre_hook(record(i, r))
-             for i, layer in enumerate(layers) for r in (largest, size)]
-    for batch in images.split(args.batch_size):
-        for r in (largest, size):
-            model.at(r)(shrink(args, model, batch, r))
-    for hook in hooks:
-        hook.remove()
-
-
-def forward(network, x):
-    features = network.forward_head(network.forward_features(x), pre_logits=True)
-    return features, network.get_classifier()(features)
 
 
 def shrink(args, model, images, size):
@@ -185,22 +126,15 @@ def cached(args, name, make):
     return torch.load(path, mmap=True)
 
 
-def taught(args, model, count):
-    """Return the photographs that teach, uint8, and the features and logits of the network at its largest size."""
-    parts = [cached(args, f'train_{i}', lambda i=i: answer(args, model, slice(i * args.photographs, (
-        i + 1) * args.photographs))) for i in range(-(-count // args.photographs))]
-    return torch.cat([p[0] for p in parts])[:count], [torch.cat([p[i] for p in parts])[:count] for i in (1, 2)]
-
-
 @torch.no_grad()
 def answer(args, model, part):
-    """Return photographs of --train, and the features and logits for them at the largest size."""
+    """Return photographs of --train, and the logits for them at the largest size."""
     paths = sorted(Path(args.train).rglob('*.jp*g'))
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))[part].tolist()
     images = read(model, [paths[i] for i in order], model.resolutions[0], model.pretrained_cfg['crop_pct'])
     network = model.at(model.resolutions[0])
-    out = [forward(network, shrink(args, model, batch, model.resolutions[0])) for batch in images.split(32)]
-    return images, *[torch.cat(o).half() for o in zip(*out)]
+    logits = [network(shrink(args, model, batch, model.resolutions[0])) for batch in images.split(32)]
+    return images, torch.cat(logits).half()
 
 
 def read(model, paths, size, crop_pct):
@@ -212,8 +146,7 @@ def read(model, paths, size, crop_pct):
 
 def compare(args, model, size):
     """Return the divergence from the answers at the largest size on photographs that do not teach, and agreement."""
-    images, _, target = cached(
-        args, 'held_out', lambda: answer(args, model, slice(-args.held_out, None)))
+    images, target = cached(args, 'held_out', lambda: answer(args, model, slice(-args.held_out, None)))
     with torch.no_grad():
         logits = torch.cat([model.at(size)(shrink(args, model, batch, size)) for batch in images.split(64)])
     log_p, log_q = (F.log_softmax(z.float(), dim=-1) for z in (target, logits))
