@@ -84,8 +84,7 @@ def lower(programs: Dict[int, Any], metadata: Dict[str, Any], path: str) -> None
 def load(path: str) -> Run:
     """Return what runs the method of the size of the images, which have to be contiguous in memory."""
     program = Runtime.get().load_program(path)
-    (resolutions,) = program.load_method('resolutions').execute([]),
-    methods = {r: program.load_method(f'forward_{r}') for r in resolutions}
+    methods = {r: program.load_method(f'forward_{r}') for r in program.load_method('resolutions').execute([])}
     return lambda images: methods[images.shape[-1]].execute([images.contiguous()])[0].clone()
 
 
