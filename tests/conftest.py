@@ -3,14 +3,17 @@ import os
 
 os.environ['HF_HUB_OFFLINE'] = '1'  # before timm is imported
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_rs import make_switchable
 
 RESOLUTIONS = (64, 48, 32)
+TINY = dict(channels=[8, 16, 24, 32], stem_width=8)  # of a resnet10t
 
 
 @pytest.fixture(autouse=True, scope='session')
@@ -75,6 +78,23 @@ def images(*sizes, n=2, channels=3):
 def assert_equal(actual, expected):
     """Bit by bit, also in lists and dictionaries."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.fixture(scope='module')
+def tiny():
+    torch.manual_seed(0)
+    return rs_model('resnet10t', **TINY)
+
+
+@pytest.fixture(scope='module')
+def photographs(tmp_path_factory):
+    """Return the files of smooth images of many colours."""
+    folder = tmp_path_factory.mktemp('photographs')
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8))
+        coarse.resize((80, 70), Image.Resampling.BICUBIC).save(folder / f'{i:02}.jpg')
+    return folder
 
 
 def break_size(path, index):

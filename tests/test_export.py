@@ -1,25 +1,20 @@
 """Files that run without timm, against the networks they were made of"""
-import argparse
 import copy
 import json
 import math
 import os
 import shutil
 
-import numpy as np
 import pytest
 import timm
 import torch
-from conftest import images, plain_model, randomize_bn, rs_model
-from PIL import Image
+from conftest import RESOLUTIONS, TINY, images, plain_model, randomize_bn, rs_model
 from timm.data import ImageNetInfo
 
 from timm_rs import make_switchable
-from timm_rs.hub.convert import save_model
 from timm_rs.private_bn import PrivateBN
 from timm_rs.quant import quantize
 from timm_rs.resolutions import nearest_resolution
-from timm_rs_cli import main
 from timm_rs_runtime.errors import UserError
 
 onnx = pytest.importorskip('onnx')
@@ -30,9 +25,6 @@ from timm_rs.export.batch_norm import fuse_batch_norms  # noqa: E402
 from timm_rs.export.describe import describe  # noqa: E402
 from timm_rs.export.trace import trace_program  # noqa: E402
 from timm_rs.export.verify import verify  # noqa: E402
-
-RESOLUTIONS = (64, 48, 32)
-TINY = dict(channels=[8, 16, 24, 32], stem_width=8)
 
 # A small network of some families.
 FAMILIES = {
@@ -73,23 +65,6 @@ def weights_bytes(model):
     """Return the bytes of what the sizes share."""
     private = {id(p) for m in model.modules() if isinstance(m, PrivateBN) for p in m.parameters()}
     return sum(4 * p.numel() for n, p in model.named_parameters() if id(p) not in private and n != 'alpha')
-
-
-@pytest.fixture(scope='module')
-def tiny():
-    torch.manual_seed(0)
-    return rs_model('resnet10t', **TINY)
-
-
-@pytest.fixture(scope='module')
-def photographs(tmp_path_factory):
-    """Return the files of smooth images of many colours."""
-    folder = tmp_path_factory.mktemp('photographs')
-    rng = np.random.default_rng(0)
-    for i in range(12):
-        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8))
-        coarse.resize((80, 70), Image.Resampling.BICUBIC).save(folder / f'{i:02}.jpg')
-    return folder
 
 
 # All sizes
@@ -336,97 +311,6 @@ def test_aot_inductor(tiny, tmp_path):
         torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), network(x), rtol=1e-5, atol=1e-5)
 
 
-# int8
-
-def test_int8(tiny, photographs, tmp_path):
-    files = sorted(str(p) for p in photographs.iterdir())
-    found = export_int8(tiny, str(tmp_path / 'int8.onnx'), files)
-    assert set(found) == set(RESOLUTIONS) and all(row['error'] < 0.3 for row in found.values())
-    export_switchable(tiny, str(tmp_path / 'float.onnx'))
-    sizes = [os.path.getsize(tmp_path / f'{n}.onnx') for n in ('int8', 'float')]
-    assert sizes[0] < sizes[1]
-    model = onnx.load(tmp_path / 'int8.onnx')
-    weights = [t for t in model.graph.initializer if len(t.dims) == 4]
-    assert len(weights) == sum(isinstance(m, torch.nn.Conv2d) for m in tiny.modules())
-    assert {t.data_type for t in weights} == {onnx.TensorProto.INT8}
-    assert {n.op_type for n in model.graph.node} >= {'QLinearConv', 'QLinearAdd', 'QGemm'}
-    assert 'Relu' not in {n.op_type for n in model.graph.node}
-    constants = {t.name for t in model.graph.initializer}
-    convolutions = [n for n in model.graph.node if n.op_type == 'QLinearConv']
-    assert not any(n.input[2] in constants and n.input[8] not in constants for n in convolutions)  # see merge.build
-
-
-def of_one_conv(gains, biases, resolutions=(16, 12)):
-    """Return a network of a convolution, its BatchNorm and a mean, with a BatchNorm given for each size."""
-    conv = torch.nn.Conv2d(3, 4, 3, padding=1, bias=False)
-    bn, pool = torch.nn.BatchNorm2d(4, eps=0.), torch.nn.AdaptiveAvgPool2d(1)
-    network = torch.nn.Sequential(conv, bn, pool, torch.nn.Flatten())
-    network.num_classes = 4
-    network.pretrained_cfg = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
-    model = make_switchable(network.eval(), resolutions)
-    for resolution, gain, bias in zip(resolutions, gains, biases):
-        model[1][resolution].weight.data = torch.tensor(gain)
-        model[1][resolution].bias.data = torch.tensor(bias)
-    return model
-
-
-@pytest.mark.parametrize('gains', [
-    [[1., 2., -0.5, 0.3], [0.5, 1., -2., 0.1]],  # a negative one at both sizes
-    [[1., 2., -0.5, 0.3], [-0.5, 1., 2., -0.1]],  # opposite signs
-    [[1., 0., 0.5, 1e-9], [0., 1., 2., 1.]],  # nothing comes through
-])
-def test_int8_with_gains_of_any_sign(gains, photographs, tmp_path):
-    biases = [[0.5, -0.5, 1., 2.], [1., 0.25, -1., -2.]]
-    model = of_one_conv(gains, biases)
-    files = sorted(str(p) for p in photographs.iterdir())
-    found = export_int8(model, str(tmp_path / 'int8.onnx'), files)
-    assert all(row['error'] < 0.05 for row in found.values())
-
-
-def test_int8_products_do_not_saturate(tmp_path):
-    """Without VNNI, ONNX Runtime adds two products of codes in 16 bits: here 2 x 255 x 127 with weights of 8 bits."""
-    conv = torch.nn.Conv2d(3, 4, 3, bias=False)
-    conv.weight.data.fill_(0.1)
-    network = torch.nn.Sequential(conv, torch.nn.BatchNorm2d(4), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-    network.num_classes = 4
-    model = make_switchable(network.eval(), (16, 12))
-    for resolution in model.resolutions:
-        model[1][resolution].weight.data = torch.tensor([1., 2., 3., 4.])
-    found = export_int8(model, str(tmp_path / 'int8.onnx'), [Image.new('RGB', (20, 20), (255, 255, 255))] * 4)
-    assert all(row['error'] < 0.02 for row in found.values())
-    for tensor in onnx.load(tmp_path / 'int8.onnx').graph.initializer:
-        if tensor.data_type == onnx.TensorProto.INT8:
-            assert np.abs(onnx.numpy_helper.to_array(tensor).astype(int)).max() <= 64
-
-
-def test_int8_far_from_the_network_is_refused(tiny, photographs, tmp_path, monkeypatch):
-    from timm_rs.export import int8
-
-    monkeypatch.setattr(int8, 'measure_ranges', lambda graph, batches: int8.defaultdict(lambda: [(-1e3, 1e3)] * 3))
-    with pytest.raises(ExportError, match='int8 form of .* off at 64 px'):
-        export_int8(tiny, str(tmp_path / 'int8.onnx'), [str(next(photographs.iterdir()))])
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize('name', ['test_efficientnet', 'test_byobnet'])
-def test_int8_of_families(name, photographs, tmp_path):
-    """With operators that stay in float32 between conversions."""
-    model = rs_model(name, (64, 32))
-    files = sorted(str(p) for p in photographs.iterdir())[:4]
-    found = export_int8(model, str(tmp_path / 'int8.onnx'), files)
-    assert all(row['error'] < 0.3 for row in found.values())
-
-
-def test_int8_convolutions_pad_themselves(photographs, tmp_path):
-    """'same' padding is computed from the size and takes an operator of its own in float32."""
-    model = rs_model('test_efficientnet', (64, 32), pad_type='same')
-    export_switchable(model, str(tmp_path / 'float.onnx'))
-    export_int8(model, str(tmp_path / 'int8.onnx'), [str(next(photographs.iterdir()))])
-    operators = [{n.op_type for n in onnx.load(tmp_path / f'{n}.onnx').graph.node} for n in ('float', 'int8')]
-    assert 'Pad' in operators[0] and 'Pad' not in operators[1]
-    assert all(operator not in operators[0] for operator in ('Div', 'Ceil', 'Concat'))
-
-
 # What is refused
 
 def test_a_file_that_differs_is_not_written(tiny, tmp_path, monkeypatch):
@@ -580,87 +464,3 @@ def test_files_are_not_written_over(tiny, photographs, tmp_path):
 def test_plain_networks_are_refused(tmp_path):
     with pytest.raises(ValueError, match='ResNet is not switchable'):
         export_switchable(plain_model(), str(tmp_path / 'all.onnx'))
-
-
-# The command
-
-@pytest.fixture(scope='module')
-def folder(tiny, tmp_path_factory):
-    model = timm.create_model('rs_resnet10t', resolutions=RESOLUTIONS, num_classes=10, **TINY)
-    model.load_state_dict(tiny.state_dict())
-    path = str(tmp_path_factory.mktemp('model') / 'model')
-    save_model(model.eval(), path, [f'digit {i}' for i in range(10)])
-    return path
-
-
-def test_command(folder, tmp_path, photographs, capsys):
-    main(['export', folder, '-o', str(tmp_path / 'all.onnx')])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(' px: differs')[0] for line in lines[:3]] == ['64', '48', '32']
-    assert 'rs_resnet10t at 64 48 32' in lines[3]
-    metadata = {p.key: json.loads(p.value) for p in onnx.load(tmp_path / 'all.onnx').metadata_props}
-    assert metadata['class_names'][7] == 'digit 7'
-    main(['export', folder, '-o', str(tmp_path / 'one.pt'), '--resolution', '32', '--format', 'torchscript'])
-    assert torch.jit.load(str(tmp_path / 'one.pt'))(images(32)).shape == (2, 10)
-    capsys.readouterr()
-    shutil.copytree(photographs, tmp_path / 'data' / 'train')
-    (tmp_path / 'data' / 'val').mkdir()
-    (tmp_path / 'data' / 'train' / '+.png').touch()  # the first by name
-    main(['export', folder, '-o', str(tmp_path / 'int8.onnx'), '--quantize', 'int8', '--data-dir',
-          str(tmp_path / 'data'), '--images', '4'])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"Read 3 images of {tmp_path / 'data' / 'train'}, 1 more cannot be read."
-    assert 'of 3 images as the network' in lines[1]
-
-
-@pytest.mark.parametrize('flags, message', [
-    (['--format', 'torchscript'], '--format torchscript needs --resolution'),
-    (['--batch-size', '2'], '--batch-size needs --resolution'),
-    (['--resolution', '40'], 'Unknown resolution 40'),
-    (['--quantize', 'int8'], '--data-dir DIR need each other'),
-    (['--quantize', 'int8', '--calibration-data', 'nowhere'], 'nowhere does not exist'),
-    (['--quantize', 'int8', '--calibration-data', 'x', '--resolution', '48'], 'leave --resolution out'),
-])
-def test_command_tells_what_is_wrong(folder, tmp_path, capsys, flags, message):
-    with pytest.raises(SystemExit) as e:
-        main(['export', folder, '-o', str(tmp_path / 'out'), *flags])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert e.value.code == 1 and message in line and os.listdir(tmp_path) == []
-
-
-def test_command_overwrites_only_when_told(folder, tmp_path, capsys):
-    (tmp_path / 'all.onnx').write_text('mine')
-    with pytest.raises(SystemExit):
-        main(['export', folder, '-o', str(tmp_path / 'all.onnx')])
-    assert 'exists and is not overwritten' in capsys.readouterr().err
-    assert (tmp_path / 'all.onnx').read_text() == 'mine'
-    main(['export', folder, '-o', str(tmp_path / 'all.onnx'), '--overwrite'])
-    assert (tmp_path / 'all.onnx').stat().st_size > 1000 and os.listdir(tmp_path) == ['all.onnx']
-
-
-def test_command_of_a_training_run(tmp_path, capsys):
-    """One channel, and class names beside the checkpoint that are not those of the weights it began with."""
-    model = rs_model('resnet10t', num_classes=3, in_chans=1, **TINY)
-    args = argparse.Namespace(
-        model='rs_resnet10t.imagenette', num_classes=3, in_chans=1, resolutions=list(RESOLUTIONS), model_kwargs=TINY)
-    torch.save(dict(state_dict=model.state_dict(), args=args, epoch=0), tmp_path / 'last.pth.tar')
-    command = ['export', str(tmp_path / 'last.pth.tar'), '-o']
-    main([*command, str(tmp_path / 'unnamed.onnx')])
-    (tmp_path / 'label_names.txt').write_text('\ufeffcat\ndog\ncow\n\n', encoding='utf-8')
-    main([*command, str(tmp_path / 'named.onnx')])
-    for name, expected in (('unnamed', None), ('named', ['cat', 'dog', 'cow'])):
-        metadata = {p.key: json.loads(p.value) for p in onnx.load(tmp_path / f'{name}.onnx').metadata_props}
-        assert metadata['class_names'] == expected and len(metadata['mean']) == 1
-    photograph = tmp_path / 'a.png'
-    Image.effect_noise((70, 80), 50).save(photograph)
-    capsys.readouterr()
-    main(['predict', str(photograph), '--model', str(tmp_path / 'named.onnx'), '--top', '3', '--threads', '1'])
-    assert {line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:]} == {'cat', 'dog', 'cow'}
-
-
-def test_command_looks_at_the_output_first(tmp_path, capsys):
-    for output, message in ((tmp_path / 'no' / 'a.onnx', 'no does not exist, expected a folder for a.onnx'),
-                            (tmp_path, 'is a folder, expected the name of a file')):
-        with pytest.raises(SystemExit):
-            main(['export', 'nowhere.pth', '-o', str(output)])
-        assert message in capsys.readouterr().err
