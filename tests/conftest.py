@@ -110,6 +110,8 @@ def break_size(path, index):
 
 
 def pytest_collection_modifyitems(items):
-    """Put first what forks: a process that has run a backward pass may not fork one that runs another."""
+    """Put first what forks: a process that has run a backward pass may not fork one that runs another. Then long files.
+    """
     forking = ('test_distributed', 'test_quant_distributed', 'test_resume', 'test_streams')
-    items.sort(key=lambda item: item.path.stem not in forking)
+    long = ('test_zoo', 'test_export', 'test_executorch', 'test_experiments', 'test_quant_models', 'test_scripts')
+    items.sort(key=lambda item: (item.path.stem not in forking, item.path.stem not in long))

@@ -3,7 +3,6 @@ import copy
 import json
 import math
 import os
-import shutil
 
 import pytest
 import timm
@@ -23,7 +22,6 @@ onnxruntime = pytest.importorskip('onnxruntime')
 from timm_rs.export import ExportError, export, export_int8, export_resolution, export_switchable  # noqa: E402
 from timm_rs.export.batch_norm import fuse_batch_norms  # noqa: E402
 from timm_rs.export.describe import describe  # noqa: E402
-from timm_rs.export.trace import trace_program  # noqa: E402
 from timm_rs.export.verify import verify  # noqa: E402
 
 # A small network of some families.
@@ -298,17 +296,6 @@ def test_compiles(tiny):
     with torch.no_grad():
         compiled = torch.compile(network, backend='aot_eager', fullgraph=True)
         torch.testing.assert_close(compiled(x), network(x), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which('g++') is None, reason='AOTInductor needs a C++ compiler')
-def test_aot_inductor(tiny, tmp_path):
-    network = tiny.at(32)
-    package = torch._inductor.aoti_compile_and_package(
-        trace_program(network, 32, batch_size=2), package_path=str(tmp_path / 'one.pt2'))
-    x = images(32)
-    with torch.no_grad():
-        torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), network(x), rtol=1e-5, atol=1e-5)
 
 
 # What is refused

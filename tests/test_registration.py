@@ -12,7 +12,6 @@ def run(program):
 
 
 @pytest.mark.parametrize('first', [
-    'import timm_rs',
     'import timm, timm_rs',
     'import timm_rs.switchable',  # which needs timm, which needs it to register
 ])

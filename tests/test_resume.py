@@ -122,9 +122,8 @@ def test_summary_and_repeatability(images, tmp_path, uninterrupted):
     assert {'eval_top1_32', 'eval_top5_16', 'eval_top1_ens', 'eval_top1_mean', 'train_alpha_16', 'lr'} <= set(header)
 
 
-@pytest.mark.parametrize('seed', range(2))
-def test_kill_at_random_moments(images, tmp_path, uninterrupted, seed):
-    generator = random.Random(seed)
+def test_kill_at_random_moments(images, tmp_path, uninterrupted):
+    generator = random.Random(0)
     for _ in range(5):
         run(images, tmp_path, seconds=generator.uniform(0.3, uninterrupted[1]))
     assert run(images, tmp_path) == 0
@@ -132,7 +131,7 @@ def test_kill_at_random_moments(images, tmp_path, uninterrupted, seed):
 
 
 # Writes of args.yaml, recovery checkpoints, summary.csv, and the last, the numbered and the best checkpoint.
-@pytest.mark.parametrize('n', [1, 4, 4.5, 13.5, 14.5, 16, 17.5])
+@pytest.mark.parametrize('n', [1, 4.5, 13.5, 16])
 def test_kill_within_a_save(images, tmp_path, uninterrupted, n):
     assert run(images, tmp_path, kill_at_replace=n) == -signal.SIGKILL
     assert run(images, tmp_path) == 0

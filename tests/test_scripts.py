@@ -123,7 +123,7 @@ def test_flags_together(images, tmp_path, steps, flags, count, seen):
 
 def test_flags_of_the_schedule(images, tmp_path):
     train_rs.main([
-        str(images), *TINY, '--epochs', '4', '--output', str(tmp_path), '--experiment', 'r', '--torchcompile', 'eager',
+        str(images), *TINY, '--epochs', '4', '--output', str(tmp_path), '--experiment', 'r',
         '--distill', 'none', '--sched', 'step', '--decay-epochs', '2', '--decay-rate', '0.1', '--sched-on-updates',
         '--val-interval', '2', '--save-epochs', '2'])
     rows = list(csv.DictReader((tmp_path / 'r' / 'summary.csv').open()))

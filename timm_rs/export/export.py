@@ -182,7 +182,7 @@ def export_resolution(
         model: Switchable network.
         resolution: Input size in pixels.
         path: File to write, complete or not at all.
-        format: 'onnx', 'torch-export' (for torch.export.load, AOTInductor) or 'torchscript' (for torch.jit.load).
+        format: 'onnx', 'torch-export' (for torch.export.load) or 'torchscript' (for torch.jit.load).
         batch_size: Images of a batch, None for any number.
         class_names, tolerance, overwrite: See export_switchable.
 
