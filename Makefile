@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
-EXTRAS ?= demo,test,web
+EXTRAS ?= demo,test,tools,web
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.timm_rs-installed
