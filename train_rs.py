@@ -29,6 +29,7 @@ from timm import utils
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from timm_rs.data.datasets import number_classes
+from timm_rs.evaluate import choose_amp
 from timm_rs.hub.push import TrainingPush
 from timm_rs.records import write_label_names
 from timm_rs.train import MultiResolutionTask
@@ -127,7 +128,7 @@ def set_up(args, flags, held):
         getattr(optimizer, '_base_optimizer', optimizer).register_step_pre_hook(lambda *_: task.drop_idle_gradients())
     amp_autocast, loss_scaler = nullcontext, None
     if args.amp:
-        dtype = getattr(torch, args.amp_dtype)
+        dtype = choose_amp(model, device, args.amp_dtype, args.in_chans)
         amp_autocast = partial(torch.autocast, device_type=device.type, dtype=dtype)
         if dtype == torch.float16:
             loss_scaler = utils.NativeScaler(device=device.type)

@@ -24,8 +24,11 @@ from functools import partial
 import torch
 from timm import utils
 from timm.data.model_config import resolve_input_data_config
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.real_labels import RealLabelsImagenet
 from timm.layers import set_fast_norm
 from timm.models import is_model
+from timm.task import ClassificationEvaluator
 from tqdm import tqdm
 
 from timm_rs import SwitchableMixin, explain_unknown_model
@@ -38,46 +41,50 @@ from timm_rs.data.datasets import (
     create_dataset,
     create_eval_loader,
     describe,
+    encode_labels,
     explain_classes,
     number_classes,
 )
 from timm_rs.data.readers import skip_unreadable
-from timm_rs.evaluate import ENSEMBLE, check_images, count_madds, count_parameters, evaluate
+from timm_rs.evaluate import (
+    ENSEMBLE,
+    METRICS,
+    TASKS,
+    check_images,
+    choose_amp,
+    count_madds,
+    count_parameters,
+    create_evaluator,
+    evaluate,
+    format_scores,
+)
 from timm_rs.load import load_model
 from timm_rs.records import labels_beside, read_label_names
 from timm_rs.resolutions import check_resolutions, neighbours
-from timm_rs_runtime.errors import KeyValues, OneLineParser, UserError, one_line_errors
-from timm_rs_runtime.fields import check_counts
+from timm_rs.train.options import add_refused
+from timm_rs_runtime.errors import KeyValues, OneLineParser, UserError, one_line, one_line_errors
+from timm_rs_runtime.fields import array, check_argument, check_counts, integer, read_json, read_text
 from timm_rs_runtime.files import atomic_write, check_new_file
 from timm_rs_runtime.preprocess import MARGINS
 from timm_rs_runtime.unreadable import MAX_UNREADABLE, ReadErrors
 
 _logger = logging.getLogger('validate')
-_COLUMNS = ('resolution', 'top1', 'top5', 'loss', 'madds', 'params', 'images', 'unreadable', 'images_per_second')
+_COLUMNS = ('madds', 'params', 'images', 'unreadable', 'images_per_second')
 _FORMATS = ('csv', 'json')
 
-# Flags of timm's validate.py that have no meaning here, with the reason that the user is given.
-_REFUSED = {
-    'aot_autograd': 'use --torchcompile',
-    'apex_amp': 'use --amp',
-    'fuser': 'it goes with --torchscript; use --torchcompile',
-    'metrics_avg': 'the table holds top-1, top-5 and loss',
-    'multilabel_threshold': 'accuracy is that of one label per image',
-    'naflex_loader': 'NaFlex batches are token sequences; a BatchNorm network takes images of the sizes --img-size',
-    'naflex_max_seq_len': 'NaFlex does not apply to BatchNorm networks',
-    'real_labels': 'accuracy is that of the labels of the data set',
-    'retry': 'give a --batch-size that fits',
-    'target_format': 'accuracy is that of one label per image',
-    'test_pool': 'a network pools larger images as a whole, see --img-size',
-    'tf_preprocessing': 'images are preprocessed as in training, by Pillow',
-    'torchscript': 'the network switches at run time; script one resolution of it, model.at(160)',
-    'valid_labels': 'accuracy is that of all classes of the model',
-}
-
-
-class _Refuse(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-        parser.error(f'{option_string} is not supported: {_REFUSED[self.dest]}.')
+_NAFLEX = 'NaFlex batches are token sequences; a BatchNorm network takes images of the sizes --img-size'
+# Flags of timm's validate.py that are accepted only at the value that they have where they are not used, and why.
+_REFUSED = dict(
+    aot_autograd=(False, 'use --torchcompile'),
+    apex_amp=(False, 'use --amp'),
+    fuser=('', 'it goes with --torchscript; use --torchcompile'),
+    metrics_avg=(None, 'the table holds top-1, top-5 and loss, or mean average precision and F1'),
+    naflex_loader=(False, _NAFLEX),
+    naflex_max_seq_len=(576, _NAFLEX),
+    test_pool=(False, 'a network pools larger images as a whole, see --img-size'),
+    tf_preprocessing=(False, 'images are preprocessed as in training, by Pillow'),
+    torchscript=(False, 'the network switches at run time; script one resolution of it, model.at(160)'),
+)
 
 
 def create_parser():
@@ -103,6 +110,15 @@ def create_parser():
     add('--input-key', default=None, help='key of the image in a sample')
     add('--target-key', default=None, help='key of the label in a sample')
     add('--dataset-trust-remote-code', action='store_true', help='let a HF data set run its own code')
+    add('--task', default=None, choices=TASKS,
+        help='one label per image (classification) or several (multilabel); default: that of the checkpoint')
+    add('--target-format', default=None, choices=('indices', 'multihot'),
+        help='labels of --task multilabel: a list of class indices (default), or a vector of one value per class')
+    add('--multilabel-threshold', type=float, default=None, metavar='P',
+        help='probability from which on a label counts in F1 (default: that of the checkpoint, else 0.5)')
+    add('--real-labels', default='', metavar='FILE', help='JSON of the real labels of the images of ImageNet')
+    add('--valid-labels', default='', metavar='FILE',
+        help="indices of the network's classes, one a line, that the classes of the data set are")
     add('-m', '--model', default=None, metavar='NAME', help='name of the model (default: that of the checkpoint)')
     add('--pretrained', action='store_true',
         help='load the pretrained weights of the model (default without --checkpoint)')
@@ -125,6 +141,8 @@ def create_parser():
     add('--interpolation', default='', choices=('', *INTERPOLATIONS), metavar='NAME',
         help='interpolation of the images')
     add('-b', '--batch-size', default=256, type=int, metavar='N', help='images per batch (default: 256)')
+    add('--retry', action='store_true', help='take smaller batches where memory does not suffice')
+    add('--tta', type=int, default=0, choices=(0, 1, 2), help='2: take the mean over an image and its mirror image')
     add('-j', '--workers', default=4, type=int, metavar='N', help='loader processes (default: 4)')
     add('--log-freq', default=10, type=int, metavar='N', help='batches between log lines')
     add('--seed', default=42, type=int, metavar='N', help='random seed (default: 42)')
@@ -133,7 +151,8 @@ def create_parser():
     add('--device', default='cuda', help='device to run on; without a GPU the CPU is used (default: cuda)')
     add('--device-modules', nargs='+', default=(), help='Python modules to import for a device backend')
     add('--amp', action='store_true', help='mixed precision')
-    add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='lower precision of --amp')
+    add('--amp-dtype', default=None, choices=('float16', 'bfloat16'),
+        help='lower precision of --amp (default: float16, bfloat16 on a CPU)')
     add('--model-dtype', default=None, choices=('float32', 'float16', 'bfloat16'), help='dtype of the weights')
     add('--fast-norm', action='store_true', help="timm's fast norm layers")
     add('--reparam', action='store_true', help='fuse the branches of a plain timm model')
@@ -149,10 +168,8 @@ def create_parser():
     add('--native-amp', dest='amp', action='store_true', help=argparse.SUPPRESS)
     add('--no-prefetcher', action='store_true', help=argparse.SUPPRESS)
     add('--num-gpu', default=1, type=int, choices=(1,), help=argparse.SUPPRESS)
-    add('--task', default='classification', choices=('classification',), help=argparse.SUPPRESS)
     add('--use-train-size', action='store_true', help=argparse.SUPPRESS)
-    for dest in _REFUSED:
-        add('--' + dest.replace('_', '-'), dest=dest, nargs='*', action=_Refuse, help=argparse.SUPPRESS)
+    add_refused(parser, _REFUSED)
     return parser
 
 
@@ -181,6 +198,11 @@ def main(argv=None):
         check_counts(args)
         if args.results_file:
             check_new_file(args.results_file, args.overwrite)
+        if args.multilabel_threshold is not None and not 0 < args.multilabel_threshold < 1:
+            raise UserError(
+                f'--multilabel-threshold is {args.multilabel_threshold:g}, expected a number between 0 and 1.')
+        if args.valid_labels and args.real_labels:
+            raise UserError('--valid-labels and --real-labels do not go together.')
         if args.img_size is not None:
             args.img_size = check_resolutions(args.img_size)
         for module in args.device_modules:
@@ -208,36 +230,54 @@ def main(argv=None):
         dataset = create_dataset(
             args.dataset, args.data_dir, args.split, class_map=args.class_map, download=args.dataset_download,
             num_samples=args.num_samples, batch_size=args.batch_size, input_key=args.input_key,
-            target_key=args.target_key, trust_remote_code=args.dataset_trust_remote_code,
+            target_key=args.target_key, target_format=args.target_format,
+            trust_remote_code=args.dataset_trust_remote_code,
             input_img_mode=choose_img_mode(in_chans, args.input_img_mode), seed=args.seed, decode=args.decode,
         )
+        classes = read_classes(args.valid_labels, model.num_classes) if args.valid_labels else None
         if not args.class_map:
-            check_classes(args, dataset, model)
+            check_classes(args, dataset, model, classes)
+        evaluator = partial(create_evaluator, args.task, threshold=args.multilabel_threshold)
+        if args.task == 'multilabel':
+            encode_labels(dataset, model.num_classes, args.target_format)
+        elif args.real_labels:
+            evaluator = use_real_labels(dataset, args.real_labels)
         errors = ReadErrors(args.max_unreadable)
         _logger.info(f'Validation reads {describe(dataset)}.')
-        loader = create_eval_loader(
-            skip_unreadable(dataset, errors, stand_in=False), resolutions, args.batch_size, config,
-            num_workers=args.workers, pin_memory=args.pin_mem)
+        readable = skip_unreadable(dataset, errors, stand_in=False)
         dtype = getattr(torch, args.model_dtype) if args.model_dtype else torch.float32
         normalize = PyramidNormalizer(config['mean'], config['std'], device, dtype, args.channels_last)
 
         autocast = nullcontext
         if args.amp:
-            autocast = partial(torch.autocast, device_type=device.type, dtype=getattr(torch, args.amp_dtype))
+            dtype = choose_amp(model, device, args.amp_dtype, in_chans)
+            autocast = partial(torch.autocast, device_type=device.type, dtype=dtype)
         network = model
         if args.torchcompile:
             network = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
-        progress = tqdm(total=len(loader), desc='Test', leave=False, disable=None)
-
         def log(batch_idx, running):
             progress.update()
             errors.check()
             if batch_idx % args.log_freq == 0:
-                top1 = '  '.join(f"{key}: {row['top1']:.2f}" for key, row in running.items())
-                _logger.info(f'Test: [{batch_idx:>4d}/{len(loader)}]  Acc@1  {top1}')
+                _logger.info(f'Test: [{batch_idx:>4d}/{len(loader)}]  {format_scores(running)}')
 
-        metrics = evaluate(network, loader, resolutions, normalize, amp_autocast=autocast, on_batch=log)
-        progress.close()
+        while True:
+            loader = create_eval_loader(
+                readable, resolutions, args.batch_size, config, num_workers=args.workers, pin_memory=args.pin_mem)
+            progress = tqdm(total=len(loader), desc='Test', leave=False, disable=None)
+            try:
+                metrics = evaluate(
+                    network, loader, resolutions, normalize, amp_autocast=autocast, on_batch=log,
+                    evaluator=evaluator, classes=classes, mirrored=args.tta == 2)
+                break
+            except torch.OutOfMemoryError as e:
+                smaller = utils.decay_batch_step(args.batch_size) if args.retry else 0
+                if not smaller:
+                    raise UserError(f'Out of memory with batches of {args.batch_size} images: {one_line(e)}') from e
+                _logger.warning(f'Out of memory with batches of {args.batch_size} images, now {smaller}.')
+                args.batch_size = smaller
+            finally:
+                progress.close()
         check_images(metrics)
         broken = [str(key) for key, row in metrics.items() if not math.isfinite(row['loss'])]
         if broken:
@@ -249,11 +289,12 @@ def main(argv=None):
         rows = [dict(row, resolution=key, madds=madds[key], params=params) for key, row in metrics.items()]
         print(format_table(rows))
         if args.results_file:
-            write_results(args, [{c: row[c] for c in _COLUMNS} for row in rows])
+            columns = ('resolution', *(name for name in METRICS if name in rows[0]), *_COLUMNS)
+            write_results(args, [{c: row[c] for c in columns} for row in rows])
 
 
 def build_model(args, device):
-    """Build the network, and take args.input_img_mode from its checkpoint."""
+    """Build the network, and take args.input_img_mode, args.task and its threshold from its checkpoint."""
     if not args.checkpoint and ':' not in args.model and not is_model(args.model):
         raise UserError(explain_unknown_model(args.model))
     if args.fast_norm:
@@ -269,6 +310,9 @@ def build_model(args, device):
         keep_plain=True,
     )
     model, args.input_img_mode = loaded.model, args.input_img_mode or loaded.args.get('input_img_mode')
+    threshold = model.multilabel_threshold
+    args.task = args.task or ('classification' if threshold is None else 'multilabel')
+    args.multilabel_threshold = args.multilabel_threshold or threshold or 0.5
     if loaded.args.get('class_map') and not args.class_map:
         _logger.warning(f"The training had --class-map {loaded.args['class_map']}, which is not opened unless given.")
     if args.reparam and isinstance(model, SwitchableMixin):
@@ -288,13 +332,68 @@ def data_args(args):
     return {k: v for k, v in chosen.items() if v}
 
 
-def check_classes(args, dataset, model):
+class RealLabels(ClassificationEvaluator):
+    """Evaluator of answers to images, which are right if they are among the real labels of the image.
+
+    Args:
+        device: Device of the answers.
+        labels: Real labels of each image; images without any do not count.
+        targets: Label of each image in the data set, for the loss.
+    """
+
+    def __init__(self, device, labels, targets):
+        super().__init__(device)
+        self.labels, self.targets = labels, torch.tensor(targets, device=device)
+
+    def update(self, output, target):
+        """Take answers [N, C] to the images with the numbers target [N]."""
+        real = [self.labels[i] for i in target.tolist()]
+        kept = [i for i, labels in enumerate(real) if labels]
+        if kept:
+            self._accumulate_loss(self.criterion(output[kept], self.targets[target[kept]]), len(kept))
+        for i in kept:
+            right = [c in real[i] for c in output[i].topk(min(5, output.shape[1])).indices.tolist()]
+            self.counts[1] += right[0]
+            self.counts[2] += any(right)
+
+
+def use_real_labels(dataset, path):
+    """Let a folder give the numbers of its images as labels, and return what makes an evaluator of real labels."""
+    reader = getattr(dataset, 'reader', None)
+    if not isinstance(reader, ReaderImageFolder):
+        raise UserError('--real-labels needs the folder of the validation images of ImageNet.')
+    names = dataset.filenames(basename=True)
+    listed = read_json(path, array(array(integer(0, 999))))
+    if len(listed) != len(names):
+        raise UserError(f'--real-labels {path} has labels of {len(listed)} images, the data set has {len(names)}.')
+    try:
+        real = RealLabelsImagenet(names, real_json=path).real_labels
+        labels = [set(real[name]) for name in names]
+    except KeyError as e:
+        raise UserError(f'--real-labels is for files named as ILSVRC2012_val_00000001.JPEG, not {e}.') from e
+    targets = [target for _, target in reader.samples]
+    reader.samples = [(name, i) for i, (name, _) in enumerate(reader.samples)]
+    return partial(RealLabels, labels=labels, targets=targets)
+
+
+def read_classes(path, num_classes):
+    """Return the indices in a file, one a line."""
+    try:
+        classes = [int(line) for line in read_text(path).split()]
+    except ValueError as e:
+        raise UserError(f'--valid-labels {path}: expected the index of a class in each line, {e}.') from e
+    return check_argument(f'--valid-labels {path}: line', classes, array(integer(0, num_classes - 1), 1))
+
+
+def check_classes(args, dataset, model, classes):
     """Refuse a data set with other classes than the model's, which a file beside its checkpoint may name."""
     where = f'Split {args.split!r} of {args.data_dir or args.dataset}'
     num_classes, numbers = count_classes(dataset), number_classes(dataset)
-    if num_classes not in (None, model.num_classes):
-        raise UserError(f'{where} has {num_classes} classes, the model has {model.num_classes}.')
-    path = labels_beside(args.checkpoint)
+    expected = model.num_classes if classes is None else len(classes)
+    if num_classes not in (None, expected):
+        what = 'the model' if classes is None else f'--valid-labels {args.valid_labels}'
+        raise UserError(f'{where} has {num_classes} classes, {what} has {expected}.')
+    path = labels_beside(args.checkpoint) if classes is None else None
     if path and numbers:
         expected = {name: i for i, name in enumerate(read_label_names(path))}
         differ = explain_classes({str(name): i for name, i in numbers.items()}, expected)
@@ -303,12 +402,18 @@ def check_classes(args, dataset, model):
 
 
 def format_table(rows):
-    """Return the table for people, multiply-adds and parameters in millions, as timm counts them."""
-    lines = [f"{'resolution':>10} {'top-1':>7} {'top-5':>7} {'loss':>7} {'MAdds':>9} {'params':>8} {'images/s':>9}"]
+    """Return the table for people; M are millions, as in the number of parameters that the log begins with."""
+    names = [name for name in METRICS if name in rows[0]]
+    titles = [METRICS[name].lower().replace('acc@', 'top-') for name in names]
+    lines = [' '.join([
+        f"{'resolution':>10}", *(f'{title:>{max(len(title), 7)}}' for title in titles),
+        f"{'MAdds':>9} {'params':>8} {'images/s':>9}"])]
     for row in rows:
-        lines.append(
-            f"{row['resolution']:>10} {row['top1']:>7.2f} {row['top5']:>7.2f} {row['loss']:>7.3f} "
-            f"{row['madds'] / 1e6:>8.1f}M {row['params'] / 1e6:>7.2f}M {row['images_per_second']:>9.1f}")
+        cells = [
+            f"{row[name]:>{max(len(title), 7)}.{3 if name == 'loss' else 2}f}" for name, title in zip(names, titles)]
+        lines.append(' '.join([
+            f"{row['resolution']:>10}", *cells,
+            f"{row['madds'] / 1e6:>8.1f}M {row['params'] / 1e6:>7.2f}M {row['images_per_second']:>9.1f}"]))
     return '\n'.join(lines)
 
 
@@ -318,7 +423,7 @@ def write_results(args, rows):
         if args.results_format == 'json':
             json.dump(rows, f, indent=2)
         else:
-            writer = csv.DictWriter(f, fieldnames=_COLUMNS)
+            writer = csv.DictWriter(f, fieldnames=list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
 

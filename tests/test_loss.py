@@ -185,6 +185,27 @@ def test_label_smoothing(criterion):
     assert losses['distillation'].item() == pytest.approx(ENS_TO_1 + ENS_TO_2, abs=1e-6)
 
 
+@pytest.mark.parametrize('labels,images', [('mean', 4), ('sum', 2)])
+def test_several_labels_per_image(labels, images):
+    """Two images with two labels; KL of a label is between the answers yes and no, of probabilities p and 1 - p."""
+    def kl(p, q):
+        return p * log(p / q) + (1 - p) * log((1 - p) / (1 - q))
+
+    large, small = ((.9, .5), (.5, .8)), ((.5, .5), (.5, .8))
+    z = [torch.tensor(p).logit() for p in (large, small)]
+    target = torch.tensor([[1., 0.], [0., 1.]])
+    losses = EnsembleDistillationLoss('ens_topdown', labels=labels)(z, target, torch.zeros(2))
+    # Only the first label differs: the ensemble's logit is log(9) / 2, so it answers 3/4.
+    assert losses['distillation'].item() == pytest.approx(
+        (kl(.75, .9) + kl(.75, .5) + kl(.9, .5)) * 2 / 3 / images, abs=1e-6)
+    # and the base criterion, here binary cross entropy over all labels
+    assert losses['classification'].item() == pytest.approx(
+        -(log(.9) + log(.5) + log(.5) + log(.8) + log(.5) + log(.5) + log(.5) + log(.8)) / 4, abs=1e-6)
+    assert losses['ensemble'].item() == pytest.approx(-(log(.75) + log(.5) + log(.5) + log(.8)) / 4, abs=1e-6)
+    with pytest.raises(ValueError, match="Unknown kind of labels 'two', expected one of one, mean, sum"):
+        EnsembleDistillationLoss(labels='two')
+
+
 def test_binary_cross_entropy():
     # Sigmoids of the first image are (.9, .5), of the second (.5, .8); of the ensemble (.75, .5) and (.5, 2/3).
     criterion = timm.loss.BinaryCrossEntropy(smoothing=0.)

@@ -3,15 +3,18 @@ import argparse
 import csv
 import json
 import shutil
+import time
 
 import pytest
 import timm
 import torch
 from command_lines import MODEL, TINY, fails, images, trained, validated  # noqa: F401
+from PIL import Image
 from timm.data import create_dataset, create_loader
 
 import train_rs
 import validate_rs
+from timm_rs.evaluate import choose_amp, evaluate
 from timm_rs.hub.convert import save_model
 from timm_rs.records import LABEL_FILE
 
@@ -102,21 +105,6 @@ def test_validation_reads_images_of_the_channels_of_the_model(images, tmp_path):
     assert list(validated(images, tmp_path, '--model', f'local-dir:{folder}')) == [32, 16, 'ens']
 
 
-# Flags of timm 1.0.31 and of earlier versions that had --amp-impl.
-VALIDATE_FLAGS = (
-    'data-dir dataset split num-samples dataset-download class-map input-key input-img-mode target-key '
-    'dataset-trust-remote-code model pretrained workers batch-size img-size in-chans input-size use-train-size '
-    'crop-pct crop-mode crop-border-pixels mean std interpolation num-classes gp log-freq checkpoint num-gpu test-pool '
-    'no-prefetcher pin-mem channels-last device amp amp-dtype amp-impl model-dtype tf-preprocessing use-ema fuser '
-    'fast-norm reparam model-kwargs torchcompile-mode torchscript torchcompile aot-autograd results-file '
-    'results-format real-labels valid-labels retry seed metrics-avg naflex-loader naflex-max-seq-len'
-).split()
-
-
-def test_validation_knows_the_flags_of_timm():
-    assert {f'--{flag}' for flag in VALIDATE_FLAGS} <= set(validate_rs.create_parser()._option_string_actions)
-
-
 def test_validation_takes_the_flags_of_timm(images, trained, tmp_path, monkeypatch, capfd):
     calls = []
     monkeypatch.setattr(validate_rs, 'set_fast_norm', lambda: calls.append(1))
@@ -202,3 +190,112 @@ def test_validation_says_that_there_is_a_moving_average(images, tmp_path, caplog
         caplog.clear()
         validate_rs.main([*argv, *flags])
         assert ('not their moving average, which is --use-ema' in caplog.text) == (not flags)
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    """Return a folder of five images named as those of ImageNet, the last of which cannot be read."""
+    for i in range(5):
+        path = tmp_path / 'images' / ('cat', 'dog')[i % 2] / f'ILSVRC2012_val_{i + 1:08d}.JPEG'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (40, 40), (50 * i, 0, 0)).save(path)
+    path.write_bytes(b'not an image')
+    return tmp_path / 'images'
+
+
+def test_real_labels(imagenet, trained, tmp_path, capfd):
+    """Right, wrong (there are two classes), right and of no class; what cannot be read does not count."""
+    path = tmp_path / 'real.json'
+    path.write_text('[[0, 1], [7], [1, 0], [], [7]]')
+    argv = ['--checkpoint', str(trained / 'last.pth.tar'), '--real-labels', str(path)]
+    rows = validated(imagenet, tmp_path, *argv)
+    assert all(row['top1'] == row['top5'] == pytest.approx(200 / 3) for row in rows.values())
+    assert {(row['images'], row['unreadable']) for row in rows.values()} == {(4, 1)}
+    path.write_text('[[], [], [], [1], [0]]')  # one counts, the loss is that of its label in the data set, dog
+    loss = validated(imagenet, tmp_path, *argv)[32]['loss']
+    other = tmp_path / 'one' / 'dog' / 'a.JPEG'
+    other.parent.mkdir(parents=True)
+    (other.parents[1] / 'cat').mkdir()
+    shutil.copy(imagenet / 'dog' / 'ILSVRC2012_val_00000004.JPEG', other)
+    (tmp_path / 'classes.txt').write_text('cat\ndog\n')
+    expected = validated(other.parents[1], tmp_path, *argv[:2], '--class-map', str(tmp_path / 'classes.txt'))
+    assert loss == pytest.approx(expected[32]['loss'])
+
+
+@pytest.mark.parametrize('content,message', [
+    ('[[0], [1]]', 'has labels of 2 images, the data set has 5'),
+    ('[[0], [1], 2, 3, 4]', 'real.json: [2] is 2, expected'),
+])
+def test_real_labels_that_do_not_fit(imagenet, trained, tmp_path, capfd, content, message):
+    (tmp_path / 'real.json').write_text(content)
+    argv = [imagenet, '--checkpoint', trained / 'last.pth.tar', '--device', 'cpu', '--workers', '0', '--real-labels']
+    assert message in fails(validate_rs.main, [*argv, tmp_path / 'real.json'], capfd)
+
+
+def test_valid_labels(images, tmp_path, capfd):
+    """Of a network of three classes the last and the first: the same as a network of these two."""
+    three = timm.create_model(MODEL, resolutions=(32, 16), num_classes=3).eval()
+    two = timm.create_model(MODEL, resolutions=(32, 16), num_classes=2).eval()
+    torch.nn.init.normal_(three.fc.weight)
+    state = three.state_dict()
+    two.load_state_dict({**state, **{k: state[k][[2, 0]] for k in ('fc.weight', 'fc.bias')}})
+    save_model(three, str(tmp_path / 'three'))
+    save_model(two, str(tmp_path / 'two'))
+    path = tmp_path / 'labels.txt'
+    path.write_text('2\n0\n')
+    found, expected = (
+        validated(images, tmp_path, '--model', f'local-dir:{tmp_path / name}', *more)
+        for name, more in (('three', ['--valid-labels', str(path)]), ('two', [])))
+    for key, row in found.items():
+        assert [row[n] for n in ('top1', 'top5', 'loss')] == pytest.approx(
+            [expected[key][n] for n in ('top1', 'top5', 'loss')], rel=1e-5)
+    argv = [images, '--model', f"local-dir:{tmp_path / 'three'}", '--device', 'cpu', '--workers', '0', '--valid-labels']
+    for content, message in (
+            ('2\n0\n1\n', f'has 2 classes, --valid-labels {path} has 3'), ('dog\n', 'expected the index of a class'),
+            ('3\n0\n', 'line[0] is 3, expected an integer from 0 to 2')):
+        path.write_text(content)
+        assert message in fails(validate_rs.main, [*argv, path], capfd)
+
+
+def test_retry_takes_smaller_batches(images, trained, tmp_path, capfd, monkeypatch):
+    sizes, evaluate = [], validate_rs.evaluate
+
+    def fill_memory(network, loader, *args, **kwargs):
+        sizes.append(loader.batch_size)
+        if loader.batch_size > 3:
+            raise torch.OutOfMemoryError('out of memory')
+        return evaluate(network, loader, *args, **kwargs)
+
+    monkeypatch.setattr(validate_rs, 'evaluate', fill_memory)
+    argv = ['--checkpoint', str(trained / 'last.pth.tar'), '--batch-size', '8']
+    assert len(validated(images, tmp_path, *argv, '--retry')) == 3 and sizes == [8, 6, 4, 3]
+    line = fails(validate_rs.main, [images, *argv, '--device', 'cpu', '--workers', '0'], capfd)
+    assert 'Out of memory with batches of 8 images: out of memory' in line
+
+
+def test_mirrored_images():
+    class Corner(torch.nn.Linear):
+        def forward(self, x):
+            return x[:, :, 0, 0]
+
+    images = torch.tensor([[[[4., 0.], [9., 9.]], [[0., 2.], [9., 9.]]]])  # classes 4 and 0, mirrored 0 and 2
+    for mirrored, logits in ((False, [4., 0.]), (True, [2., 1.])):
+        found = evaluate(Corner(1, 1), [([images], torch.tensor([0]))], (2,), lambda x: x, mirrored=mirrored)
+        expected = torch.nn.functional.cross_entropy(torch.tensor([logits]), torch.tensor([0]))
+        assert found[2]['loss'] == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize('name,slow,expected', [
+    (None, True, torch.bfloat16), (None, False, torch.bfloat16), ('float16', True, torch.float16)])
+def test_mixed_precision_on_a_cpu(caplog, name, slow, expected):
+    class Net(torch.nn.Linear):
+        resolutions = (64, 32)
+
+        def forward(self, x):
+            assert x.shape == (8, 1, 32, 32) and not self.training
+            time.sleep(0.02 if torch.is_autocast_enabled('cpu') == slow else 0.001)
+
+    model = Net(1, 1)
+    assert choose_amp(model, torch.device('cpu'), name, 1) == expected and model.training
+    text = f'--amp in {str(expected)[6:]} takes'
+    assert (text in caplog.text) == slow and ('times as long as float32 on this CPU' in caplog.text) == slow

@@ -90,6 +90,8 @@ def add_resolution(
         raise UserError(f'Unknown method {method!r}, expected one of {", ".join(METHODS)}.')
     if not isinstance(resolution, int) or resolution <= 0 or resolution in model.resolutions:
         raise UserError(f'Cannot add resolution {resolution!r} to {model.resolutions}, expected a new size in pixels.')
+    if method.startswith('tune') and getattr(model, 'multilabel_threshold', None) is not None:
+        raise UserError(f'Method {method} teaches one label per image, take statistics or copy for several.')
     if method == 'tune_bn_head' and not hasattr(model, 'get_classifier'):
         raise UserError(f'{type(model).__name__} has no classifier to teach (get_classifier), take method tune_bn.')
     if method.startswith('tune') and epochs < 1:

@@ -31,7 +31,7 @@ from .models.rs_models import PREFIX, RESOLUTIONS, explain_unknown_model
 from .private_bn import PrivateBN
 from .quant.packing import unpack_state_dict
 from .quant.quantize import adapt_bases
-from .records import is_model_folder, read_config
+from .records import is_model_folder, read_config, read_threshold
 from .resolutions import check_resolutions
 from .switchable import SwitchableMixin, make_switchable
 
@@ -49,7 +49,8 @@ class LoadedModel:
     """A model and what its checkpoint records of the training.
 
     Attributes:
-        model: Network in eval mode; its pretrained_cfg holds the preprocessing that it was trained with.
+        model: Network in eval mode; its pretrained_cfg holds the preprocessing that it was trained with, and its
+            multilabel_threshold the probability from which on a label counts, None with one label per image.
         source: The file that was read, or the name of the network.
         args: Flags of the training run, empty if unknown.
         epoch: Epoch of the checkpoint, None if unknown.
@@ -131,6 +132,7 @@ def load_model(
     for key in _ORIGIN:
         model.pretrained_cfg.pop(key, None)
     model.pretrained_cfg.update(data, **data_config)
+    model.multilabel_threshold = args.get('multilabel_threshold') if args.get('task') == 'multilabel' else None
     return LoadedModel(model, path, args, checkpoint.epoch)
 
 
@@ -191,9 +193,8 @@ def read_source(name: str, pretrained: bool = True) -> Tuple[str, Dict[str, Any]
     if ':' not in name:
         return name, {}
     try:
-        kind, place = parse_model_name(name)
+        (kind, place), config = parse_model_name(name), _find_config(name)
         is_hub = kind == 'hf-hub'
-        config = download_from_hf(place, 'config.json') if is_hub else os.path.join(place, 'config.json')
         weights = load_state_dict_from_hf(place) if is_hub and pretrained else None
     except Exception as e:  # the client of the Hub raises others in other versions
         raise UserError(f'Cannot load {name}: {one_line(e, 300)}') from e
@@ -214,6 +215,12 @@ def read_source(name: str, pretrained: bool = True) -> Tuple[str, Dict[str, Any]
     return architecture, dict(args, pretrained_cfg=dict(cfg, state_dict=weights), pretrained_model_args=args)
 
 
+def _find_config(name: str) -> str:
+    """Return the file config.json of 'local-dir:<folder>' or 'hf-hub:<user>/<name>'."""
+    kind, place = parse_model_name(name)
+    return download_from_hf(place, 'config.json') if kind == 'hf-hub' else os.path.join(place, 'config.json')
+
+
 def _create_named(
         source: str,
         resolutions: Optional[Sequence[int]],
@@ -227,6 +234,7 @@ def _create_named(
         kwargs['resolutions'] = check_resolutions(resolutions)
     model = create(source, name, pretrained=True, **kwargs)
     model.pretrained_cfg.pop('state_dict', None)
+    model.multilabel_threshold = read_threshold(_find_config(source)) if ':' in source else None
     if not isinstance(model, SwitchableMixin) and not keep_plain:
         model = make_switchable(model, resolutions or RESOLUTIONS)
         for key in ('test_input_size', 'test_pool_size', 'test_crop_pct'):

@@ -24,16 +24,18 @@ class RunHistory:
         resolutions: Input sizes in pixels, largest first.
         rows: Validated epochs of summary.csv.
         args: Flags of the run.
+        metric: Column of the accuracy, 'top1' or, with several labels per image, 'map'.
     """
     name: str
     resolutions: List[int]
     rows: List[Dict[str, float]]
     args: dict
+    metric: str = 'top1'
 
     @property
     def best(self) -> Dict[str, float]:
         """The validated epoch with the highest mean accuracy over resolutions."""
-        return max(self.rows, key=lambda row: row['eval_top1_mean'])
+        return max(self.rows, key=lambda row: row[f'eval_{self.metric}_mean'])
 
     def madds(self) -> Dict[int, int]:
         """Return the multiply-adds of one image at each resolution."""
@@ -57,21 +59,23 @@ def read_run(folder: str) -> RunHistory:
         if not os.path.isfile(path):
             raise UserError(f'{folder} is not an output folder of train_rs.py, {os.path.basename(path)} is missing.')
     rows = read_summary(paths[0])
-    names = {key.rpartition('_')[2] for row in rows for key in row if key.startswith('eval_top1_')}
+    metric = 'map' if any('eval_map_mean' in row for row in rows) else 'top1'
+    names = {key.rpartition('_')[2] for row in rows for key in row if key.startswith(f'eval_{metric}_')}
     sizes = [fields.check_fields(name, fields.size_text, paths[0]) for name in names if name.isdecimal()]
-    columns = ['epoch', *(f'eval_top1_{key}' for key in ('mean', ENSEMBLE, *sizes))]
+    columns = ['epoch', *(f'eval_{metric}_{key}' for key in ('mean', ENSEMBLE, *sizes))]
     check = fields.record(dict.fromkeys(columns, fields.number()), required=columns)
-    rows = [fields.check_fields(row, check, paths[0]) for row in rows if 'eval_top1_mean' in row]
+    rows = [fields.check_fields(row, check, paths[0]) for row in rows if f'eval_{metric}_mean' in row]
     if not rows:
         raise UserError(f'{paths[0]} holds no validated epoch yet.')
     args = check_run(read_yaml(paths[1]), paths[1])
     if ':' in (args.get('model') or ''):  # the checkpoint records the network instead
         args = read_checkpoint(folder).args
-    return RunHistory(os.path.basename(os.path.normpath(folder)), sorted(sizes, reverse=True), rows, args)
+    name = os.path.basename(os.path.normpath(folder))
+    return RunHistory(name, sorted(sizes, reverse=True), rows, args, metric)
 
 
 def plot_curves(runs: Sequence[RunHistory], path: str, overwrite: bool = False) -> None:
-    """Draw top-1 accuracy over epochs, a panel per run and a line per resolution and for the ensemble.
+    """Draw accuracy over epochs, a panel per run and a line per resolution and for the ensemble.
 
     The ending of the path chooses the format of the file.
     """
@@ -82,29 +86,34 @@ def plot_curves(runs: Sequence[RunHistory], path: str, overwrite: bool = False) 
             is_ensemble = key == ENSEMBLE
             label = 'ensemble' if is_ensemble else f'{key} px'
             style = dict(color='black', linestyle='--') if is_ensemble else {}
-            values = [row[f'eval_top1_{key}'] for row in run.rows]
+            values = [row[f'eval_{run.metric}_{key}'] for row in run.rows]
             axis.plot(epochs, values, label=label, marker='.' if len(epochs) < 30 else '', **style)
         axis.set(xlabel='epoch', title=run.name)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(loc='lower right')
-    axes[0].set_ylabel('top-1 accuracy (%)')
+    axes[0].set_ylabel(_label(runs))
     with atomic_path(path, overwrite) as partial:
         figure.savefig(partial, dpi=150)
 
 
 def plot_accuracy_against_madds(runs: Sequence[RunHistory], path: str, overwrite: bool = False) -> None:
-    """Draw top-1 accuracy of each run's best epoch against the multiply-adds of each resolution, see plot_curves."""
+    """Draw the accuracy of each run's best epoch against the multiply-adds of each resolution, see plot_curves."""
     figure, (axis,) = _figure(1)
     for run in runs:
         cost = run.madds()
-        accuracy = [run.best[f'eval_top1_{r}'] for r in run.resolutions]
+        accuracy = [run.best[f'eval_{run.metric}_{r}'] for r in run.resolutions]
         axis.plot([cost[r] / 1e6 for r in run.resolutions], accuracy, marker='o', label=run.name)
         for r, value in zip(run.resolutions, accuracy):
             axis.annotate(f'{r} px', (cost[r] / 1e6, value), textcoords='offset points', xytext=(4, -11), fontsize=8)
-    axis.set(xlabel='multiply-adds (millions)', ylabel='top-1 accuracy (%)')
+    axis.set(xlabel='multiply-adds (millions)', ylabel=_label(runs))
     axis.legend(loc='lower right')
     with atomic_path(path, overwrite) as partial:
         figure.savefig(partial, dpi=150)
+
+
+def _label(runs: Sequence[RunHistory]) -> str:
+    titles = dict(top1='top-1 accuracy', map='mean average precision')
+    return ' or '.join(sorted({titles[run.metric] for run in runs}, reverse=True)) + ' (%)'
 
 
 def _figure(panels: int):

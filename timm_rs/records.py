@@ -21,8 +21,8 @@ from ._compat import parse_model_cfg
 
 __all__ = [
     'ARGS_FILE', 'LABEL_FILE', 'PRETRAINED_CFG', 'SUMMARY_FILE', 'check_model_args', 'check_run', 'find_checkpoint',
-    'is_model_folder', 'labels_beside', 'read_config', 'read_csv', 'read_label_names', 'read_summary', 'read_yaml',
-    'write_label_names']
+    'is_model_folder', 'labels_beside', 'read_config', 'read_csv', 'read_label_names', 'read_summary',
+    'read_threshold', 'read_yaml', 'write_label_names']
 
 ARGS_FILE, LABEL_FILE, SUMMARY_FILE = 'args.yaml', 'label_names.txt', 'summary.csv'  # beside the checkpoints of a run
 _WEIGHTS = ('model.safetensors', 'pytorch_model.bin', 'model_best.pth.tar', 'last.pth.tar')  # in a folder
@@ -50,6 +50,8 @@ _RUN = {k: fields.optional(check) for k, check in dict(
     num_classes=_classes,
     in_chans=fields.integer(1, fields.MAX_SIZE),
     gp=fields.text(100),
+    task=fields.text(100),
+    multilabel_threshold=fields.number(0, 1),
     bn_eps=fields.number(0, 1),
     model_kwargs=_arguments,
     input_img_mode=fields.text(100),
@@ -79,6 +81,7 @@ _CONFIG = fields.record(dict(
     model_args=_arguments,
     pretrained_cfg=PRETRAINED_CFG,
 ), required=('architecture', 'pretrained_cfg'))
+_THRESHOLD = fields.record(dict(multilabel_threshold=fields.optional(fields.number(0, 1))))
 
 
 class _Loader(yaml.SafeLoader):
@@ -157,6 +160,15 @@ def read_config(path: str, source: str) -> Tuple[str, Dict[str, Any], Dict[str, 
     config['pretrained_cfg'] = {k: v for k, v in config['pretrained_cfg'].items() if v is not None}
     pretrained_cfg, architecture, args = parse_model_cfg(config, {})
     return architecture, pretrained_cfg, args
+
+
+def read_threshold(path: str) -> Optional[float]:
+    """Return the probability from which on a label counts, None if a config.json is of one label per image.
+
+    Raises:
+        UserError: It is another file, or the value is unusable.
+    """
+    return fields.read_json(path, _THRESHOLD).get('multilabel_threshold')
 
 
 def is_model_folder(path: str) -> bool:

@@ -110,6 +110,7 @@ class CascadeSession(Closable):
         if not self.session.num_classes:
             raise UserError(f'{self.session.path} has no classes, expected a classifier.')
         self.session.check_takes_images()
+        self.session.check_one_label()
         super().__init__(partial(
             type(self), os.path.abspath(path) if self._is_owner else path, self.cascade, threads, mode, decode))
 

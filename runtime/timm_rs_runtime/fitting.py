@@ -262,6 +262,7 @@ def label_folders(
     Raises:
         UserError: The folder holds no images, or the classes of its folders are unknown.
     """
+    session.check_one_label()
     paths = find_images(folder)
     loose = [path for path in paths if os.path.dirname(os.path.relpath(path, folder)) == '']
     if loose:

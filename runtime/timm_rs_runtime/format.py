@@ -23,6 +23,7 @@ _METADATA = fields.record(dict(
     madds=fields.table(fields.size_text, fields.integer(0, 10 ** 18)),
     architecture=fields.text(),
     precision=fields.text(choices=('float32', 'int8')),
+    multilabel_threshold=fields.optional(fields.number(0, 1)),  # None: one label per image
 ))
 
 

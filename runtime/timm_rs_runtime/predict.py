@@ -77,15 +77,28 @@ class Predictor:
         return logits[0], resolution, 1e3 * (time.perf_counter() - start)
 
 
-def top(logits: np.ndarray, names: Optional[Sequence[str]] = None, k: int = 5) -> List[Dict[str, Any]]:
+def top(
+        logits: np.ndarray,
+        names: Optional[Sequence[str]] = None,
+        k: int = 5,
+        threshold: Optional[float] = None,
+) -> List[Dict[str, Any]]:
     """Return the most probable classes: 'class', 'name' and 'probability' of each.
+
+    Args:
+        logits: Logits [num_classes].
+        names: Names of the classes.
+        k: Classes to return, at most.
+        threshold: If not None, the classes are independent labels, and only those of at least this probability count.
 
     Example:
         >>> top(np.array([0., np.log(3.)]), ['cat', 'dog'], k=1)
         [{'class': 1, 'name': 'dog', 'probability': 0.75}]
+        >>> [found['name'] for found in top(np.array([2., -2., 1.]), ['cat', 'dog', 'emu'], threshold=0.5)]
+        ['cat', 'emu']
     """
-    probabilities = softmax(logits)
-    best = np.argsort(-logits, kind='stable')[:k]
+    probabilities = softmax(logits) if threshold is None else np.exp(-np.logaddexp(0, -logits))
+    best = [i for i in np.argsort(-logits, kind='stable')[:k] if threshold is None or probabilities[i] >= threshold]
     return [
         {'class': int(i), 'name': names[i] if names else str(i), 'probability': round(float(probabilities[i]), 6)}
         for i in best
@@ -148,7 +161,7 @@ def predict_all(
                 raise image
             logits, resolution, milliseconds = predictor(image)
             milliseconds += reading
-            best = top(logits, predictor.session.class_names, k)
+            best = top(logits, predictor.session.class_names, k, predictor.session.threshold)
             row = dict(image=name, resolution=resolution, milliseconds=round(milliseconds, 3), top=best)
         except UserError as e:
             row = dict(image=name, error=one_line(e))

@@ -66,6 +66,7 @@ class Session(Closable):
         resolutions: Input sizes in pixels, largest first.
         num_classes: Number of classes.
         class_names: Names of the classes, or None.
+        threshold: Probability from which on a label counts in a network of several labels per image, else None.
         madds: Multiply-adds of an image, by resolution.
         preprocessing: What is done to an image; None if the channels are not those of one: it takes only batches then.
         mean: Pixel mean of each channel, of values in [0, 1].
@@ -101,6 +102,7 @@ class Session(Closable):
         self.resolutions: Tuple[int, ...] = self.metadata['resolutions']
         self.num_classes: int = self.metadata['num_classes']
         self.class_names: Optional[Sequence[str]] = self.metadata.get('class_names')
+        self.threshold: Optional[float] = self.metadata.get('multilabel_threshold')
         self.madds: Dict[int, int] = self.metadata.get('madds', {})
         self.mean, self.std = self.metadata['mean'], self.metadata['std']
         self.preprocessing = preprocessing_of(self.metadata, decode) if len(self.mean) in IMAGE_MODES else None
@@ -245,6 +247,11 @@ class Session(Closable):
         """Raise ImageError if the channels are not those of an image."""
         if self.preprocessing is None:
             raise ImageError(f'{self.path} takes {len(self.mean)} channels, expected float32 arrays instead of images.')
+
+    def check_one_label(self) -> None:
+        """Raise UserError if the network is one of several labels per image."""
+        if self.threshold is not None:
+            raise UserError(f'{self.path} has several labels per image, a cascade needs a network of one.')
 
     def _check_batch(self, images: np.ndarray, resolution: Optional[int]) -> int:
         channels = len(self.mean)

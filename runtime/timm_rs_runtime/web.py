@@ -35,7 +35,8 @@ def answer_all(session: Session, image: str, milliseconds: Mapping[int, float]) 
     rows = []
     image = session.read(image)
     for resolution in session.resolutions:
-        (best,) = top(session.predict(image, resolution)[0], session.class_names, 1)
+        threshold = None if session.threshold is None else 0.  # the best label, sure or not
+        (best,) = top(session.predict(image, resolution)[0], session.class_names, 1, threshold)
         madds = session.madds.get(resolution, 0)
         rows.append(dict(
             resolution=resolution, name=best['name'], probability=best['probability'],

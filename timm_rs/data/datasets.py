@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageMode
 from timm import data as timm_data
+from timm.data import MultiLabelTarget
 from timm.data.loader import fast_collate
 from timm.data.readers import img_extensions
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from timm_rs_runtime.errors import UserError
 from timm_rs_runtime.images import extensions, split_folder
@@ -35,6 +37,7 @@ __all__ = [
     'create_dataset',
     'create_eval_loader',
     'describe',
+    'encode_labels',
     'explain_classes',
     'imagenet_classes',
     'number_classes',
@@ -134,6 +137,24 @@ def create_dataset(name: str, root: Optional[str], split: str, decode: str = 'ex
         dataset.loader = read
     dataset.read, dataset.input_img_mode, dataset.source = read, mode, source
     return dataset
+
+
+def encode_labels(dataset: Dataset, num_classes: int, target_format: Optional[str] = None) -> None:
+    """Let a data set of several labels per image give a vector of one value per label.
+
+    Args:
+        dataset: Data set of create_dataset.
+        num_classes: Number of labels.
+        target_format: What it holds: 'indices' (also if None) or 'multihot'.
+
+    Raises:
+        UserError: It holds one label per image.
+    """
+    if not isinstance(dataset, (ImageDataset, StreamDataset)) or isinstance(dataset.reader, ReaderImageFolder):
+        raise UserError(
+            f'{dataset.source} has one label per image; --task multilabel takes a data set hfds/, hfids/, wds/ or '
+            'tfds/ with lists of labels.')
+    dataset.target_transform = MultiLabelTarget(num_classes, dense=target_format == 'multihot')
 
 
 @contextmanager
@@ -255,9 +276,9 @@ def _transform_pyramid(image: Image.Image, transforms: Sequence[Callable]) -> Li
     return [transform(image) for transform in transforms]
 
 
-def _collate_pyramid(batch: Sequence[Tuple[List[Any], int]]) -> Tuple[List[torch.Tensor], torch.Tensor]:
+def _collate_pyramid(batch: Sequence[Tuple[List[Any], Any]]) -> Tuple[List[torch.Tensor], torch.Tensor]:
     images, targets = zip(*batch)
-    return [fast_collate([(image, 0) for image in level])[0] for level in zip(*images)], torch.tensor(targets)
+    return [fast_collate([(image, 0) for image in level])[0] for level in zip(*images)], default_collate(targets)
 
 
 class PyramidNormalizer:

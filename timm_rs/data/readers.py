@@ -4,13 +4,15 @@ import tarfile
 from functools import partial
 from typing import Any, Dict, Iterator, Optional, Tuple, Union
 
+import torch
 from PIL import Image
 from timm import data as timm_data
 from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import DataLoader, Dataset
 
-from timm_rs_runtime.errors import one_line
+from timm_rs_runtime import fields
+from timm_rs_runtime.errors import UserError, one_line
 from timm_rs_runtime.images import ImageError, name_of, open_image
 from timm_rs_runtime.unreadable import ReadErrors
 
@@ -43,6 +45,8 @@ class ImageDataset(timm_data.ImageDataset):
         image = self.read(file)
         if self.transform is not None:
             image = self.transform(image)
+        if self.target_transform is not None:
+            target = _encoded(self, target)
         return image, -1 if target is None else target
 
 
@@ -80,7 +84,7 @@ class ReadableDataset(Dataset):
             except ImageError as e:
                 self.errors.report(self._name(index), e, is_last=self.stand_in and not left)
             index = (index + 1) % len(self)
-        return _black(self.dataset), 0 if self.stand_in else UNREADABLE
+        return _black(self.dataset, 0 if self.stand_in else UNREADABLE)
 
     def _name(self, index: int) -> str:
         if hasattr(self.dataset, 'samples'):  # torchvision's
@@ -142,8 +146,10 @@ class StreamDataset(timm_data.IterableImageDataset):
                 if self.stand_in:
                     waiting += 1
                 else:
-                    yield _black(self), UNREADABLE
+                    yield _black(self, UNREADABLE)
                 continue
+            if self.target_transform is not None:
+                target = _encoded(self, target)
             for each in images:
                 yield each, target
             waiting, last = 0, (image, target)
@@ -173,9 +179,20 @@ def skip_unreadable(dataset: Dataset, errors: ReadErrors, stand_in: bool) -> Dat
     return ReadableDataset(dataset, errors, stand_in)
 
 
-def _black(dataset: Dataset) -> Any:
+def _black(dataset: Dataset, target: int) -> Tuple[Any, Any]:
     image = Image.new(getattr(dataset, 'input_img_mode', 'RGB'), (64, 64))
-    return image if dataset.transform is None else dataset.transform(image)
+    encode = getattr(dataset, 'target_transform', None)
+    if encode is not None:
+        target = torch.full((encode.num_classes,), float(target))
+    return image if dataset.transform is None else dataset.transform(image), target
+
+
+def _encoded(dataset: Dataset, target: Any) -> torch.Tensor:
+    """Return the labels of an image as the loss takes them."""
+    try:
+        return dataset.target_transform(target)
+    except (RuntimeError, TypeError, ValueError) as e:
+        raise UserError(f'{dataset.source}: the labels {fields.shown(target)} of an image: {one_line(e)}') from e
 
 
 def _leave_encoded_hfids(reader: Reader) -> None:

@@ -58,6 +58,7 @@ def describe(
         interpolation=config['interpolation'],
         crop_pct=config['crop_pct'],
         crop_mode=config['crop_mode'],
+        multilabel_threshold=getattr(model, 'multilabel_threshold', None),
     )
     if channels in MODES:  # others take no images, but batches
         preprocessing_of(found)

@@ -10,8 +10,8 @@ import yaml
 from timm_rs_runtime.errors import UserError
 
 from .._compat import get_model_input_config
-from ..evaluate import ENSEMBLE, count_madds, count_parameters
-from ..train.options import WARM_START, create_parser, is_warm_start
+from ..evaluate import ENSEMBLE, METRICS, count_madds, count_parameters
+from ..train.options import WARM_START, is_warm_start, parse_args
 from .convert import architecture_of
 
 __all__ = ['MARK', 'Metrics', 'model_card']
@@ -57,24 +57,27 @@ def model_card(
     madds: Dict[Any, Optional[int]] = {r: _count_madds(model, r, in_chans) for r in model.resolutions}
     madds[ENSEMBLE] = sum(madds.values()) if None not in madds.values() else None
     rows = [key for key in madds if key != ENSEMBLE or key in metrics]
+    threshold = getattr(model, 'multilabel_threshold', None)
+    columns = dict(top1='Top-1', top5='Top-5') if threshold is None else {k: METRICS[k] for k in ('map', 'macro_f1')}
 
     results = [
         EvalResult(
             task_type='image-classification',
             dataset_type=dataset,
             dataset_name=dataset,
-            metric_type='accuracy',
+            metric_type=dict(map='mean_average_precision', macro_f1='f1').get(name, 'accuracy'),
             metric_name=f"{title} {'of the ensemble' if key == ENSEMBLE else f'at {key} px'}",
             metric_value=round(metrics[key][name], 3),
         )
         for key in rows if key in metrics
-        for name, title in (('top1', 'Top-1'), ('top5', 'Top-5')) if name in metrics[key]
+        for name, title in columns.items() if name in metrics[key]
     ]
     metadata = ModelCardData(
         library_name='timm',
         license=license,
         pipeline_tag='image-classification',
-        tags=['image-classification', 'timm', 'timm_rs', 'resolution-switchable'],
+        tags=['image-classification', 'timm', 'timm_rs', 'resolution-switchable']
+        + ['multi-label'] * (threshold is not None),
         model_name=repo_id.split('/')[-1],
         eval_results=results or None,
     )
@@ -83,9 +86,10 @@ def model_card(
         return f'{metrics[key][name]:.2f}' if name in metrics.get(key, {}) else ''
 
     table = [
-        '| resolution | top-1 (%) | top-5 (%) | millions of MAdds |',
+        f"| resolution | {' | '.join(f'{title[0].lower()}{title[1:]} (%)' for title in columns.values())} | "
+        'millions of MAdds |',
         '|---|---|---|---|',
-        *(f"| {'ensemble' if r == ENSEMBLE else r} | {cell(r, 'top1')} | {cell(r, 'top5')} | "
+        *(f"| {'ensemble' if r == ENSEMBLE else r} | {' | '.join(cell(r, name) for name in columns)} | "
           f"{'' if madds[r] is None else f'{madds[r] / 1e6:.1f}'} |" for r in rows),
     ]
     shown = _recipe(recipe)
@@ -93,6 +97,7 @@ def model_card(
         mark=MARK,
         architecture=architecture,
         num_classes=model.num_classes,
+        kind='classes' if threshold is None else f'independent labels (from a probability of {threshold:g} on)',
         sizes=', '.join(map(str, model.resolutions)),
         smallest=model.resolutions[-1],
         quantization=_quantization(model),
@@ -107,7 +112,8 @@ def model_card(
 
 def _recipe(args: Mapping[str, Any]) -> str:
     """Return the flags that are not the defaults of train_rs.py as YAML, without those that describe the machine."""
-    defaults = vars(create_parser().parse_args([]))
+    task = 'multilabel' if args.get('task') == 'multilabel' else 'classification'
+    defaults = dict(vars(parse_args(['--task', task])), task='classification')
     if is_warm_start(args):
         defaults.update(dict.fromkeys(WARM_START))
     shown = {k: v for k, v in args.items() if k in defaults and v != defaults[k] and k not in _MACHINE}

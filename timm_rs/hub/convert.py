@@ -94,6 +94,10 @@ def write_model(
     config = json.loads(path.read_text())
     config.get('model_args', {}).pop('num_classes', None)  # is at the top already; transformers fails on a second one
     config['pretrained_cfg'].pop('label_names', None)
+    if getattr(model, 'multilabel_threshold', None):
+        config.update(
+            problem_type='multi_label_classification',  # as transformers calls it
+            multilabel_threshold=model.multilabel_threshold)
     path.write_text(json.dumps(config, indent=2))
 
 

@@ -17,7 +17,7 @@ from timm.utils import unwrap_model
 from timm_rs_runtime import fields
 from timm_rs_runtime.errors import UserError
 
-from ..evaluate import ENSEMBLE
+from ..evaluate import ENSEMBLE, METRICS
 from ..records import find_checkpoint, read_csv, to_number
 from ..switchable import SwitchableMixin
 from .card import MARK, Metrics, model_card
@@ -60,8 +60,8 @@ def push_to_hub(
     Args:
         model: Switchable network, or a wrapper of it (DistributedDataParallel, torch.compile, timm's EMA).
         repo_id: 'user/name' on the Hub.
-        metrics: For each resolution, and 'ens' for the ensemble, 'top1' and 'top5' in percent, as timm_rs.evaluate
-            gives them.
+        metrics: For each resolution, and 'ens' for the ensemble, 'top1' and 'top5', or 'map' and 'macro_f1' for several
+            labels per image, in percent, as timm_rs.evaluate gives them.
         recipe: Flags of the training run; those that describe the machine, such as paths, stay out of the card.
         dataset: Name of the data set of the metrics.
         label_names: Names of the classes, in their order.
@@ -132,9 +132,9 @@ def read_metrics(path: str, epoch: Optional[int] = None) -> Dict[Union[int, str]
     found: Dict[str, Dict[str, float]] = {}
     for row in rows:
         if 'resolution' in row:
-            cells = [(name, str(row['resolution']), row.get(name)) for name in ('top1', 'top5', 'loss')]
+            cells = [(name, str(row['resolution']), row.get(name)) for name in METRICS]
         elif 'epoch' in row:
-            columns = [re.fullmatch(rf'eval_(top1|top5|loss)_(\d+|{ENSEMBLE})', name) for name in row]
+            columns = [re.fullmatch(rf"eval_({'|'.join(METRICS)})_(\d+|{ENSEMBLE})", name) for name in row]
             cells = [(m[1], m[2], row[m[0]]) for m in columns if m and epoch in (None, to_number(row['epoch'], path))]
         else:
             raise UserError(f'{path} does not hold results of validate_rs.py or train_rs.py.')

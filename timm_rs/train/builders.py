@@ -17,12 +17,13 @@ from timm.data import FastCollateMixup, Mixup, create_loader
 from timm.data.model_config import resolve_input_data_config
 from timm.data.random_erasing import RandomErasing
 from timm.layers import convert_sync_batchnorm, set_fast_norm
-from timm.loss import create_classification_loss
+from timm.loss import create_classification_loss, resolve_class_weights
 from timm.models import is_model
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils.distributed import init_distributed_device, world_info_from_env
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler
 
+from timm_rs_runtime import fields
 from timm_rs_runtime.errors import UserError, one_line
 from timm_rs_runtime.unreadable import ReadErrors
 
@@ -35,13 +36,14 @@ from ..data.datasets import (
     create_dataset,
     create_eval_loader,
     describe,
+    encode_labels,
     explain_classes,
     imagenet_classes,
     number_classes,
     share_shards,
 )
 from ..data.readers import ReadableDataset, skip_unreadable
-from ..evaluate import ENSEMBLE, count_madds
+from ..evaluate import ENSEMBLE, count_madds, create_evaluator
 from ..load import create, load_weights, read_source
 from ..models.rs_models import PREFIX, explain_unknown_model
 from ..private_bn import tie_affine
@@ -66,7 +68,9 @@ __all__ = [
 ]
 
 _logger = logging.getLogger('train')
-_METRICS = ('top1', 'top5', 'loss')
+_CLASS_STATS = fields.record(dict(
+    pos_counts=fields.array(fields.number(0), 1, fields.MAX_CLASSES), num_samples=fields.integer(1, 10 ** 12),
+), required=('pos_counts', 'num_samples'))
 _PLAIN = '{} is a plain network, expected a switchable one: an rs_* model, its weights by --initial-checkpoint.'
 
 
@@ -103,8 +107,7 @@ def select_device(args: argparse.Namespace) -> torch.device:
     if args.sync_bn and args.device.startswith('cpu'):
         raise UserError('--sync-bn needs GPUs: synchronized BatchNorm does not run on a CPU.')
     device = name_flags(args, 'device')(init_distributed_device)(args)
-    bfloat16 = 'bfloat16' in (args.amp and args.amp_dtype, args.model_dtype)
-    if bfloat16 and device.type == 'cpu' and torch.backends.cpu.get_cpu_capability() == 'AVX2':
+    if args.model_dtype == 'bfloat16' and device.type == 'cpu' and torch.backends.cpu.get_cpu_capability() == 'AVX2':
         _logger.warning('This CPU has no instructions for bfloat16: float32 is several times as fast.')
     if args.aug_repeats and not args.distributed:
         raise UserError('--aug-repeats needs distributed training, see distributed_train.sh.')
@@ -148,8 +151,10 @@ def build_model(
         bn_eps=args.bn_eps,
     )
     kwargs = {**kwargs, **args.model_kwargs, **{k: v for k, v in chosen.items() if v is not None}}
-    if args.pretrained_path:
-        kwargs['pretrained_cfg_overlay'] = dict(file=args.pretrained_path, num_classes=-1)  # a new classifier
+    overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else {}  # a new classifier
+    overlay.update(args.pretrained_cfg_overlay)
+    if overlay:
+        kwargs['pretrained_cfg_overlay'] = overlay
     try:
         model = timm.create_model(args.model, pretrained=args.pretrained or bool(args.pretrained_path), **kwargs)
     except TypeError as e:
@@ -161,12 +166,13 @@ def build_model(
         load_weights(model, args.initial_checkpoint)
     args.resolutions = list(check_resolutions(model.resolutions))
     args.num_classes = model.num_classes
-    if args.eval_metric in _METRICS:
+    metrics = create_evaluator(args.task).metric_names
+    if args.eval_metric in metrics:
         args.eval_metric += '_mean'
-    name, _, place = args.eval_metric.partition('_')
-    if name not in _METRICS or place not in ('mean', ENSEMBLE, *map(str, args.resolutions)):
+    name, _, place = args.eval_metric.rpartition('_')
+    if name not in metrics or place not in ('mean', ENSEMBLE, *map(str, args.resolutions)):
         raise UserError(
-            f'--eval-metric {args.eval_metric!r}: expected one of {", ".join(_METRICS)}, followed by _mean, '
+            f'--eval-metric {args.eval_metric!r}: expected one of {", ".join(metrics)}, followed by _mean, '
             f'_{ENSEMBLE} or a resolution such as _{args.resolutions[-1]}.')
     if (args.sizes_per_update or 1) > len(args.resolutions):
         raise UserError(
@@ -232,6 +238,7 @@ def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:
         input_img_mode=choose_img_mode(args.in_chans or (args.input_size or (3,))[0], args.input_img_mode),
         input_key=args.input_key,
         target_key=args.target_key,
+        target_format=args.target_format,
         trust_remote_code=args.dataset_trust_remote_code,
     )
     train_set = create_dataset(
@@ -268,6 +275,12 @@ def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:
             raise UserError(
                 f'Split {split!r} of {args.data_dir or args.dataset} has {num_classes} classes, '
                 f'expected {args.num_classes} as the model.')
+    if args.task == 'multilabel':
+        if not args.num_classes:
+            raise UserError(
+                f'--task multilabel needs --num-classes: {args.data_dir or args.dataset} does not record the labels.')
+        for dataset in (train_set, eval_set):
+            encode_labels(dataset, args.num_classes, args.target_format)
     if not isinstance(train_set, IterableDataset) and -(-len(train_set) // args.world_size) < args.batch_size:
         share = f' of {args.world_size} processes' if args.distributed else ''
         raise UserError(
@@ -290,7 +303,7 @@ def build_loaders(
         mixup_kwargs = dict(
             mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
             switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
-            num_classes=args.num_classes,
+            num_classes=args.num_classes, multi_label=args.task == 'multilabel',
         )
         if prefetcher:
             collate = FastCollateMixup(**mixup_kwargs)
@@ -345,7 +358,8 @@ def build_loaders(
         device=device,
         use_prefetcher=prefetcher,
         # New workers read a stream as a resumed run does, and learn that mixing has ended.
-        persistent_workers=not isinstance(train_set, IterableDataset) and not args.mixup_off_epoch,
+        persistent_workers=(
+            args.persistent_workers and not isinstance(train_set, IterableDataset) and not args.mixup_off_epoch),
         worker_seeding=args.worker_seeding,
     )
     if args.aug_repeats and args.batch_size > len(train_loader.sampler):
@@ -426,24 +440,50 @@ def _end_with_parent() -> None:
 
 def build_task(args: argparse.Namespace, model: nn.Module, device: torch.device) -> MultiResolutionTask:
     """Build the multi-resolution step around timm's criterion."""
-    create_criterion = name_flags(args, 'loss', 'smoothing', 'bce_pos_weight')(create_classification_loss)
-    criterion = create_criterion(
-        args.loss,
-        smoothing=args.smoothing,
-        soft_targets=is_mixing(args) or args.label_free,
-        pos_weight=args.bce_pos_weight,
-        bce_target_thresh=args.bce_target_thresh,
-        bce_sum=args.bce_sum,
-    )
+    is_multi_label = args.task == 'multilabel'
+    # As the criterion reduces over labels, so that distillation keeps its share of the loss.
+    is_sum = args.bce_sum or args.loss == 'asl' and args.asl_reduction != 'mean'
+    criterion = EnsembleDistillationLoss(
+        args.distill, _create_criterion(args), args.loss_reduction,
+        labels=('sum' if is_sum else 'mean') if is_multi_label else 'one')
     hflip = 0. if args.no_aug else args.hflip
     return MultiResolutionTask(
         model,
-        EnsembleDistillationLoss(args.distill, criterion, args.loss_reduction),
+        criterion,
         ResolutionPyramid(args.resolutions, args.flip, hflip, args.resample, _train_interpolation(args, model)),
         _build_teachers(args, model, device),
         device=device,
         verbose=args.rank == 0,
     )
+
+
+def _create_criterion(args: argparse.Namespace) -> nn.Module:
+    """Return timm's criterion."""
+    stats = None
+    if args.class_stats:
+        found = fields.read_json(args.class_stats, _CLASS_STATS)
+        stats = found['pos_counts'], found['num_samples']
+    options = {k: v for k, v in vars(args).items() if k.startswith(('asl_', 'poly_', 'twoway_', 'db_'))}
+    if args.loss == 'db':
+        options.update(class_counts=stats[0], num_samples=stats[1])
+    with name_flags(
+            args, 'loss', 'smoothing', 'class_stats', 'loss_pos_weight', 'loss_class_weight', 'bce_target_thresh'):
+        for kind in ('pos_weight', 'class_weight'):
+            options[kind] = resolve_class_weights(
+                getattr(args, f'loss_{kind}'), kind, stats, args.loss_weight_power, args.loss_weight_beta,
+                args.loss_weight_max)
+        for weights in (options['pos_weight'], options['class_weight'], stats and stats[0]):
+            if weights is not None and not isinstance(weights, float) and len(weights) != args.num_classes:
+                raise ValueError(f'{len(weights)} values, expected one for each of {args.num_classes} classes')
+        return create_classification_loss(
+            args.loss,
+            multi_label=args.task == 'multilabel',
+            smoothing=args.smoothing,
+            soft_targets=is_mixing(args) or args.label_free,
+            bce_target_thresh=args.bce_target_thresh,
+            bce_sum=args.bce_sum,
+            **options,
+        )
 
 
 def _build_teachers(args: argparse.Namespace, model: nn.Module, device: torch.device) -> Optional[FixedTeachers]:

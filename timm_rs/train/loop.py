@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from timm_rs_runtime.unreadable import ReadErrors
 
-from ..evaluate import average, check_images, evaluate
+from ..evaluate import METRICS, average, check_images, create_evaluator, evaluate, format_scores
 from .builders import Loaders
 from .faults import TrainingFault
 from .preemption import Preempted, Preemption
@@ -322,6 +322,8 @@ def validate(
         amp_autocast=amp_autocast,
         max_samples=loaders.eval_samples,
         distributed=args.distributed,
+        evaluator=partial(create_evaluator, args.task, threshold=args.multilabel_threshold),
+        mirrored=args.tta == 2,
     )
     if preemption.agree():
         raise Preempted
@@ -329,8 +331,8 @@ def validate(
     check_images(metrics)
     flat = flatten_metrics(metrics)
     if utils.is_primary(args):
-        top1 = '  '.join(f"{key}: {row['top1']:.2f}" for key, row in metrics.items())
-        _logger.info(f"{name}: Acc@1  {top1}  mean: {flat['top1_mean']:.2f}  Loss mean: {flat['loss_mean']:.3f}")
+        scores = format_scores(dict(metrics, mean=average(metrics)))
+        _logger.info(f"{name}: {scores}  Loss mean: {flat['loss_mean']:.3f}")
     return flat
 
 
@@ -346,7 +348,7 @@ def _until_preempted(batches: Iterable, preemption: Preemption, errors: ReadErro
 def flatten_metrics(metrics: Dict[Union[int, str], Dict[str, float]]) -> Dict[str, float]:
     """Return top1_224, top5_224, loss_224, ..., top1_ens, ..., and the means over resolutions top1_mean, ..."""
     rows = dict(metrics, mean=average(metrics))
-    return {f'{name}_{key}': row[name] for key, row in rows.items() for name in ('top1', 'top5', 'loss')}
+    return {f'{name}_{key}': row[name] for key, row in rows.items() for name in METRICS if name in row}
 
 
 def ensemble_weights(model: nn.Module) -> Dict[str, float]:

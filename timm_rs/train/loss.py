@@ -23,6 +23,10 @@ class EnsembleDistillationLoss(nn.Module):
       all s and KL(t -> s) over all t < s, times 2 / (S + 1) (equations 6 and 7). KL(t -> s) is the mean over images of
       sum_c p_t log(p_t / p_s) at temperature 1; no gradient reaches the teacher t.
 
+    With several independent labels per image, p is the sigmoid of each logit, and KL(t -> s) is between the two answers
+    to each label (arXiv:2308.06453): the mean over images of the mean or sum over labels of
+    p_t log(p_t / p_s) + (1 - p_t) log((1 - p_t) / (1 - p_s)).
+
     It holds no state: the ensemble weights a belong to the model, which checkpoints and averages them.
 
     Args:
@@ -30,9 +34,11 @@ class EnsembleDistillationLoss(nn.Module):
         criterion: Base criterion on logits [N, C] and the target, cross entropy if None.
         reduction: 'sum' of the terms, or 'mean', the sum divided by S. With SGD, 'mean' takes the learning rate and
             weight decay of a network of one size; 'sum' takes 1 / S of that rate and S times that decay.
+        labels: 'one' per image; or several, over whose divergences the 'mean' or 'sum' is taken, as the base criterion
+            takes it over their losses.
 
     Raises:
-        ValueError: The mode or the reduction is unknown.
+        ValueError: The mode, the reduction or the labels are unknown.
 
     Example:
         >>> criterion = EnsembleDistillationLoss(mode='ens')
@@ -44,17 +50,27 @@ class EnsembleDistillationLoss(nn.Module):
 
     MODES = ('none', 'ens', 'ens_topdown')
     REDUCTIONS = ('sum', 'mean')
+    LABELS = ('one', 'mean', 'sum')
 
     def __init__(
-            self, mode: str = 'ens_topdown', criterion: Optional[nn.Module] = None, reduction: str = 'sum',
+            self,
+            mode: str = 'ens_topdown',
+            criterion: Optional[nn.Module] = None,
+            reduction: str = 'sum',
+            labels: str = 'one',
     ):
         super().__init__()
-        for value, known, title in ((mode, self.MODES, 'distillation mode'), (reduction, self.REDUCTIONS, 'reduction')):
+        for value, known, title in (
+            (mode, self.MODES, 'distillation mode'), (reduction, self.REDUCTIONS, 'reduction'),
+            (labels, self.LABELS, 'kind of labels'),
+        ):
             if value not in known:
                 raise UserError(f'Unknown {title} {value!r}, expected one of {", ".join(known)}.')
         self.mode = mode
         self.reduction = reduction
-        self.criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
+        self.labels = labels
+        default = nn.CrossEntropyLoss if labels == 'one' else nn.BCEWithLogitsLoss
+        self.criterion = criterion if criterion is not None else default()
 
     def forward(self, logits: List[torch.Tensor], target: torch.Tensor, alpha: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Compute the loss in float32, under autocast too.
@@ -96,12 +112,20 @@ class EnsembleDistillationLoss(nn.Module):
         return torch.einsum('s,snc->nc', alpha.softmax(0), logits)
 
     def _distillation(self, logits: List[torch.Tensor], z_ens: torch.Tensor) -> torch.Tensor:
-        log_p = [F.log_softmax(z, dim=-1) for z in logits]
-        teachers = [F.log_softmax(z_ens, dim=-1)]
+        log_p = [self._log_probabilities(z) for z in logits]
+        teachers = [self._log_probabilities(z_ens)]
         divergence = 0.
         for student in log_p:
             for teacher in teachers:
                 divergence = divergence + F.kl_div(student, teacher, reduction='batchmean', log_target=True)
             if self.mode == 'ens_topdown':
                 teachers.append(student.detach())
+        if self.labels == 'mean':
+            divergence = divergence / z_ens[0].numel()
         return divergence * 2 / (len(logits) + 1) if self.mode == 'ens_topdown' else divergence
+
+    def _log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return log probabilities of what sums to one: the classes [N, C], or both answers to each label [N, C, 2]."""
+        if self.labels == 'one':
+            return F.log_softmax(logits, dim=-1)
+        return F.logsigmoid(torch.stack([logits, -logits], dim=-1))

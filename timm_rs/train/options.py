@@ -2,9 +2,11 @@
 import argparse
 import logging
 import math
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from huggingface_hub.utils import validate_repo_id
+from timm.loss import LOSS_TYPES, MULTI_LABEL_LOSS_TYPES
+from timm.models import is_model
 from timm.utils.distributed import world_info_from_env
 
 from timm_rs_runtime import fields
@@ -13,12 +15,15 @@ from timm_rs_runtime.preprocess import MARGINS
 from timm_rs_runtime.unreadable import MAX_UNREADABLE
 
 from ..data.datasets import INTERPOLATIONS
+from ..evaluate import TASKS
+from ..models.rs_models import PREFIX
 from ..records import check_model_args, read_yaml
 from ..resolutions import check_resolutions
 from .loss import EnsembleDistillationLoss
 from .pyramid import ResolutionPyramid
 
-__all__ = ['WARM_START', 'create_parser', 'is_mixing', 'is_warm_start', 'largest_size_conflict', 'parse_args']
+__all__ = [
+    'WARM_START', 'add_refused', 'create_parser', 'is_mixing', 'is_warm_start', 'largest_size_conflict', 'parse_args']
 
 _logger = logging.getLogger('train')
 
@@ -27,39 +32,47 @@ WARM_START = dict(
     opt='adamw', lr_base=3e-4, lr_base_size=64, epochs=10, warmup_epochs=0, sched_on_updates=True,
     loss_reduction='mean', bn_statistics='auto')
 
-# Flags of timm's train.py that have no meaning here, with the reason that the user is given.
-_REFUSED = {
-    'naflex_loader': 'NaFlex batches are token sequences; a BatchNorm network takes images of the sizes --resolutions',
-    **dict.fromkeys(
-        ('naflex_train_seq_lens', 'naflex_max_seq_len', 'naflex_patch_sizes', 'naflex_patch_size_probs',
-         'naflex_loss_scale'), 'NaFlex does not apply to BatchNorm networks'),
-    'aug_splits': 'every image is seen at all resolutions already; splits would need BNs private to both',
-    'split_bn': 'BatchNorm is private to the resolution; splits would need BNs private to both',
-    'resplit': 'there are no augmentation splits',
-    'jsd_loss': 'the resolutions already teach each other, see --distill',
-    'torchscript': 'the network switches at run time; script one resolution of the trained network, model.at(160)',
-    'fuser': 'it goes with --torchscript; use --torchcompile',
-    **dict.fromkeys(
-        ('kd_distill_type', 'kd_loss_type', 'kd_student_feature_dim', 'kd_teacher_feature_dim',
-         'kd_token_distill_type'), 'a teacher passes on its logits, by their divergence'),
-    'train_img_sizes': 'the training sizes are --resolutions, see --sizes-per-update',
-    'train_size_schedule': 'the training sizes are --resolutions, see --sizes-per-update',
-    'multilabel_threshold': 'distillation between resolutions is defined for one label per image',
-    'target_format': 'distillation between resolutions is defined for one label per image',
-}
-
-# Their values in the args.yaml of a run of timm that does not use them, where these are not empty.
-_UNUSED = dict(
-    naflex_train_seq_lens=[128, 256, 576, 784, 1024], naflex_max_seq_len=576, naflex_loss_scale='linear',
-    kd_distill_type='logit', kd_loss_type='kl', kd_token_distill_type='soft',
-    train_size_schedule='constant', multilabel_threshold=0.5, target_format='indices',
-)
+# Flags of timm's train.py that are accepted only at the value that a run of timm has which does not use them, with the
+# reason that the user is given.
+_REFUSED = {flag: (unused, why) for why, flags in {
+    'NaFlex batches are token sequences; a BatchNorm network takes images of the sizes --resolutions': dict(
+        naflex_loader=False, naflex_train_seq_lens=[128, 256, 576, 784, 1024], naflex_max_seq_len=576,
+        naflex_patch_sizes=None, naflex_patch_size_probs=None, naflex_loss_scale='linear',
+        naflex_patchify_channels_first=False),
+    'every image is seen at all resolutions already; splits would need BNs private to both': dict(
+        aug_splits=0, split_bn=False, resplit=False, jsd_loss=False),
+    'the network switches at run time; script one resolution of the trained network, model.at(160)': dict(
+        torchscript=False),
+    'it goes with --torchscript; use --torchcompile': dict(fuser=''),
+    'a teacher passes on its logits, by their divergence': dict(
+        kd_distill_type='logit', kd_loss_type='kl', kd_student_feature_dim=None, kd_teacher_feature_dim=None,
+        kd_token_distill_type='soft'),
+    'the training sizes are --resolutions; --sizes-per-update and --small-steps choose those of an update': dict(
+        train_img_sizes=None, train_size_probs=None, train_size_schedule='constant', train_size_schedule_spread=0.65,
+        train_size_random_mix=0.1),
+    'all resolutions train on the same images, see --batch-size': dict(
+        train_batch_sizes=None, variable_batch_loss_scale='none'),
+    'an epoch is all images once': dict(train_batches_per_epoch=None, train_steps_per_epoch=None),
+}.items() for flag, unused in flags.items()}
 
 
 class _Refuse(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
-        if values != [_UNUSED.get(self.dest)]:
-            parser.error(f'{option_string} is not supported: {_REFUSED[self.dest]}.')
+        unused, why = self.const
+        if values != [str(v) for v in (unused if isinstance(unused, list) else [unused])]:
+            parser.error(f'{option_string} is not supported: {why}.')
+
+
+def add_refused(parser: argparse.ArgumentParser, refused: Mapping[str, Tuple[Any, str]]) -> None:
+    """Let a parser accept flags only at the value that they have where they are not used.
+
+    Args:
+        parser: The parser.
+        refused: That value and the reason, a part of a sentence, by flag.
+    """
+    for dest, const in refused.items():
+        parser.add_argument(
+            '--' + dest.replace('_', '-'), dest=dest, nargs='*', action=_Refuse, const=const, help=argparse.SUPPRESS)
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -113,6 +126,10 @@ def create_parser() -> argparse.ArgumentParser:
     add('--label-free', action='store_true', help='train on the answers of the teachers instead of labels')
 
     add = parser.add_argument_group('Data set').add_argument
+    add('--task', default='classification', choices=TASKS,
+        help='one label per image (classification, default), or several independent ones (multilabel)')
+    add('--target-format', default=None, choices=('indices', 'multihot'),
+        help='labels of --task multilabel: a list of class indices (default), or a vector of one value per class')
     add('--data-dir', metavar='DIR', help='folder of the data set')
     add('--dataset', default='', metavar='NAME',
         help='kind of data set: "" for a folder or tar of class folders, "digits" for the bundled digits, '
@@ -165,6 +182,8 @@ def create_parser() -> argparse.ArgumentParser:
     add('--grad-checkpointing', action='store_true', help='recompute activations instead of keeping them')
     add('--fast-norm', action='store_true', help="timm's fast norm layers")
     add('--model-kwargs', nargs='*', default={}, action=KeyValues, help='further model arguments as key=value')
+    add('--pretrained-cfg-overlay', nargs='*', default={}, action=KeyValues,
+        help="changes of the model's pretrained_cfg as key=value")
     add('--head-init-scale', type=float, default=None, help='scale of the initial classifier')
     add('--head-init-bias', type=float, default=None, help='initial bias of the classifier')
     add('--torchcompile', nargs='?', default=None, const='inductor', metavar='BACKEND', help='compile the model')
@@ -173,7 +192,8 @@ def create_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group('Device').add_argument
     add('--device', default='cuda', help='device to run on; without a GPU the CPU is used (default: cuda)')
     add('--amp', action='store_true', help='mixed precision')
-    add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='lower precision of --amp')
+    add('--amp-dtype', default=None, choices=('float16', 'bfloat16'),
+        help='lower precision of --amp (default: float16, bfloat16 on a CPU)')
     add('--model-dtype', default=None, choices=('float32', 'float16', 'bfloat16'), help='dtype of the weights')
     add('--no-ddp-bb', action='store_true', help='do not broadcast buffers at each step')
     add('--synchronize-step', action='store_true', help='wait for the GPU at the end of each step')
@@ -240,11 +260,35 @@ def create_parser() -> argparse.ArgumentParser:
     add('--gaussian-blur-prob', type=float, default=None, help='probability of a blur')
     add('--aa', default=None, metavar='NAME', help='auto augmentation policy, e.g. rand-m9-mstd0.5')
     add('--aug-repeats', type=float, default=0, help='repeated augmentations of an image (distributed only)')
-    add('--loss', default=None, choices=('ce', 'bce', 'asl', 'poly'), help='base criterion (default: cross entropy)')
+    add('--loss', default=None, choices=LOSS_TYPES,
+        help='base criterion (default: ce, cross entropy; bce, binary cross entropy, for --task multilabel, which only '
+             'twoway, zlpr and db are for)')
+    add('--class-stats', default=None, metavar='FILE',
+        help="JSON of class counts, as timm's class_weights.py writes it, for weights by name and --loss db")
+    add('--loss-pos-weight', default=None, metavar='WEIGHTS',
+        help='weight of positive targets in bce and multi-label asl: neg_pos, a number, numbers with commas, or a file')
+    add('--loss-class-weight', default=None, metavar='WEIGHTS',
+        help='weight of a class in bce and multi-label asl: inv_freq, effective_num, numbers with commas, or a file')
+    add('--loss-weight-power', type=float, default=1., help='exponent of neg_pos and inv_freq')
+    add('--loss-weight-beta', type=float, default=0.999, help='beta of effective_num')
+    add('--loss-weight-max', type=float, default=None, help='largest weight that is computed')
     add('--bce-loss', action='store_true', help='same as --loss bce')
     add('--bce-sum', action='store_true', help='sum BCE over classes')
     add('--bce-target-thresh', type=float, default=None, help='threshold that makes soft BCE targets hard')
-    add('--bce-pos-weight', type=float, default=None, help='weight of positive BCE targets')
+    add('--bce-pos-weight', type=float, default=None, help='same as --loss-pos-weight')
+    add('--asl-gamma-pos', type=float, default=1., help='focus of asl on positive targets')
+    add('--asl-gamma-neg', type=float, default=4., help='focus of asl on negative targets')
+    add('--asl-clip', type=float, default=0.05, help='margin of negative probabilities of multi-label asl')
+    add('--asl-reduction', default='batchmean', choices=('batchmean', 'sum', 'mean'),
+        help='multi-label asl: sum over classes and mean over images (default), sum, or mean')
+    add('--poly-epsilon', type=float, default=2., help='coefficient of poly')
+    add('--poly-gamma', type=float, default=0., help='focus of multi-label poly')
+    add('--poly-alpha', type=float, default=None, help='weight of positive targets of multi-label poly')
+    add('--twoway-tp', type=float, default=4., help='temperature of positive logits of twoway')
+    add('--twoway-tn', type=float, default=1., help='temperature of negative logits of twoway')
+    add('--db-neg-scale', type=float, default=2., help='scale of negative logits of db')
+    add('--db-init-bias', type=float, default=0.05, help='shift of logits by class frequency of db')
+    add('--db-focal-gamma', type=float, default=2., help='focus of db')
     add('--reprob', type=float, default=0., help='probability of random erasing')
     add('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='fill of random erasing')
     add('--recount', type=int, default=1, help='erased regions')
@@ -255,7 +299,7 @@ def create_parser() -> argparse.ArgumentParser:
     add('--mixup-switch-prob', type=float, default=0.5, help='probability of cutmix if both are on')
     add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='what shares a mixing ratio')
     add('--mixup-off-epoch', type=int, default=0, metavar='N', help='no mixing from this epoch on')
-    add('--smoothing', type=float, default=0.1, help='label smoothing')
+    add('--smoothing', type=float, default=None, help='label smoothing (default: 0.1, multi-label 0)')
     add('--train-interpolation', default='random', choices=(*INTERPOLATIONS, 'random'),
         help='interpolation of training images')
     add('--drop', type=float, default=0., help='dropout rate')
@@ -292,8 +336,14 @@ def create_parser() -> argparse.ArgumentParser:
     add('--no-prefetcher', action='store_true', help='normalize on the CPU instead of on the device')
     add('--output', default='', metavar='DIR', help='folder of the output (default: ./output/train)')
     add('--experiment', default='', metavar='NAME', help='sub-folder of the output (default: from time and model)')
-    add('--eval-metric', default='top1_mean', metavar='NAME',
-        help='metric of the best checkpoint, e.g. top1_160, top1_ens or top1_mean, over resolutions (default)')
+    add('--eval-metric', default=None, metavar='NAME',
+        help='metric of the best checkpoint, e.g. top1_160, top1_ens or top1_mean, over resolutions (default; map_mean '
+             'for --task multilabel)')
+    add('--multilabel-threshold', type=float, default=0.5, metavar='P',
+        help='probability from which on a label counts in F1 (default: 0.5)')
+    add('--tta', type=int, default=0, choices=(0, 1, 2), help='2: evaluate the mean over an image and its mirror image')
+    add('--persistent-workers', action=argparse.BooleanOptionalAction, default=True,
+        help='keep loader workers between epochs where that is possible (default)')
     add('--use-multi-epochs-loader', action='store_true', help='keep loader workers between epochs, as is done anyway')
     add('--log-tensorboard', action='store_true', help='log to TensorBoard, in the output folder')
     add('--log-wandb', action='store_true', help='log to wandb')
@@ -309,9 +359,7 @@ def create_parser() -> argparse.ArgumentParser:
     add('--push-interval', type=int, default=0, metavar='N', help='also push the best one so far every N epochs')
     add('--hub-private', action='store_true', help='make the repository private')
 
-    for dest in _REFUSED:
-        parser.add_argument('--' + dest.replace('_', '-'), dest=dest, nargs='*', action=_Refuse, help=argparse.SUPPRESS)
-    parser.add_argument('--task', default='classification', help=argparse.SUPPRESS)
+    add_refused(parser, _REFUSED)
     return parser
 
 
@@ -351,8 +399,9 @@ def _read_config(parser: argparse.ArgumentParser, path: str) -> Dict[str, Any]:
     """Read a YAML file with the names and types of the flags."""
     try:
         config = read_yaml(path)
-        if isinstance(config.get('model_kwargs'), dict):
-            config['model_kwargs'] = check_model_args(config['model_kwargs'], path)
+        for name in ('model_kwargs', 'pretrained_cfg_overlay'):
+            if isinstance(config.get(name), dict):
+                config[name] = check_model_args(config[name], path)
     except UserError as e:
         parser.error(f'--config {e}')
     actions = {a.dest: a for a in parser._actions if a.dest != 'help'}
@@ -362,10 +411,15 @@ def _read_config(parser: argparse.ArgumentParser, path: str) -> Dict[str, Any]:
             parser.error(f'--config {path}: unknown flag {name!r}{did_you_mean(str(name), actions)}')
         action = actions[name]
         if isinstance(action, _Refuse):
-            if value not in (None, False, 0, '', [], _UNUSED.get(name)):
-                parser.error(f'--config {path}: {name} is not supported: {_REFUSED[name]}.')
+            unused, why = action.const
+            if value not in (None, False, 0, '', [], unused):
+                parser.error(f'--config {path}: {name} is not supported: {why}.')
             continue
         defaults[name] = _convert(parser, path, action, value)
+    name = defaults.get('model', PREFIX)
+    if not name.startswith(PREFIX) and is_model(PREFIX + name.split('.')[0]):
+        defaults['model'] = PREFIX + name
+        _logger.info(f'--config {path} is of a run of timm: the model {name} becomes {PREFIX}{name}.')
     return defaults
 
 
@@ -405,8 +459,19 @@ def _convert(parser: argparse.ArgumentParser, path: str, action: argparse.Action
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Check the flags against each other and settle those that depend on others."""
-    if args.task not in ('classification', ''):
-        parser.error(f'--task {args.task} is not supported: distillation is defined for one label per image.')
+    is_multi_label = args.task == 'multilabel'
+    if args.smoothing is None:
+        args.smoothing = 0. if is_multi_label else 0.1
+    if args.eval_metric is None:
+        args.eval_metric = 'map_mean' if is_multi_label else 'top1_mean'
+    if not 0 < args.multilabel_threshold < 1:
+        parser.error(f'--multilabel-threshold is {args.multilabel_threshold:g}, expected a number between 0 and 1.')
+    if is_multi_label:
+        wrong = [name for name in ('self_teacher', 'kd_model_name', 'decoded_cache') if getattr(args, name)]
+        if wrong:
+            parser.error(f"--{wrong[0].replace('_', '-')} is for one label per image, not for --task multilabel.")
+    elif args.target_format == 'multihot':
+        parser.error('--target-format multihot needs --task multilabel.')
     if args.data and args.data_dir and args.data != args.data_dir:
         parser.error(f'two data folders are given, {args.data} and --data-dir {args.data_dir}.')
     args.data_dir = args.data_dir or args.data
@@ -472,6 +537,20 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         if args.loss not in (None, 'bce'):
             parser.error(f'--bce-loss does not go with --loss {args.loss}.')
         args.loss = 'bce'
+    if args.loss == 'jsd':
+        parser.error(f"--loss jsd is not supported: {_REFUSED['jsd_loss'][1]}.")
+    if args.loss and is_multi_label and args.loss not in MULTI_LABEL_LOSS_TYPES:
+        parser.error(f"--loss {args.loss} is for one label per image, expected {', '.join(MULTI_LABEL_LOSS_TYPES)}.")
+    if args.loss == 'db' and not args.class_stats:
+        parser.error('--loss db needs --class-stats.')
+    if args.bce_pos_weight is not None:
+        if args.loss_pos_weight not in (None, str(args.bce_pos_weight)):  # timm records both
+            parser.error('--bce-pos-weight and --loss-pos-weight are the same, give one of them.')
+        args.loss_pos_weight = str(args.bce_pos_weight)
+    if not args.warmup_prefix and 0 < args.epochs <= args.warmup_epochs:
+        _logger.warning(
+            f'--epochs {args.epochs} is all warm-up: with --warmup-epochs {args.warmup_epochs} the learning rate does '
+            'not reach its value.')
 
 
 _NOT_DECODED = dict(  # values that go with --decoded-cache, the one to give first
