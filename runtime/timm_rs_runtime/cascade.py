@@ -19,7 +19,8 @@ from .images import ImageSource, name_of
 from .lifetime import Closable
 from .session import IMAGES_AT_A_TIME, NotFiniteError, Session, image_list, read_in_chunks
 
-__all__ = ['Cascade', 'CascadePrediction', 'CascadeSession', 'read_cascade', 'softmax', 'write_cascade']
+__all__ = [
+    'Cascade', 'CascadePrediction', 'CascadeSession', 'check_one_label', 'read_cascade', 'softmax', 'write_cascade']
 
 _CASCADE = fields.record(dict(
     thresholds=fields.table(fields.size_text, fields.number(0, 1)),
@@ -110,7 +111,7 @@ class CascadeSession(Closable):
         if not self.session.num_classes:
             raise UserError(f'{self.session.path} has no classes, expected a classifier.')
         self.session.check_takes_images()
-        self.session.check_one_label()
+        check_one_label(self.session)
         super().__init__(partial(
             type(self), os.path.abspath(path) if self._is_owner else path, self.cascade, threads, mode, decode))
 
@@ -170,6 +171,12 @@ class CascadeSession(Closable):
             names = [name_of(images[i]) for i in unsure]
             raise NotFiniteError(self.session.path, resolution, found[goes_on], names)
         return logits, sizes, madds
+
+
+def check_one_label(session: Any) -> None:
+    """Raise UserError if the network of a Session answers with several labels per image."""
+    if getattr(session, 'threshold', None) is not None:
+        raise UserError(f'{session.path} has several labels per image, a cascade needs a network of one.')
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from .cascade import Cascade, softmax
+from .cascade import Cascade, check_one_label, softmax
 from .errors import UserError
 from .images import MODES, find_images, open_image, spread
 from .session import Session
@@ -262,7 +262,7 @@ def label_folders(
     Raises:
         UserError: The folder holds no images, or the classes of its folders are unknown.
     """
-    session.check_one_label()
+    check_one_label(session)
     paths = find_images(folder)
     loose = [path for path in paths if os.path.dirname(os.path.relpath(path, folder)) == '']
     if loose:

@@ -248,11 +248,6 @@ class Session(Closable):
         if self.preprocessing is None:
             raise ImageError(f'{self.path} takes {len(self.mean)} channels, expected float32 arrays instead of images.')
 
-    def check_one_label(self) -> None:
-        """Raise UserError if the network is one of several labels per image."""
-        if self.threshold is not None:
-            raise UserError(f'{self.path} has several labels per image, a cascade needs a network of one.')
-
     def _check_batch(self, images: np.ndarray, resolution: Optional[int]) -> int:
         channels = len(self.mean)
         if images.dtype != np.float32 or images.ndim != 4 or images.shape[1] != channels:
