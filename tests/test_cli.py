@@ -3,6 +3,7 @@ import importlib
 import json
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 
@@ -404,6 +405,26 @@ def test_every_command_can_show_its_traceback(name, capsys):
         main([name, '--help'])
     text = capsys.readouterr().out
     assert '--traceback' in text and COMMANDS[name][1:40] in text
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_examples_of_the_help_are_accepted(name):
+    package = 'timm_rs_cli' if name in timm_rs_cli._COMMANDS else 'timm_rs_runtime.commands'
+    module = importlib.import_module(f"{package}.{name.replace('-', '_')}")
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    for example in module.EXAMPLES:
+        parser.parse_args(shlex.split(example))
+
+
+def test_scripts_are_commands(monkeypatch):
+    calls = []
+    monkeypatch.setattr(os, 'execv', lambda path, argv: calls.append(argv))
+    main(['train', 'DIR', '--model', 'rs_resnet18'])
+    main(['validate', '--help'])
+    assert [(os.path.basename(argv[1]), argv[2:]) for argv in calls] == [
+        ('train_rs.py', ['DIR', '--model', 'rs_resnet18']), ('validate_rs.py', ['--help'])]
+    assert all(argv[0] == sys.executable and os.path.isfile(argv[1]) for argv in calls)
 
 
 def of_ours():

@@ -33,7 +33,7 @@ def test_command(folder, tmp_path, photographs, capsys):
     assert 'rs_resnet10t at 64 48 32' in lines[3]
     metadata = {p.key: json.loads(p.value) for p in onnx.load(tmp_path / 'all.onnx').metadata_props}
     assert metadata['class_names'][7] == 'digit 7'
-    main(['export', folder, '-o', str(tmp_path / 'one.pt'), '--resolution', '32', '--format', 'torchscript'])
+    main(['export', folder, '-o', str(tmp_path / 'one.pt'), '--resolution', '32'])
     assert torch.jit.load(str(tmp_path / 'one.pt'))(images(32)).shape == (2, 10)
     capsys.readouterr()
     shutil.copytree(photographs, tmp_path / 'data' / 'train')
@@ -59,6 +59,16 @@ def test_command_tells_what_is_wrong(folder, tmp_path, capsys, flags, message):
         main(['export', folder, '-o', str(tmp_path / 'out'), *flags])
     (line,) = capsys.readouterr().err.splitlines()
     assert e.value.code == 1 and message in line and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize('name, format, message', [
+    ('a.pt', 'onnx', '.pt is for --format torchscript, not onnx'),
+    ('a.onnx', 'executorch', '.onnx is for --format onnx, not executorch'),
+])
+def test_a_suffix_of_another_format_is_refused(folder, tmp_path, capsys, name, format, message):
+    with pytest.raises(SystemExit):
+        main(['export', folder, '-o', str(tmp_path / name), '--format', format])
+    assert message in capsys.readouterr().err and os.listdir(tmp_path) == []
 
 
 def test_command_overwrites_only_when_told(folder, tmp_path, capsys):

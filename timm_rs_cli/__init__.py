@@ -21,10 +21,14 @@ _COMMANDS = {
     'plot': 'draw figures of training runs',
     'push': 'push a checkpoint to the Hugging Face Hub',
 }
+_SCRIPTS = {
+    'train': 'train a network; it is train_rs.py',
+    'validate': 'measure accuracy at every size; it is validate_rs.py',
+}
 COMMANDS = {**_COMMANDS, **commands.COMMANDS}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run a command; errors for the user are one line on stderr and end with a status other than 0."""
-    packages = {__name__: _COMMANDS, commands.__name__: commands.COMMANDS}
+    packages = {__name__: {**_COMMANDS, **_SCRIPTS}, commands.__name__: commands.COMMANDS}
     commands.run_command('timm-rs', 'Resolution Switchable Networks for timm.', packages, argv)

@@ -8,10 +8,10 @@ from timm_rs_runtime.errors import KeyValues
 
 def add_source(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say where a network comes from."""
-    add = parser.add_argument
-    add('checkpoint', metavar='CHECKPOINT',
-        help="file of train_rs.py, of timm, of the authors' code or of EfficientNet-PyTorch, folder with config.json, "
-             'hf-hub:user/name, or name of a pretrained rs_* model')
+    parser.add_argument('checkpoint', metavar='CHECKPOINT',
+        help="run folder or file of train_rs.py, file of timm, of the authors' code or of EfficientNet-PyTorch, folder "
+             'with config.json, hf-hub:user/name, or name of a pretrained rs_* model')
+    add = parser.add_argument_group('what the checkpoint does not record').add_argument
     add('--model', metavar='NAME', help='name of an rs_* model (default: what the checkpoint records)')
     add('--resolutions', type=int, nargs='+', metavar='N',
         help='input sizes in pixels (default: what the checkpoint records, else 224 192 160 128 96)')

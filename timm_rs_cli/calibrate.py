@@ -11,6 +11,8 @@ from ._source import add_source, load, print_saved, read_labels
 
 METHODS = ('copy', 'statistics', 'tune_bn', 'tune_bn_head')  # as in timm_rs.calibrate, which takes seconds to import
 
+EXAMPLES = ['model --resolution 208 --data-dir DIR --output model-208']
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--batch-size', type=int, default=64, metavar='N', help='images per batch (default: %(default)s)')
     add('--workers', type=int, default=4, metavar='N', help='loader processes (default: %(default)s)')
     add('--device', default='cuda', help='device to run on; without a GPU the CPU is used (default: cuda)')
-    add('--output', required=True, metavar='DIR', help='folder to make')
+    add('-o', '--output', required=True, metavar='DIR', help='folder to make')
 
 
 def run(args: argparse.Namespace) -> None:

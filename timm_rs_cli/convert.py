@@ -5,10 +5,15 @@ from timm_rs_runtime.files import check_new_folder
 
 from ._source import add_packed, add_source, load, print_saved, read_labels
 
+EXAMPLES = [
+    'output/train/RUN --output model',
+    'output/train/RUN --extract 160 --output small',
+]
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
-    parser.add_argument('--output', required=True, metavar='DIR', help='folder to make')
+    parser.add_argument('-o', '--output', required=True, metavar='DIR', help='folder to make')
     parser.add_argument('--extract', type=int, metavar='N', help='take this resolution out, as a plain timm model')
     add_packed(parser)
 

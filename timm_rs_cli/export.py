@@ -8,14 +8,23 @@ from timm_rs_runtime.files import check_new_file
 
 from ._source import add_source, load, read_labels
 
+EXAMPLES = [
+    'output/train/RUN -o model.onnx',
+    'model -o int8.onnx --quantize int8 --data-dir DIR',
+    'model -o phone.pte',
+    'model -o small.pt2 --resolution 160',
+]
+
+SUFFIXES = {'.onnx': 'onnx', '.pte': 'executorch', '.pt2': 'torch-export', '.pt': 'torchscript'}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
     add = parser.add_argument
     add('-o', '--output', required=True, metavar='FILE', help='file to write')
     add('--overwrite', action='store_true', help='replace a file of this name')
-    add('--format', default='onnx', choices=('onnx', 'executorch', 'torch-export', 'torchscript'),
-        help='default: %(default)s')
+    add('--format', choices=sorted(SUFFIXES.values()),
+        help=f"default: that of FILE's suffix, {', '.join(SUFFIXES)}, else onnx")
     add('--resolution', type=int, metavar='N',
         help='take this resolution out (default: one file for all of them, ONNX or ExecuTorch)')
     batch = parser.add_mutually_exclusive_group()
@@ -35,6 +44,10 @@ def run(args: argparse.Namespace) -> None:
     from timm_rs_runtime.images import find_images, split_folder
     from timm_rs_runtime.unreadable import ReadErrors
 
+    suffix = os.path.splitext(args.output)[1].lower()
+    args.format = args.format or SUFFIXES.get(suffix, 'onnx')
+    if SUFFIXES.get(suffix, args.format) != args.format:
+        raise UserError(f'--output {args.output}: {suffix} is for --format {SUFFIXES[suffix]}, not {args.format}.')
     is_program = args.format == 'executorch'
     if is_program and (args.resolution is not None or args.dynamic_batch):
         what = '--dynamic-batch' if args.dynamic_batch else '--resolution'

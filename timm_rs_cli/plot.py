@@ -4,11 +4,13 @@ import os
 
 from timm_rs_runtime.files import check_new_file
 
+EXAMPLES = ['output/train/RUN']
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('runs', nargs='+', metavar='OUTPUT_DIR', help='output folders of train_rs.py')
-    add('--output', default='.', metavar='DIR', help='folder of the figures (default: the current one)')
+    add('-o', '--output', default='.', metavar='DIR', help='folder of the figures (default: the current one)')
     add('--format', default='png', choices=('png', 'pdf', 'svg'), help='of the figures (default: %(default)s)')
     add('--overwrite', action='store_true', help='replace a file of this name')
 

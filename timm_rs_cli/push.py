@@ -6,6 +6,8 @@ import sys
 
 from ._source import add_packed, add_source, load, read_labels
 
+EXAMPLES = ['output/train/RUN me/model --private']
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser)

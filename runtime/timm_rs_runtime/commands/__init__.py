@@ -1,7 +1,8 @@
 """The commands of `python -m timm_rs_runtime`, which are commands of timm-rs too
 
 A command is a row of COMMANDS and a module of its name with two functions: add_arguments(parser), which imports only
-what is fast to import, and run(args), which imports what it needs.
+what is fast to import, and run(args), which imports what it needs. Its EXAMPLES end its help. A command that has a
+parser of its own is a module with the function main(argv).
 """
 import argparse
 import importlib
@@ -56,7 +57,13 @@ def run_command(
 
     what, package = commands[name]
     module = importlib.import_module(f"{package}.{name.replace('-', '_')}")
-    parser = OneLineParser(prog=f'{program} {name}', description=f'{what[0].upper()}{what[1:]}.')
+    if hasattr(module, 'main'):
+        module.main(argv[1:])
+        return
+    parser = OneLineParser(
+        prog=f'{program} {name}', description=f'{what[0].upper()}{what[1:]}.',
+        epilog='\n'.join(['examples:', *(f'  {program} {name} {example}' for example in module.EXAMPLES)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     module.add_arguments(parser)
     parser.add_argument('--traceback', action='store_true', help='show the traceback of an error')
     parser.set_defaults(argv=argv, program=parser.prog)

@@ -3,6 +3,8 @@ import argparse
 
 from ..web import serve
 
+EXAMPLES = ['model.onnx']
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument

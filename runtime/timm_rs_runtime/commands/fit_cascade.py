@@ -13,6 +13,8 @@ from .images import add_images, print_read
 _TIMED = 24  # images
 _NOTE = f"The cascade's accuracy is that of images it was not fitted on: {FOLDS}-fold cross-fitting."
 
+EXAMPLES = ['model.onnx --data-dir DIR --target-accuracy 85 -o cascade.json']
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument

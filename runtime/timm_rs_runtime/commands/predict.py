@@ -9,6 +9,11 @@ from ..preprocess import MARGINS
 
 MAX_TOP = 1000
 
+EXAMPLES = [
+    'photo.jpg --model model.onnx',
+    'DIR --model model.onnx --budget-ms 20 --json',
+]
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
