@@ -40,10 +40,11 @@ def test_command(folder, tmp_path, photographs, capsys):
     (tmp_path / 'data' / 'val').mkdir()
     (tmp_path / 'data' / 'train' / '+.png').touch()  # the first by name
     main(['export', folder, '-o', str(tmp_path / 'int8.onnx'), '--quantize', 'int8', '--data-dir',
-          str(tmp_path / 'data'), '--images', '4'])
+          str(tmp_path / 'data'), '--images', '4', '--int8-format', 'qoperator'])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"Read 3 images of {tmp_path / 'data' / 'train'}, 1 more cannot be read."
     assert 'of 3 images as the network' in lines[1]
+    assert 'QLinearConv' in {n.op_type for n in onnx.load(tmp_path / 'int8.onnx').graph.node}
 
 
 @pytest.mark.parametrize('flags, message', [
@@ -53,6 +54,7 @@ def test_command(folder, tmp_path, photographs, capsys):
     (['--quantize', 'int8'], '--data-dir DIR need each other'),
     (['--quantize', 'int8', '--calibration-data', 'nowhere'], 'nowhere does not exist'),
     (['--quantize', 'int8', '--calibration-data', 'x', '--resolution', '48'], 'leave --resolution out'),
+    (['--int8-format', 'qoperator'], '--int8-format needs --quantize int8 and --format onnx'),
 ])
 def test_command_tells_what_is_wrong(folder, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as e:

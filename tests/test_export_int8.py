@@ -10,27 +10,107 @@ from PIL import Image
 from timm_rs import make_switchable
 
 onnx = pytest.importorskip('onnx')
-pytest.importorskip('onnxruntime')
+pytest.importorskip('onnx.version_converter')
+onnxruntime = pytest.importorskip('onnxruntime')
 
 from timm_rs.export import ExportError, export_int8, export_switchable  # noqa: E402
+from timm_rs.export.export import INT8_FORMATS  # noqa: E402
 
 
-def test_int8(tiny, photographs, tmp_path):
+@pytest.fixture(scope='module', params=INT8_FORMATS)
+def exported(tiny, photographs, request, tmp_path_factory):
+    """Return the format, the file and what its export found."""
+    path = str(tmp_path_factory.mktemp(request.param) / 'int8.onnx')
     files = sorted(str(p) for p in photographs.iterdir())
-    found = export_int8(tiny, str(tmp_path / 'int8.onnx'), files)
+    return request.param, path, export_int8(tiny, path, files, int8_format=request.param)
+
+
+def batch_of(size):
+    return np.random.default_rng(size).standard_normal((2, 3, size, size), np.float32)
+
+
+def assert_near(logits, network, x):
+    """By root mean square, over the spread of the network's logits."""
+    with torch.no_grad():
+        expected = network(torch.from_numpy(x)).numpy()
+    assert np.square(logits - expected).mean() < 0.2 ** 2 * np.square(expected - expected.mean(1, keepdims=True)).mean()
+
+
+def optimized(path, folder, **sizes):
+    """Return the operators that ONNX Runtime is left with."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(folder / 'optimized.onnx')
+    for name, size in sizes.items():
+        options.add_free_dimension_override_by_name(name, size)
+    onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    return [n.op_type for n in onnx.load(folder / 'optimized.onnx').graph.node]
+
+
+def test_int8(tiny, exported, tmp_path):
+    int8_format, path, found = exported
     assert set(found) == set(RESOLUTIONS) and all(row['error'] < 0.3 for row in found.values())
     export_switchable(tiny, str(tmp_path / 'float.onnx'))
-    sizes = [os.path.getsize(tmp_path / f'{n}.onnx') for n in ('int8', 'float')]
-    assert sizes[0] < sizes[1]
-    model = onnx.load(tmp_path / 'int8.onnx')
+    assert os.path.getsize(path) < os.path.getsize(tmp_path / 'float.onnx')
+    model = onnx.load(path)
     weights = [t for t in model.graph.initializer if len(t.dims) == 4]
     assert len(weights) == sum(isinstance(m, torch.nn.Conv2d) for m in tiny.modules())
     assert {t.data_type for t in weights} == {onnx.TensorProto.INT8}
-    assert {n.op_type for n in model.graph.node} >= {'QLinearConv', 'QLinearAdd', 'QGemm'}
-    assert 'Relu' not in {n.op_type for n in model.graph.node}
+    convolution, other = ('Conv', 'QLinearConv') if int8_format == 'qdq' else ('QLinearConv', 'Conv')
+    operators = [n.op_type for n in model.graph.node]
+    assert operators.count(convolution) == len(weights) and other not in operators and 'Relu' not in operators
+    assert [(o.domain, o.version <= 21) for o in model.opset_import] == [('', True)]
+    assert not any(n.domain for n in model.graph.node)
     constants = {t.name for t in model.graph.initializer}
-    convolutions = [n for n in model.graph.node if n.op_type == 'QLinearConv']
-    assert not any(n.input[2] in constants and n.input[8] not in constants for n in convolutions)  # see merge.build
+    made_by = {name: n for n in model.graph.node for name in n.output}
+    for n in model.graph.node:  # see merge.build
+        if n.op_type == 'QLinearConv':
+            assert n.input[2] not in constants
+        elif n.op_type == 'Conv':
+            assert made_by[n.input[0]].input[2] not in constants
+    if int8_format == 'qdq':
+        assert made_by['images.rounded'].input[1] in constants and operators.count('Reshape') == 1
+
+
+def test_onnxruntime_computes_in_integers(exported, tiny, tmp_path):
+    """With fixed sides all of it; with free ones the convolutions if they are QLinearConv."""
+    int8_format, path, _ = exported
+    count = sum(isinstance(m, torch.nn.Conv2d) for m in tiny.modules())
+    fixed = optimized(path, tmp_path, height=48, width=48)
+    assert fixed.count('QLinearConv') == count and fixed.count('QuantizeLinear') == 1
+    assert not set(fixed) & {'Conv', 'Add', 'Gemm', 'DequantizeLinear', 'Gather', 'Less', 'Shape', 'Slice', 'Split'}
+    if int8_format == 'qoperator':
+        free = optimized(path, tmp_path)
+        assert free.count('QLinearConv') == count and free.count('QuantizeLinear') == 1
+        assert not set(free) & {'Conv', 'Add', 'Gemm', 'DequantizeLinear'}
+
+
+def test_openvino_computes_in_integers(exported, tiny):
+    openvino = pytest.importorskip('openvino', reason='OpenVINO is not installed')
+    int8_format, path, _ = exported
+    if int8_format == 'qoperator':
+        pytest.skip('that is for ONNX Runtime')
+    core, settings = openvino.Core(), {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': 1}
+    with pytest.raises(RuntimeError):  # with free sides it would keep the weights of the first size
+        core.compile_model(path, 'CPU', settings)
+    for size in RESOLUTIONS:
+        x, network = batch_of(size), tiny.at(size)
+        model = core.read_model(path)
+        model.reshape(x.shape)
+        fixed = core.compile_model(model, 'CPU', settings)
+        assert_near(fixed([x])[0], network, x)
+        layers = [{k: v.value for k, v in op.get_rt_info().items() if k in ('layerType', 'runtimePrecision')}
+                  for op in fixed.get_runtime_model().get_ops()]
+        precisions = {i['runtimePrecision'] for i in layers if i.get('layerType') == 'Convolution'}
+        assert precisions == {'u8'}, f'{size} px: {precisions}'
+
+
+def test_reference_evaluator(exported, tiny):
+    evaluator = pytest.importorskip('onnx.reference')
+    x = batch_of(RESOLUTIONS[-1])
+    model = onnx.version_converter.convert_version(onnx.load(exported[1]), 21)  # it has no DequantizeLinear of 17
+    assert_near(evaluator.ReferenceEvaluator(model).run(None, {'images': x})[0], tiny.at(x.shape[2]), x)
 
 
 def of_one_conv(gains, biases, resolutions=(16, 12)):
@@ -56,8 +136,9 @@ def test_int8_with_gains_of_any_sign(gains, photographs, tmp_path):
     biases = [[0.5, -0.5, 1., 2.], [1., 0.25, -1., -2.]]
     model = of_one_conv(gains, biases)
     files = sorted(str(p) for p in photographs.iterdir())
-    found = export_int8(model, str(tmp_path / 'int8.onnx'), files)
-    assert all(row['error'] < 0.05 for row in found.values())
+    for int8_format in INT8_FORMATS:
+        found = export_int8(model, str(tmp_path / f'{int8_format}.onnx'), files, int8_format=int8_format)
+        assert all(row['error'] < 0.05 for row in found.values())
 
 
 def test_int8_products_do_not_saturate(tmp_path):

@@ -15,6 +15,7 @@ evaluator = pytest.importorskip('onnx.reference')
 ort = pytest.importorskip('onnxruntime')
 
 from timm_rs.export import export_int8, export_resolution, export_switchable  # noqa: E402
+from timm_rs.export.export import INT8_FORMATS  # noqa: E402
 
 # Below and above 256 px, whose area float16 does not hold; an odd sum of areas.
 SIZES = [(64, 48, 32), (288, 256, 224), (448, 384, 320, 256), (33, 32, 20)]
@@ -112,13 +113,18 @@ def test_onnxruntime_runs_the_network(network, level):
     assert_logits(run_ort(path, level), model)
 
 
-def test_int8(marked, tmp_path):
-    resolutions, _ = marked
+def export_marked_int8(resolutions, path, int8_format):
     noise = np.random.default_rng(0).integers(0, 256, (4, 40, 40, 3), np.uint8)
     torch.manual_seed(0)
-    export_int8(marked_model(resolutions), str(tmp_path / 'int8.onnx'), [Image.fromarray(n) for n in noise])
+    export_int8(marked_model(resolutions), path, [Image.fromarray(n) for n in noise], int8_format=int8_format)
+
+
+@pytest.mark.parametrize('int8_format', INT8_FORMATS)
+def test_int8(marked, int8_format, tmp_path):
+    resolutions, path = marked[0], str(tmp_path / 'int8.onnx')
+    export_marked_int8(resolutions, path, int8_format)
     for level in LEVELS:
-        assert_picks(run_ort(str(tmp_path / 'int8.onnx'), level), resolutions)
+        assert_picks(run_ort(path, level), resolutions)
 
 
 def test_fixed_sides_leave_nothing_of_the_choice(network, tmp_path):
@@ -186,6 +192,13 @@ def test_openvino(marked, tmp_path):
         assert_picks(run_openvino(to_ir(path, tmp_path, fp16)), resolutions)
     for i, x in enumerate(batches(resolutions)):
         assert_picks(run_openvino(reshape(path, [(1, -1)[i % 2], *x.shape[1:]])), resolutions, [x])
+
+
+def test_openvino_int8(marked, tmp_path):
+    resolutions, path = marked[0], str(tmp_path / 'int8.onnx')
+    export_marked_int8(resolutions, path, 'qdq')
+    for x in batches(resolutions):
+        assert_picks(run_openvino(reshape(path, x.shape)), resolutions, [x])
 
 
 def test_openvino_runs_the_network(network, tmp_path):

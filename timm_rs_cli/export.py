@@ -1,6 +1,7 @@
 """timm-rs export"""
 import argparse
 import os
+from functools import partial
 
 from timm_rs_runtime.commands.images import add_images, print_read
 from timm_rs_runtime.errors import UserError
@@ -34,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--tolerance', type=float, default=0., metavar='X',
         help='accept differences of logits between network and file up to X (default: what float32 rounding explains)')
     add('--quantize', choices=('int8',), help='all resolutions in int8, with --data-dir')
+    add('--int8-format', choices=('qdq', 'qoperator'),
+        help='ONNX of --quantize int8: qdq is for every runtime (the default), qoperator for low_memory sessions')
     add_images(parser, 'images like those to come, for the ranges of activations', 'train', 128)
     add('--calibration-data', dest='data_dir', help=argparse.SUPPRESS)  # earlier names
     add('--calibration-images', dest='images', type=int, help=argparse.SUPPRESS)
@@ -60,6 +63,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError('--quantize int8 and --data-dir DIR need each other.')
     if args.quantize and args.resolution is not None:
         raise UserError('--quantize int8 writes all resolutions, leave --resolution out.')
+    if args.int8_format and (not args.quantize or is_program):
+        raise UserError('--int8-format needs --quantize int8 and --format onnx.')
     check_new_file(args.output, args.overwrite)
     labels = read_labels(args)
     if args.quantize:
@@ -70,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     if is_program:
         common.update(batch_size=args.batch_size or 1)
     if args.quantize:
-        export = export_executorch if is_program else export_int8
+        export = export_executorch if is_program else partial(export_int8, int8_format=args.int8_format or 'qdq')
         found = export(model, args.output, images, errors=errors, **common)
         count = len(images) - len(errors.names)
         print_read(count, len(errors.names), folder)

@@ -25,9 +25,10 @@ from .describe import describe, set_metadata
 from .trace import ExportError, quiet, trace_onnx, trace_program, trace_torchscript
 from .verify import Run, compare_int8, verify
 
-__all__ = ['FORMATS', 'export_executorch', 'export_int8', 'export_resolution', 'export_switchable']
+__all__ = ['FORMATS', 'INT8_FORMATS', 'export_executorch', 'export_int8', 'export_resolution', 'export_switchable']
 
 FORMATS = ('onnx', 'torch-export', 'torchscript')
+INT8_FORMATS = ('qdq', 'qoperator')
 
 
 def export_switchable(
@@ -74,6 +75,7 @@ def export_int8(
         batch_size: int = 4,
         overwrite: bool = False,
         errors: Optional[ReadErrors] = None,
+        int8_format: str = 'qdq',
 ) -> Dict[int, Dict[str, float]]:
     """Write one int8 ONNX file that serves every resolution, see timm_rs.export.int8.
 
@@ -84,6 +86,7 @@ def export_int8(
         batch_size: Images of a batch.
         class_names, overwrite: See export_switchable.
         errors: Where unreadable images are reported, which are left out; by default the first one is raised.
+        int8_format: 'qdq', which every runtime reads, or 'qoperator' for Session(mode='low_memory').
 
     Returns:
         For each resolution how the file compares with the network on these images: 'agreement', the share with the
@@ -95,6 +98,8 @@ def export_int8(
         UserError: The network is not switchable, a weight is not finite, or there are no images.
     """
     check_new_file(path, overwrite)
+    if int8_format not in INT8_FORMATS:
+        raise UserError(f"Unknown int8_format {int8_format!r}, expected {' or '.join(INT8_FORMATS)}.")
     if not images:
         raise UserError('There are no images to measure the ranges of activations on.')
     plain, metadata = _take_all(model, class_names)
@@ -105,7 +110,7 @@ def export_int8(
     from .merge import build
 
     try:
-        graph = to_int8(graph, measure_ranges(graph, batches))
+        graph = to_int8(graph, measure_ranges(graph, batches), int8_format)
     except Int8Error as e:
         raise ExportError(f'{name} has no int8 form: {e}') from e
     with atomic_path(path, overwrite) as partial:

@@ -4,8 +4,12 @@ With a scale per output channel, a BatchNorm after a convolution changes that sc
 the weights. So the sizes share the codes, and each has its own rows of scales and biases. Zero points are shared.
 Weights have 7 bits: without VNNI, ONNX Runtime adds two products of a code of 8 bits and a weight in 16 bits, where
 products with weights of 8 bits saturate (docs/deploy.md).
-Activations are uint8; their ranges are measured at every size on real images. Operators without an integer form in ONNX
-Runtime, such as SiLU or attention, stay in float32 between conversions.
+Activations are uint8; their ranges are measured at every size on real images.
+
+In the format 'qdq' the operators are those of float32, between QuantizeLinear and DequantizeLinear: a runtime replaces
+what it has in integers; the rest, such as SiLU or attention, is computed in float32. ONNX Runtime replaces convolutions
+only if their scales are constant, which they are where height and width are fixed beforehand. In the format
+'qoperator', for free sides, convolutions are QLinearConv, which few other runtimes read.
 """
 import copy
 from collections import defaultdict
@@ -22,8 +26,7 @@ from .merge import SizedGraph, build
 
 __all__ = ['Int8Error', 'measure_ranges', 'to_int8']
 
-MICROSOFT = 'com.microsoft'
-_SAME_RANGE = ('MaxPool', 'Flatten', 'Reshape', 'Transpose', 'Squeeze', 'Unsqueeze')  # pass codes on unchanged
+_SAME_GRID = ('MaxPool', 'Flatten', 'Reshape', 'Transpose', 'Squeeze', 'Unsqueeze')  # values stay on the same grid
 _MOST = 64  # code of a weight: 2 x 255 x 64 < 2 ** 15
 _BIAS_LIMIT = 2. ** 30  # codes of a bias, which sums of products are added to in int32
 
@@ -66,40 +69,43 @@ def _needed(graph: SizedGraph) -> List[str]:
     return list(asked)
 
 
-def to_int8(graph: SizedGraph, ranges: Ranges) -> SizedGraph:
+def to_int8(graph: SizedGraph, ranges: Ranges, int8_format: str = 'qdq') -> SizedGraph:
     """Return the int8 form of a graph.
 
     Args:
         graph: Graph in float32, its BatchNorms reduced to scale and bias.
         ranges: Least and greatest value of each activation at each size.
+        int8_format: 'qdq', or 'qoperator' for ONNX Runtime where height and width are free.
 
     Raises:
         Int8Error: It has no convolution.
     """
     if not any(node.op_type == 'Conv' for node in graph.nodes):
         raise Int8Error('it has no convolution.')
-    return _Quantizer(graph, ranges).run()
+    return _Quantizer(graph, ranges, int8_format).run()
 
 
 class _Quantizer:
-    """Walks a graph; each activation exists as float32, as codes, or as both if both are needed."""
+    """Walks a graph and rounds activations to a grid, by QuantizeLinear and DequantizeLinear."""
 
-    def __init__(self, graph: SizedGraph, ranges: Ranges):
+    def __init__(self, graph: SizedGraph, ranges: Ranges, int8_format: str):
         self.graph, self.ranges = copy.deepcopy(graph), ranges
+        self.fuse = int8_format == 'qoperator'
         self.constants = dict(graph.constants)
         self.nodes: List[onnx.NodeProto] = []
-        self.codes: Dict[str, str] = {}  # name of an activation -> name of its codes
-        self.floats = {'images'}
-        self.grid: Dict[str, Tuple[str, str]] = {}  # name of codes -> names of their scale and zero point
+        self.rounded: Dict[str, str] = {}  # name of an activation -> its name on a grid
+        self.grid: Dict[str, Tuple[str, str]] = {}  # that name -> names of the scale and the zero point
         self.readers: Dict[str, List[onnx.NodeProto]] = {}
         for node in self.graph.nodes:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
         self.outputs = {o.name for o in graph.template.graph.output}
         self.done = set()  # nodes that an earlier one has taken in
+        self.picked = set()  # see SizedGraph
+        self.guarded = self.fuse  # whether OpenVINO refuses free sides, see _weigh
 
     def run(self) -> SizedGraph:
-        rules = dict.fromkeys(_SAME_RANGE, self._hand_on)
+        rules = dict.fromkeys(_SAME_GRID, self._same_grid)
         rules.update(Add=self._add, Conv=self._conv, Gemm=self._gemm, GlobalAveragePool=self._global_average_pool,
                      Pad=self._pad)
         for node in self.graph.nodes:
@@ -107,14 +113,10 @@ class _Quantizer:
                 continue
             rule = rules.get(node.op_type)
             if rule is None or not rule(node):
-                self._leave(node)
-        for name in self.outputs:
-            self._float(name)
-        template = onnx.ModelProto()
-        template.CopyFrom(self.graph.template)
-        if MICROSOFT not in [o.domain for o in template.opset_import]:
-            template.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
-        return SizedGraph(self.graph.resolutions, self.nodes, self.constants, template)
+                self.nodes.append(node)
+        read = self.outputs.union(*(node.input for node in self.nodes))
+        nodes = [node for node in self.nodes if read & set(node.output)]  # convolutions may have taken the codes
+        return SizedGraph(self.graph.resolutions, nodes, self.constants, self.graph.template, frozenset(self.picked))
 
     # Rules return whether they took the node.
 
@@ -135,27 +137,25 @@ class _Quantizer:
             scale = gain
             end = self._take(follower)
         output = self._with_activation(end)
-
-        x = self._code(node.input[0])
-        x_scale, x_zero = self.grid[x]
+        x = self._round(node.input[0])
+        x_scales = self.constants[self.grid[x][0]]
         negative = np.all([s <= 0 for s in scale], axis=0)  # at every size: then it is the weights that are negative
         weight = np.where(negative[:, None, None, None], -weight, weight)
-        scale = [np.where(negative, -s, s) for s in scale]
         step = np.abs(weight).reshape(len(weight), -1).max(1) / _MOST
         step = np.where(step > 0, step, 1.).astype(np.float32)
-        codes = np.clip(np.rint(weight / step[:, None, None, None]), -_MOST, _MOST).astype(np.int8)
-        steps, biases = [], []
-        for s, b, xs in zip(scale, shift, self.constants[x_scale]):
-            size = np.maximum(np.abs(s * step), np.abs(b) / (xs * _BIAS_LIMIT))  # a scale may be 0
+        steps = []
+        for s, b, x_scale in zip(scale, shift, x_scales):
+            size = np.maximum(np.abs(s * step), np.abs(b) / (x_scale * _BIAS_LIMIT))  # a scale may be 0
             size = np.where(size > 0, size, 1e-20)
-            steps.append((np.where(s < 0, -size, size)).astype(np.float32))
-            biases.append(np.rint(b / (steps[-1].astype(np.float64) * xs)).astype(np.int32))
-        self._make(
-            'QLinearConv',
-            [x, x_scale, x_zero, self._constant(f'{node.input[1]}.codes', codes),
-             self._sized(f'{output}.weight_scale', steps), self._constant(f'{node.input[1]}.zero', np.int8(0)),
-             *self._new_grid(output), self._sized(f'{output}.bias', biases)],
-            output, attributes=node.attribute)
+            steps.append(np.where(np.where(negative, -s, s) < 0, -size, size).astype(np.float32))
+        grid = self._new_grid(output)
+        integers, bias = self._integers(node.input[1], x, weight, step, steps, shift, output)
+        if self.fuse:
+            inputs = [f'{x}.codes', *self._picked_grid(x), *integers, *grid, bias[0]]
+            self._dequantize(self._node('QLinearConv', inputs, f'{output}.codes', node.attribute), output, grid)
+        else:
+            self._weigh(node, x, integers, bias, f'{output}.unrounded')
+            self._quantize(f'{output}.unrounded', output, grid)
         return True
 
     def _pad(self, node: onnx.NodeProto) -> bool:
@@ -178,20 +178,29 @@ class _Quantizer:
         return False
 
     def _add(self, node: onnx.NodeProto) -> bool:
-        if any(x in self.constants for x in node.input) or not any(x in self.codes for x in node.input):
+        if any(x in self.constants for x in node.input) or not any(x in self.rounded for x in node.input):
             return False
-        a, b = (self._code(x) for x in node.input)
+        inputs = [self._round(x) for x in node.input]
         output = self._with_activation(node)
-        self._make('QLinearAdd', [a, *self.grid[a], b, *self.grid[b], *self._new_grid(output)], output, MICROSOFT)
+        self._operator(node, inputs, output, self._new_grid(output))
         return True
 
     def _global_average_pool(self, node: onnx.NodeProto) -> bool:
-        if node.input[0] not in self.codes:
+        if node.input[0] not in self.rounded:
             return False
-        x = self._code(node.input[0])
-        output = node.output[0]
-        self._make('QLinearGlobalAveragePool', [x, *self.grid[x], *self._new_grid(output)], output, MICROSOFT,
-                   channels_last=0)
+        self._operator(node, [self._round(node.input[0])], node.output[0], self._new_grid(node.output[0]))
+        return True
+
+    def _same_grid(self, node: onnx.NodeProto) -> bool:
+        if node.input[0] not in self.rounded:
+            return False
+        x = self._round(node.input[0])
+        output, more = node.output[0], node.input[1:]
+        if self.fuse:
+            codes = self._node(node.op_type, [f'{x}.codes', *more], f'{output}.codes', node.attribute)
+            self._dequantize(codes, output, self.grid[x])
+        else:
+            self._operator(node, [x, *more], output, self.grid[x])
         return True
 
     def _gemm(self, node: onnx.NodeProto) -> bool:
@@ -202,43 +211,11 @@ class _Quantizer:
         if weights is None or not usual or given.get('beta', 1.) != 1. or len(node.input) < 3 or any(
                 not np.array_equal(w, weights[0]) for w in weights[1:]):
             return False
-        x = self._code(node.input[0])
-        x_scale, x_zero = self.grid[x]
-        weight, bias = weights[0], self.constants[node.input[2]]
-        step = np.maximum(np.abs(weight).max(1), 1e-20).astype(np.float32) / _MOST
-        codes = np.clip(np.rint(weight / step[:, None]), -_MOST, _MOST).astype(np.int8)
-        biases = [np.rint(np.clip(b / (step.astype(np.float64) * xs), -_BIAS_LIMIT, _BIAS_LIMIT)).astype(np.int32)
-                  for b, xs in zip(bias, self.constants[x_scale])]
-        output = node.output[0]
-        self.nodes.append(helper.make_node(
-            'QGemm',
-            [x, x_scale, x_zero, self._constant(f'{node.input[1]}.codes', codes),
-             self._constant(f'{output}.weight_scale', step),
-             self._constant(f'{node.input[1]}.zero', np.zeros(len(step), np.int8)),
-             self._sized(f'{output}.bias', biases)],
-            [output], f'{output}.quantized', domain=MICROSOFT, transB=1))
-        self.floats.add(output)
+        step = np.maximum(np.abs(weights[0]).max(1), 1e-20).astype(np.float32) / _MOST
+        x, output = self._round(node.input[0]), node.output[0]
+        self._weigh(node, x, *self._integers(
+            node.input[1], x, weights[0], step, [step] * len(weights), self.constants[node.input[2]], output), output)
         return True
-
-    def _hand_on(self, node: onnx.NodeProto) -> bool:
-        if node.input[0] not in self.codes:
-            return False
-        x = self.codes[node.input[0]]
-        of_codes = onnx.NodeProto()
-        of_codes.CopyFrom(node)
-        of_codes.input[0] = x
-        of_codes.output[0] = f'{node.output[0]}.codes'
-        self.nodes.append(of_codes)
-        self.codes[node.output[0]] = of_codes.output[0]
-        self.grid[of_codes.output[0]] = self.grid[x]
-        return True
-
-    def _leave(self, node: onnx.NodeProto) -> None:
-        for name in node.input:
-            if name in self.codes:
-                self._float(name)
-        self.nodes.append(node)
-        self.floats.update(node.output)
 
     # What the rules are made of
 
@@ -257,7 +234,7 @@ class _Quantizer:
         return epsilon == [0.] and not np.any(mean) and np.all(np.equal(var, 1))
 
     def _with_activation(self, node: onnx.NodeProto) -> str:
-        """Return the output of a node, or of a ReLU or ReLU6 after it, which clipped codes replace."""
+        """Return the output of a node, or of a ReLU or ReLU6 after it, which the ends of the grid replace."""
         follower = self._only_reader(node)
         if follower is not None and (follower.op_type == 'Relu' or self._is_relu6(follower)):
             return self._take(follower).output[0]
@@ -267,24 +244,100 @@ class _Quantizer:
         limits = [self.constants.get(x) for x in node.input[1:]]
         return node.op_type == 'Clip' and None not in limits and [float(v[0]) for v in limits] == [0., 6.]
 
-    def _code(self, name: str) -> str:
-        """Return the codes of an activation."""
-        if name not in self.codes:
-            self._make('QuantizeLinear', [name, *self._new_grid(name)], name)
-        return self.codes[name]
+    def _integers(
+            self,
+            name: str,
+            x: str,
+            weight: np.ndarray,
+            step: np.ndarray,
+            steps: Sequence[np.ndarray],
+            shift: Sequence[np.ndarray],
+            output: str,
+    ) -> Tuple[Tuple[str, str, str], Tuple[str, str]]:
+        """Return the names of codes, scales and zero points of weights, and of the codes and scales of the bias.
 
-    def _float(self, name: str) -> None:
-        """Return the name of an activation as float32."""
-        if name not in self.floats:
-            codes = self.codes[name]
-            self.nodes.append(helper.make_node(
-                'DequantizeLinear', [codes, *self.grid[codes]], [name], f'{name}.dequantize'))
-            self.floats.add(name)
+        Args:
+            name: Of the weights.
+            x: The input on a grid.
+            weight: Float weights, output channels first.
+            step: Value of a unit of the codes, per output channel.
+            steps: The same at each size, with the scale of a BatchNorm.
+            shift: Float bias at each size.
+            output: Name of the output.
+        """
+        codes = np.clip(np.rint(weight / step.reshape(-1, *[1] * (weight.ndim - 1))), -_MOST, _MOST).astype(np.int8)
+        units = [s * x_scale for s, x_scale in zip(steps, self.constants[self.grid[x][0]])]
+        biases = [np.rint(np.clip(b / u.astype(np.float64), -_BIAS_LIMIT, _BIAS_LIMIT)).astype(np.int32)
+                  for b, u in zip(shift, units)]
+        zero = self._constant(f'{name}.zero', np.zeros(len(codes), np.int8))
+        return (
+            (self._constant(f'{name}.codes', codes), self._sized(f'{output}.weight_scale', steps), zero),
+            (self._sized(f'{output}.bias_codes', biases), self._sized(f'{output}.bias_scale', units)),
+        )
+
+    def _weigh(
+            self,
+            node: onnx.NodeProto,
+            x: str,
+            integers: Sequence[str],
+            bias: Sequence[str],
+            output: str,
+    ) -> None:
+        """Add a convolution or classifier with integers as weights, see _integers.
+
+        With free sides OpenVINO 2026.4 would keep the weights of the first size for all. It refuses weights whose shape
+        depends on the input: the first ones have such a shape until the sides are fixed.
+        """
+        codes, *grid = integers
+        if not self.guarded:
+            self.guarded = True
+            shape = self._pick(f'{codes}.shape', [np.array(c.shape) for c in self.constants[codes]])
+            codes = self._node('Reshape', [codes, shape], f'{codes}.shaped')
+        weight = self._node('DequantizeLinear', [codes, *grid], f'{output}.weight', axis=0)
+        shift = self._node('DequantizeLinear', bias, f'{output}.bias', axis=0)
+        self._node(node.op_type, [x, weight, shift], output, node.attribute)
+
+    def _operator(self, node: onnx.NodeProto, inputs: Sequence[str], output: str, grid: Tuple[str, str]) -> None:
+        """Add an operator, its output on a grid."""
+        self._quantize(self._node(node.op_type, inputs, f'{output}.unrounded', node.attribute), output, grid)
+
+    def _round(self, name: str) -> str:
+        """Return the name of an activation on a grid."""
+        if name not in self.rounded:
+            self._quantize(name, f'{name}.rounded', self._new_grid(name))
+            self.rounded[name] = f'{name}.rounded'
+        return self.rounded[name]
+
+    def _quantize(self, name: str, output: str, grid: Tuple[str, str]) -> None:
+        """Round an activation to a grid."""
+        self._dequantize(self._node('QuantizeLinear', [name, *grid], f'{output}.codes'), output, grid)
+
+    def _dequantize(self, codes: str, output: str, grid: Tuple[str, str]) -> None:
+        self.rounded[output] = output
+        self.grid[output] = grid
+        self._node('DequantizeLinear', [codes, *self._picked_grid(output)], output)
+
+    def _picked_grid(self, name: str) -> Tuple[str, str]:
+        """Return the names of scale and zero point of codes that are read.
+
+        With a constant zero point ONNX Runtime 1.26 and older leave out a bias that is not constant.
+        """
+        scale, zero = self.grid[name]
+        return scale, self._pick(f'{zero}.picked', self.constants[zero])
+
+    def _pick(self, name: str, values: List[np.ndarray]) -> str:
+        self.picked.add(name)
+        return self._sized(name, values)
 
     def _new_grid(self, name: str) -> Tuple[str, str]:
-        """Return the names of scale and zero point of an activation: the zero point of all sizes, a scale for each."""
+        """Return the names of scale and zero point of an activation: the zero point of all sizes, a scale for each.
+
+        Images have one scale, or OpenVINO 2026.4 finds nothing constant to quantize and computes all in float32.
+        """
         ranges = np.array(self.ranges[name])
         low, high = ranges.min(0)[0], ranges.max(0)[1]
+        if name == 'images':
+            ranges[:] = low, high
         zero = int(np.clip(np.rint(-low / max(high - low, 1e-12) * 255), 0, 255))
         scales = []
         for low, high in ranges:
@@ -293,14 +346,11 @@ class _Quantizer:
             scales.append(np.array(max(above, below, 1e-8), np.float32))
         return self._sized(f'{name}.scale', scales), self._constant(f'{name}.zero', np.uint8(zero))
 
-    def _make(self, op: str, inputs: Sequence[str], output: str, domain: str = '', attributes=(), **more: Any) -> None:
-        """Add an operator whose output is codes; its scale and zero point are the last inputs except a bias."""
-        codes = f'{output}.codes'
-        node = helper.make_node(op, inputs, [codes], f'{codes}.node', domain=domain, **more)
+    def _node(self, op: str, inputs: Sequence[str], output: str, attributes=(), **more: Any) -> str:
+        node = helper.make_node(op, inputs, [output], f'{output}.node', **more)
         node.attribute.extend(attributes)
         self.nodes.append(node)
-        self.codes[output] = codes
-        self.grid[codes] = (f'{output}.scale', f'{output}.zero')
+        return output
 
     def _sized(self, name: str, values: List[np.ndarray]) -> str:
         self.constants[name] = values

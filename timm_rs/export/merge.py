@@ -6,7 +6,7 @@ width of the input pick the row. ONNX Runtime folds the tables if height and wid
 timm_rs_runtime.Session.
 """
 from dataclasses import dataclass
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, FrozenSet, List, Sequence
 
 import numpy as np
 import onnx
@@ -32,11 +32,13 @@ class SizedGraph:
         nodes: The operators in the order of execution.
         constants: Value of each constant at each size, by name.
         template: Model with the input 'images' [N, C, H, W], the outputs and the versions of the operators.
+        picked: Names of constants that are picked by the size of the input even where all sizes have the same.
     """
     resolutions: Sequence[int]
     nodes: List[onnx.NodeProto]
     constants: Dict[str, List[np.ndarray]]
     template: onnx.ModelProto
+    picked: FrozenSet[str] = frozenset()
 
 
 def merge(models: Sequence[onnx.ModelProto], resolutions: Sequence[int]) -> SizedGraph:
@@ -75,9 +77,7 @@ def build(graph: SizedGraph) -> onnx.ModelProto:
         node.CopyFrom(original)
         for i, name in enumerate(node.input):
             if name in graph.constants:
-                # With a constant zero point ONNX Runtime 1.26 and older leave out a bias that is not constant.
-                picked = node.op_type == 'QLinearConv' and i == 2
-                node.input[i] = constants.add(name, graph.constants[name], picked)
+                node.input[i] = constants.add(name, graph.constants[name], name in graph.picked)
         nodes.append(node)
     model = onnx.ModelProto()
     model.CopyFrom(graph.template)
