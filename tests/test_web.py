@@ -45,16 +45,20 @@ def page(session):
 
 
 def expected(session, photograph):
-    """Return size, best class, probability and share of the cost, as the table shows them."""
+    """Return size, share of the cost, the five best classes and their probabilities, as the page shows them."""
     rows = []
     for r in SIZES:
         p = softmax(session.predict(photograph, r)[0])
-        rows.append([f'{r} px', f'class {p.argmax()}', f'{p.max():.1%}', f'{session.madds[r] / session.madds[64]:.0%}'])
+        best = [text for i in np.argsort(-p)[:5] for text in (f'class {i}', f'{p[i]:.1%}')]
+        rows.append((f'{r}', f'{session.madds[r] / session.madds[64]:.0%}', best))
     return rows
 
 
-def shown(rows):
-    return [[*row[:3], row[5]] for row in rows]
+def shown(html):
+    """Return the same of the page's HTML."""
+    cards = re.findall(r'<section.*?</section>', html)
+    return [(re.search(r'(\d+) px', card)[1], re.search(r'(\d+%)</small>', card)[1],
+             [text for text in re.findall(r'<td>([^<]+)</td>', card)]) for card in cards]
 
 
 # Without Gradio
@@ -66,7 +70,8 @@ def test_answers_at_every_size(session, photograph):
     assert rows[0]['cost'] == 1 and rows[2]['madds'] == session.madds[32]
     for row in rows:
         p = softmax(session.predict(photograph, row['resolution'])[0])
-        assert row['name'] == f'class {p.argmax()}' and row['probability'] == pytest.approx(p.max(), abs=1e-6)
+        assert [best['class'] for best in row['top']] == np.argsort(-p)[:5].tolist()
+        assert row['top'][0]['probability'] == pytest.approx(p.max(), abs=1e-6)
         assert row['milliseconds'] == milliseconds[row['resolution']]
     with pytest.raises(ImageError, match='nowhere.jpg does not exist'):
         answer_all(session, 'nowhere.jpg', milliseconds)
@@ -103,11 +108,11 @@ def test_server_answers(client, session, photograph):
     from gradio_client import handle_file
 
     budget = largest_budget(client)
-    table, chosen = client.predict(handle_file(photograph), budget, api_name='/classify')
-    assert shown(table['data']) == expected(session, photograph)
+    html, chosen = client.predict(handle_file(photograph), budget, api_name='/classify')
+    assert shown(html) == expected(session, photograph) and html.index('class=chosen') < html.index('64 px')
     assert chosen.startswith(f'Within {budget:g} ms: ') and 'at 64 px' in chosen
     again, _ = client.predict(handle_file(photograph), budget, api_name='/classify')
-    assert [row[3] for row in again['data']] == [row[3] for row in table['data']]
+    assert again == html
 
 
 def largest_budget(client):
@@ -132,8 +137,8 @@ def test_one_sentence_on_what_is_not_an_image(client, session, photograph, tmp_p
         client.predict(handle_file(str(tmp_path / 'photo.jpg')), budget, api_name='/classify')
     assert re.fullmatch(message, str(e.value)), e.value
     assert not capfd.readouterr().err
-    table, _ = client.predict(handle_file(photograph), budget, api_name='/classify')
-    assert shown(table['data']) == expected(session, photograph)
+    html, _ = client.predict(handle_file(photograph), budget, api_name='/classify')
+    assert shown(html) == expected(session, photograph)
 
 
 def test_only_uploads_are_read(page, photograph):
@@ -199,9 +204,13 @@ def test_picture_table_and_slider(page, browser, session, photograph):
     tab.goto(page)
     tab.locator('input[type=file]').first.set_input_files(photograph)
     tab.wait_for_function("document.querySelector('#sizes')?.innerText.includes('32 px')", timeout=240000)
-    texts = [text.strip() for text in tab.locator('#sizes').inner_text().splitlines() if text.strip()]
-    texts = texts[texts.index('64 px'):]
-    assert shown([texts[i:i + 6] for i in (0, 6, 12)]) == expected(session, photograph)
+    assert tab.locator('#sizes section').count() == 3
+    names = tab.locator('#sizes section tr:first-child td:first-child').all_inner_texts()
+    assert names == [row[2][0] for row in expected(session, photograph)]
+    assert tab.locator('#sizes svg circle').count() == 3 and tab.locator('#sizes .chosen').count() == 1
+    before = tab.locator('#sizes').inner_html()
+    tab.get_by_text('Take an example picture').click()
+    tab.wait_for_function('b => document.querySelector("#sizes").innerHTML !== b', arg=before, timeout=240000)
     slider = tab.locator('input[type=number]')
     for budget in (slider.get_attribute('max'), slider.get_attribute('min')):
         slider.fill(budget)
