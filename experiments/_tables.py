@@ -113,7 +113,11 @@ def plot(rows: List[dict], heading: str, path: Path) -> None:
         points = [
             (row['madds'] / 1e6, row['top1_mean'], row['top1_std'] or 0) for row in rows if row['method'] == method]
         style = dict(marker='s', linestyle='', zorder=3) if method == METHODS['inet'] else dict(marker='o')
-        axis.errorbar(*zip(*points), label=method, capsize=2, color=_COLORS.get(method, 'C1'), **style)
+        (seeds, *_) = (row['seeds'] for row in rows if row['method'] == method)
+        label = f"{method}, {seeds} {'seed' if seeds == 1 else 'seeds'}"
+        axis.errorbar(*zip(*points), label=label, capsize=2, color=_COLORS.get(method, 'C1'), **style)
+    sizes = {row['madds'] / 1e6: f"{row['resolution']} px" for row in rows}
+    axis.secondary_xaxis('top').set_xticks(list(sizes), sizes.values())
     axis.set(xlabel='multiply-adds (millions)', ylabel='top-1 accuracy (%)', title=heading)
     axis.grid(alpha=0.3)
     axis.legend()

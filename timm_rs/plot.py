@@ -81,7 +81,7 @@ def plot_curves(runs: Sequence[RunHistory], path: str, overwrite: bool = False) 
     """
     figure, axes = _figure(len(runs))
     for axis, run in zip(axes, runs):
-        epochs = [row['epoch'] + 1 for row in run.rows]
+        epochs = [row['epoch'] for row in run.rows]
         for key in [*run.resolutions, ENSEMBLE]:
             is_ensemble = key == ENSEMBLE
             label = 'ensemble' if is_ensemble else f'{key} px'
@@ -105,6 +105,7 @@ def plot_accuracy_against_madds(runs: Sequence[RunHistory], path: str, overwrite
         axis.plot([cost[r] / 1e6 for r in run.resolutions], accuracy, marker='o', label=run.name)
         for r, value in zip(run.resolutions, accuracy):
             axis.annotate(f'{r} px', (cost[r] / 1e6, value), textcoords='offset points', xytext=(4, -11), fontsize=8)
+    axis.margins(x=0.12)
     axis.set(xlabel='multiply-adds (millions)', ylabel=_label(runs))
     axis.legend(loc='lower right')
     with atomic_path(path, overwrite) as partial:
