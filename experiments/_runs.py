@@ -51,14 +51,14 @@ class Run:
                     'choose another --work.')
 
     def result(self) -> Optional[Dict[str, Dict[str, float]]]:
-        """Return top1, top5 and loss after the last epoch by size, None if it has not finished."""
+        """Return the metrics after the last epoch, each by size, None if it has not finished."""
         rows = read_summary(str(self.folder / 'summary.csv'))
         if not rows or rows[-1]['epoch'] + 1 < parse_args(self.flags).epochs:
             return None
         found = {}
         for key, value in rows[-1].items():
             if key.startswith('eval_') and not key.endswith('_mean'):
-                _, metric, size = key.split('_')
+                metric, _, size = key.removeprefix('eval_').rpartition('_')
                 found.setdefault(metric, {})[size] = value
         return found
 
@@ -99,7 +99,9 @@ def train_all(runs: Sequence[Run], jobs: int) -> None:
                     running.pop(run).result()
                     left = len(todo) + len(running)
                     hours = (time.time() - began) / (count - left) * left / 3600
-                    scores = '  '.join(f'{size}: {value:.2f}' for size, value in run.result()['top1'].items())
+                    found = run.result()
+                    found = found.get('top1') or found['map']
+                    scores = '  '.join(f'{size}: {value:.2f}' for size, value in found.items())
                     print(f'{run.folder.name}: {scores}; {left} runs left, about {hours:.1f} h', flush=True)
         finally:
             for child in children.values():
