@@ -404,7 +404,7 @@ def check_classes(args, dataset, model, classes):
 def format_table(rows):
     """Return the table for people; M are millions, as in the number of parameters that the log begins with."""
     names = [name for name in METRICS if name in rows[0]]
-    titles = [METRICS[name].lower().replace('acc@', 'top-') for name in names]
+    titles = [METRICS[name].replace('Acc@', 'top-').replace('Loss', 'loss') for name in names]
     lines = [' '.join([
         f"{'resolution':>10}", *(f'{title:>{max(len(title), 7)}}' for title in titles),
         f"{'MAdds':>9} {'params':>8} {'images/s':>9}"])]

@@ -160,6 +160,8 @@ def test_criterion_and_distillation_reduce_alike():
 def test_labels_that_are_wrong(shards, caplog):
     kwargs = dict(num_samples=9, is_training=False)
     dataset = create_dataset('wds/stripes', str(shards), 'validation-0000.tar', target_key='labels', **kwargs)
+    with pytest.raises(UserError, match='wds/stripes has several labels per image, which needs --task multilabel'):
+        list(dataset)
     encode_labels(dataset, 2)
     with caplog.at_level(logging.WARNING), pytest.raises(
             UserError, match=r'wds/stripes: the labels \[.*2.*\] of an image: .*must be in \[0, 2\)'):

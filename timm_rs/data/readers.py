@@ -45,9 +45,7 @@ class ImageDataset(timm_data.ImageDataset):
         image = self.read(file)
         if self.transform is not None:
             image = self.transform(image)
-        if self.target_transform is not None:
-            target = _encoded(self, target)
-        return image, -1 if target is None else target
+        return image, -1 if target is None else _encoded(self, target)
 
 
 class ReadableDataset(Dataset):
@@ -148,8 +146,7 @@ class StreamDataset(timm_data.IterableImageDataset):
                 else:
                     yield _black(self, UNREADABLE)
                 continue
-            if self.target_transform is not None:
-                target = _encoded(self, target)
+            target = _encoded(self, target)
             for each in images:
                 yield each, target
             waiting, last = 0, (image, target)
@@ -187,8 +184,12 @@ def _black(dataset: Dataset, target: int) -> Tuple[Any, Any]:
     return image if dataset.transform is None else dataset.transform(image), target
 
 
-def _encoded(dataset: Dataset, target: Any) -> torch.Tensor:
-    """Return the labels of an image as the loss takes them."""
+def _encoded(dataset: Dataset, target: Any) -> Any:
+    """Return the label or labels of an image as the loss takes them."""
+    if dataset.target_transform is None:
+        if isinstance(target, (list, tuple)):
+            raise UserError(f'{dataset.source} has several labels per image, which needs --task multilabel.')
+        return target
     try:
         return dataset.target_transform(target)
     except (RuntimeError, TypeError, ValueError) as e:
