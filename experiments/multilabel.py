@@ -21,7 +21,7 @@ from PIL import Image
 from timm_rs.data.datasets import DigitsDataset
 from timm_rs.train.loss import EnsembleDistillationLoss
 
-COUNTS = dict(train=4000, validation=2000)
+COUNTS = dict(train=2000, validation=1000)
 CANVAS, DIGIT = 32, 14  # pixels
 METRICS = ('map', 'macro_f1')
 
@@ -34,7 +34,7 @@ def main(argv=None):
     add('--model', default='rs_test_resnet', metavar='NAME', help='network (default: %(default)s)')
     add('--sizes', type=int, nargs='+', default=[32, 24, 16], metavar='N', help='input sizes (default: 32 24 16)')
     add('--seeds', type=int, nargs='+', default=[0, 1], metavar='N', help='seeds (default: 0 1)')
-    add('--epochs', type=int, default=16, metavar='N', help='epochs (default: %(default)s)')
+    add('--epochs', type=int, default=5, metavar='N', help='epochs (default: %(default)s)')
     add('--images', type=int, default=COUNTS['train'], metavar='N', help='images to train on (default: %(default)s)')
     add('--jobs', type=int, default=1, metavar='N', help='runs at a time (default: %(default)s)')
     add('--work', type=Path, default=Path('output/multilabel'), metavar='DIR', help='images and runs')
