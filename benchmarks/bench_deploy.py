@@ -1,12 +1,21 @@
 #!/usr/bin/env python3
 """Deployment: one ONNX file for all sizes against a plain ONNX file for each
 
-All in ONNX Runtime, on the CPU, batch 1, five sizes, random weights. The scale is timm's network at one size with its
-BatchNorms folded, in float32, as `timm-rs export --resolution` writes it. Beside it, from one file for all sizes:
+On the CPU, batch 1, five sizes, random weights, in ONNX Runtime except where OpenVINO is named. The scale is timm's
+network at one size with its BatchNorms folded, in float32, as `timm-rs export --resolution` writes it. Beside it, from
+one file for all sizes:
 
 - fast: timm_rs_runtime.Session as it is by default, a folded graph for each size. Wanted: a ratio of at most 1.03.
 - low_memory: one graph with the weights once. Wanted: at most 1.15.
-- int8, int8_low_memory: the same two of an int8 file. Wanted: at most 0.45.
+- int8, int8_low_memory: the same two of an int8 file, low_memory of one with --int8-format qoperator, as it is meant.
+  Wanted: at most 0.45.
+- qoperator, qdq_low_memory: the other two pairs of form and mode.
+- fp16, fp16_low_memory: of a file of 16 bits.
+
+With --openvino, against the plain file of one size in OpenVINO, all with fixed sides:
+
+- openvino: the float32 file for all sizes. Wanted: at most 1.03.
+- openvino_int8, openvino_fp16: those in int8 and in fp16.
 
 Files: the one for all sizes against a plain one of one size in float32 (wanted: at most 1.03), the int8 one against one
 of the same kind for one size (at most 1.05) and against the float32 one for all sizes (at most 0.27). Memory: what a
@@ -18,6 +27,7 @@ control: its ratio to the first, ideally 1, shows what the machine can tell apar
 
     python benchmarks/bench_deploy.py
     python benchmarks/bench_deploy.py --threads 2 --output results/bench_deploy_2threads.json
+    python benchmarks/bench_deploy.py --openvino --output results/bench_deploy_openvino.json
 
 One run takes about five minutes. Needs Linux for the memory.
 """
@@ -36,9 +46,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from timm_rs.export.export import export_int8, export_resolution, export_switchable
 from timm_rs_runtime import Session
 
-KINDS = ('fast', 'low_memory', 'int8', 'int8_low_memory')
-WANTED = dict(fast=1.03, low_memory=1.15, int8=0.45, int8_low_memory=0.45)
-LATENCY_COLUMNS = ('case', 'plain_ms', 'control', *KINDS)
+# The end of a file's name and the mode of its session.
+KINDS = dict(
+    fast=('', 'fast'), low_memory=('', 'low_memory'),
+    int8=('-int8', 'fast'), int8_low_memory=('-qoperator', 'low_memory'),
+    qoperator=('-qoperator', 'fast'), qdq_low_memory=('-int8', 'low_memory'),
+    fp16=('-fp16', 'fast'), fp16_low_memory=('-fp16', 'low_memory'),
+)
+OPENVINO = dict(openvino='', openvino_int8='-int8', openvino_fp16='-fp16')
+WANTED = dict(fast=1.03, low_memory=1.15, int8=0.45, int8_low_memory=0.45, openvino=1.03)
 FILE_COLUMNS = ('case', 'megabytes', 'scale', 'ratio', 'wanted')
 MEMORY_COLUMNS = ('case', 'megabytes')
 PROGRAM = """
@@ -61,6 +77,7 @@ def main():
     add_timing_arguments(parser, builds=3, rounds=20)
     parser.add_argument('--models', nargs='+', default=['resnet18', 'resnet50', 'mobilenetv2_100'], metavar='NAME',
                         help='timm models (default: resnet18 resnet50 mobilenetv2_100)')
+    parser.add_argument('--openvino', action='store_true', help='run the files in OpenVINO too')
     args = parser.parse_args()
     latency, files, memory = [], [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +104,9 @@ def export_all(name, folder):
     noise = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)
     images = [Image.fromarray(n).resize((256, 256), Image.Resampling.BICUBIC) for n in noise]
     export_switchable(model, f'{folder}/{name}.onnx')
+    export_switchable(model, f'{folder}/{name}-fp16.onnx', precision='fp16')
     export_int8(model, f'{folder}/{name}-int8.onnx', images)
+    export_int8(model, f'{folder}/{name}-qoperator.onnx', images, int8_format='qoperator')
     for resolution in model.resolutions:
         export_resolution(model, resolution, f'{folder}/{name}-{resolution}.onnx')
     single = timm.create_model(f'rs_{name}', resolutions=model.resolutions[:1]).eval()
@@ -98,36 +117,53 @@ def export_all(name, folder):
 def compare_latency(args, name, folder, resolutions):
     """Return the rows of a network."""
     def build():
-        sessions = {}
-        for kind in KINDS:
-            file = f'{name}-int8.onnx' if kind.startswith('int8') else f'{name}.onnx'
-            mode = 'low_memory' if kind.endswith('low_memory') else 'fast'
-            sessions[kind] = Session(f'{folder}/{file}', args.threads, mode)
+        sessions = {kind: Session(f'{folder}/{name}{end}.onnx', args.threads, mode)
+                    for kind, (end, mode) in KINDS.items()}
         contenders = {}
         for resolution in resolutions:
             x = np.random.default_rng(0).standard_normal((1, 3, resolution, resolution), np.float32)
             plain = {k: Session(f'{folder}/{name}-{resolution}.onnx', args.threads) for k in ('plain', 'control')}
             for kind, session in {**plain, **sessions}.items():
                 contenders[f'{kind} {resolution}'] = lambda s=session, x=x: s.predict(x)
+            if args.openvino:
+                for kind, end in dict(openvino_plain=f'-{resolution}', **OPENVINO).items():
+                    run = open_openvino(f'{folder}/{name}{end}.onnx', resolution, args.threads)
+                    contenders[f'{kind} {resolution}'] = lambda run=run, x=x: run([x])
         return contenders
 
     runs = measure(build, args)
     rows = []
     for resolution in resolutions:
         row = dict(case=f'{name} at {resolution}', plain_ms=median(runs, f'plain {resolution}'))
-        for key in ('control', *KINDS):
-            found = ratio(runs, f'{key} {resolution}', f'plain {resolution}')
+        if args.openvino:
+            row['openvino_plain_ms'] = median(runs, f'openvino_plain {resolution}')
+        for key in ('control', *KINDS, *(OPENVINO if args.openvino else ())):
+            scale = 'openvino_plain' if key in OPENVINO else 'plain'
+            found = ratio(runs, f'{key} {resolution}', f'{scale} {resolution}')
             row.update({key: found['ratio'], f'{key}_range': found['range']})
         rows.append(dict(row, wanted=WANTED, n=f'{args.builds} x {args.rounds}'))
-    print_table(LATENCY_COLUMNS, rows)
+    print_table([key for key in rows[0] if not key.endswith('_range') and key not in ('wanted', 'n')], rows)
     return rows
+
+
+def open_openvino(path, resolution, threads):
+    """Return a model of OpenVINO for one image of a size."""
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    model.reshape([1, 3, resolution, resolution])
+    return core.compile_model(
+        model, 'CPU',
+        {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': threads, 'PERFORMANCE_HINT': 'LATENCY'})
 
 
 def compare_files(name, folder):
     def megabytes(file):
         return round(os.path.getsize(f'{folder}/{file}.onnx') / 1e6, 3)
 
-    plain, one, int8, int8_one = (megabytes(name + end) for end in ('-224', '', '-int8', '-int8-one'))
+    plain, one, int8, int8_one, fp16 = (
+        megabytes(name + end) for end in ('-224', '', '-int8', '-int8-one', '-fp16'))
     return [
         dict(case=f'{name}: file for five sizes', megabytes=one, scale='plain file of one size',
              ratio=round(one / plain, 4), wanted=1.03),
@@ -135,13 +171,14 @@ def compare_files(name, folder):
              ratio=round(int8 / int8_one, 4), wanted=1.05),
         dict(case=f'{name}: int8 file for five sizes', megabytes=int8, scale='float32 file for five sizes',
              ratio=round(int8 / one, 4), wanted=0.27),
+        dict(case=f'{name}: fp16 file for five sizes', megabytes=fp16, scale='float32 file for five sizes',
+             ratio=round(fp16 / one, 4)),
     ]
 
 
 def measure_memory(args, name, folder, resolutions):
     cases = [('plain file of one size', f'{name}-{resolutions[0]}', 'fast')]
-    for what, end in (('float32', ''), ('int8', '-int8')):
-        cases += [(f'{what}, {mode}', name + end, mode) for mode in ('fast', 'low_memory')]
+    cases += [(kind, name + end, mode) for kind, (end, mode) in KINDS.items()]
     rows = []
     for case, file, mode in cases:
         command = [sys.executable, '-c', PROGRAM, f'{folder}/{file}.onnx', mode, str(args.threads)]

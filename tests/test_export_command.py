@@ -33,6 +33,8 @@ def test_command(folder, tmp_path, photographs, capsys):
     assert 'rs_resnet10t at 64 48 32' in lines[3]
     metadata = {p.key: json.loads(p.value) for p in onnx.load(tmp_path / 'all.onnx').metadata_props}
     assert metadata['class_names'][7] == 'digit 7'
+    main(['export', folder, '-o', str(tmp_path / 'fp16.onnx'), '--precision', 'fp16', '--resolution', '32'])
+    assert {p.key: p.value for p in onnx.load(tmp_path / 'fp16.onnx').metadata_props}['precision'] == '"fp16"'
     main(['export', folder, '-o', str(tmp_path / 'one.pt'), '--resolution', '32'])
     assert torch.jit.load(str(tmp_path / 'one.pt'))(images(32)).shape == (2, 10)
     capsys.readouterr()
@@ -54,6 +56,8 @@ def test_command(folder, tmp_path, photographs, capsys):
     (['--quantize', 'int8'], '--data-dir DIR need each other'),
     (['--quantize', 'int8', '--calibration-data', 'nowhere'], 'nowhere does not exist'),
     (['--quantize', 'int8', '--calibration-data', 'x', '--resolution', '48'], 'leave --resolution out'),
+    (['--precision', 'fp16', '--quantize', 'int8', '--data-dir', 'x'], 'fp16 does not go with --quantize int8'),
+    (['--precision', 'fp16', '--format', 'executorch'], '--precision fp16 does not go with --format executorch'),
     (['--int8-format', 'qoperator'], '--int8-format needs --quantize int8 and --format onnx'),
 ])
 def test_command_tells_what_is_wrong(folder, tmp_path, capsys, flags, message):

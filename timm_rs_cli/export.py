@@ -34,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='batches of any number of images (the default; one image with ExecuTorch)')
     add('--tolerance', type=float, default=0., metavar='X',
         help='accept differences of logits between network and file up to X (default: what float32 rounding explains)')
+    add('--precision', default='float32', choices=('float32', 'fp16'),
+        help='fp16 halves an ONNX file; images and logits stay float32 (default: %(default)s)')
     add('--quantize', choices=('int8',), help='all resolutions in int8, with --data-dir')
     add('--int8-format', choices=('qdq', 'qoperator'),
         help='ONNX of --quantize int8: qdq is for every runtime (the default), qoperator for low_memory sessions')
@@ -63,6 +65,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError('--quantize int8 and --data-dir DIR need each other.')
     if args.quantize and args.resolution is not None:
         raise UserError('--quantize int8 writes all resolutions, leave --resolution out.')
+    if args.precision != 'float32' and (args.quantize or args.format != 'onnx'):
+        what = '--quantize int8' if args.quantize else f'--format {args.format}'
+        raise UserError(f'--precision {args.precision} does not go with {what}.')
     if args.int8_format and (not args.quantize or is_program):
         raise UserError('--int8-format needs --quantize int8 and --format onnx.')
     check_new_file(args.output, args.overwrite)
@@ -82,12 +87,13 @@ def run(args: argparse.Namespace) -> None:
         lines = {r: f"top-1 of {row['agreement']:.1%} of {count} images as the network's, "
                     f"logits {row['error']:.1%} off" for r, row in found.items()}
     elif args.resolution is None:
-        export = export_executorch if is_program else export_switchable
+        export = export_executorch if is_program else partial(export_switchable, precision=args.precision)
         errors = export(model, args.output, tolerance=args.tolerance, **common)
         lines = {r: f'differs from the network by at most {error:.2g}' for r, error in errors.items()}
     else:
         error = export_resolution(
-            model, args.resolution, args.output, args.format, args.batch_size, labels, args.tolerance, args.overwrite)
+            model, args.resolution, args.output, args.format, args.batch_size, labels, args.tolerance, args.overwrite,
+            args.precision)
         lines = {args.resolution: f'differs from the network by at most {error:.2g}'}
     for resolution, text in lines.items():
         print(f'{resolution} px: {text}')

@@ -8,7 +8,7 @@ resolutions, in float32 and in int8, and compared with PyTorch. Where that canno
 
 Columns: float32 is ok or the reason, difference the largest one of logits over the largest logit, size the file over
 the weights of the plain network, int8 is ok or the reason, int8_size that file over the float32 one. All weights are
-random and the images noise: experiments/int8_accuracy.py measures how accurate int8 is on photographs.
+random and the images noise: experiments/export_accuracy.py measures how accurate int8 is on photographs.
 """
 import argparse
 import csv

@@ -22,7 +22,7 @@ _METADATA = fields.record(dict(
     class_ids=fields.optional(fields.array(fields.text(), 0, fields.MAX_CLASSES)),  # WordNet ids of ImageNet's classes
     madds=fields.table(fields.size_text, fields.integer(0, 10 ** 18)),
     architecture=fields.text(),
-    precision=fields.text(choices=('float32', 'int8')),
+    precision=fields.text(choices=('float32', 'fp16', 'int8')),
     multilabel_threshold=fields.optional(fields.number(0, 1)),  # None: one label per image
 ))
 

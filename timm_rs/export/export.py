@@ -25,10 +25,14 @@ from .describe import describe, set_metadata
 from .trace import ExportError, quiet, trace_onnx, trace_program, trace_torchscript
 from .verify import Run, compare_int8, verify
 
-__all__ = ['FORMATS', 'INT8_FORMATS', 'export_executorch', 'export_int8', 'export_resolution', 'export_switchable']
+__all__ = [
+    'FORMATS', 'INT8_FORMATS', 'PRECISIONS',
+    'export_executorch', 'export_int8', 'export_resolution', 'export_switchable',
+]
 
 FORMATS = ('onnx', 'torch-export', 'torchscript')
 INT8_FORMATS = ('qdq', 'qoperator')
+PRECISIONS = ('float32', 'fp16')
 
 
 def export_switchable(
@@ -37,6 +41,7 @@ def export_switchable(
         class_names: Optional[Sequence[str]] = None,
         tolerance: float = 0.,
         overwrite: bool = False,
+        precision: str = 'float32',
 ) -> Dict[int, float]:
     """Write one ONNX file that serves every resolution, chosen by the height and width of the input.
 
@@ -47,8 +52,9 @@ def export_switchable(
         path: File to write, complete or not at all.
         class_names: Names of the classes, in their order; if None those that the model records.
         tolerance: Largest difference of logits between the file and the network in float64 that is accepted, besides
-            what float32 rounding explains.
+            what rounding explains.
         overwrite: Replace a file of this name.
+        precision: 'float32', or 'fp16' for weights and activations of 16 bits; images and logits stay float32.
 
     Returns:
         The largest difference of logits found at each resolution.
@@ -58,13 +64,14 @@ def export_switchable(
         UserError: The network is not switchable, a weight is not finite, or the number of names is wrong.
     """
     check_new_file(path, overwrite)
+    _check_precision(precision)
     plain, metadata = _take_all(model, class_names)
     graph = _trace_all(plain, metadata['architecture'])
     from .merge import build  # needs onnx
 
     with atomic_path(path, overwrite) as partial:
-        run = _save_onnx(build(graph), metadata, partial)
-        return verify(run, plain, metadata['architecture'], tolerance)
+        run = _save_onnx(build(graph), dict(metadata, precision=precision), partial)
+        return verify(run, plain, metadata['architecture'], tolerance, precision=precision)
 
 
 def export_int8(
@@ -180,6 +187,7 @@ def export_resolution(
         class_names: Optional[Sequence[str]] = None,
         tolerance: float = 0.,
         overwrite: bool = False,
+        precision: str = 'float32',
 ) -> float:
     """Write the plain network of one resolution, BatchNorms fused into convolutions.
 
@@ -190,6 +198,7 @@ def export_resolution(
         format: 'onnx', 'torch-export' (for torch.export.load) or 'torchscript' (for torch.jit.load).
         batch_size: Images of a batch, None for any number.
         class_names, tolerance, overwrite: See export_switchable.
+        precision: See export_switchable, for 'onnx'.
 
     Returns:
         The largest difference of logits found.
@@ -202,11 +211,14 @@ def export_resolution(
         raise UserError(f'batch_size is {batch_size}, expected a positive number.')
     if format not in FORMATS:
         raise UserError(f"Unknown format {format!r}, expected one of {', '.join(FORMATS)}.")
+    _check_precision(precision)
+    if precision != 'float32' and format != 'onnx':
+        raise UserError(f'{precision} is written to ONNX files, expected format onnx instead of {format}.')
     if format == 'torch-export' and not path.endswith('.pt2'):
         raise UserError(f'{path}: expected a name that ends in .pt2, which torch.export.load needs.')
     check_new_file(path, overwrite)
     network = _take(model, resolution)
-    metadata = describe(model, (resolution,), class_names)
+    metadata = dict(describe(model, (resolution,), class_names), precision=precision)
     extra_files = {'timm_rs.json': json.dumps(metadata)}
     with atomic_path(path, overwrite) as partial, quiet():
         if format == 'onnx':
@@ -219,7 +231,13 @@ def export_resolution(
                 torch.jit.save(trace_torchscript(network, resolution, batch_size), file, _extra_files=extra_files)
             run = torch.jit.load(partial)
         batch_sizes = (batch_size,) if batch_size else (1, 3)
-        return verify(run, {resolution: network}, metadata['architecture'], tolerance, batch_sizes)[resolution]
+        found = verify(run, {resolution: network}, metadata['architecture'], tolerance, batch_sizes, precision)
+        return found[resolution]
+
+
+def _check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise UserError(f"Unknown precision {precision!r}, expected {' or '.join(PRECISIONS)}.")
 
 
 def _take(model: nn.Module, resolution: int) -> nn.Module:
@@ -272,7 +290,12 @@ def _trace_all(plain: Dict[int, nn.Module], name: str) -> Any:
 
 
 def _save_onnx(model: Any, metadata: Dict[str, Any], path: str) -> Run:
-    """Write an ONNX model and return what runs it."""
+    """Write an ONNX model in the precision of its metadata, and return what runs it."""
+    if metadata['precision'] == 'fp16':
+        from onnxruntime.transformers.float16 import convert_float_to_float16  # needs onnx
+
+        with quiet():  # about weights that are too small
+            model = convert_float_to_float16(model, keep_io_types=True)
     set_metadata(model, metadata)
     with open(path, 'wb') as f:
         f.write(model.SerializeToString())

@@ -151,7 +151,7 @@ class _Quantizer:
         grid = self._new_grid(output)
         integers, bias = self._integers(node.input[1], x, weight, step, steps, shift, output)
         if self.fuse:
-            inputs = [f'{x}.codes', *self._picked_grid(x), *integers, *grid, bias[0]]
+            inputs = [f'{x}.codes', *self._picked_grid(x), *integers, *grid, bias]
             self._dequantize(self._node('QLinearConv', inputs, f'{output}.codes', node.attribute), output, grid)
         else:
             self._weigh(node, x, integers, bias, f'{output}.unrounded')
@@ -253,8 +253,8 @@ class _Quantizer:
             steps: Sequence[np.ndarray],
             shift: Sequence[np.ndarray],
             output: str,
-    ) -> Tuple[Tuple[str, str, str], Tuple[str, str]]:
-        """Return the names of codes, scales and zero points of weights, and of the codes and scales of the bias.
+    ) -> Tuple[Tuple[str, str, str], str]:
+        """Return the names of codes, scales and zero points of weights, and of the codes of the bias.
 
         Args:
             name: Of the weights.
@@ -266,13 +266,13 @@ class _Quantizer:
             output: Name of the output.
         """
         codes = np.clip(np.rint(weight / step.reshape(-1, *[1] * (weight.ndim - 1))), -_MOST, _MOST).astype(np.int8)
-        units = [s * x_scale for s, x_scale in zip(steps, self.constants[self.grid[x][0]])]
-        biases = [np.rint(np.clip(b / u.astype(np.float64), -_BIAS_LIMIT, _BIAS_LIMIT)).astype(np.int32)
-                  for b, u in zip(shift, units)]
+        biases = [
+            np.rint(np.clip(b / (s.astype(np.float64) * x_scale), -_BIAS_LIMIT, _BIAS_LIMIT)).astype(np.int32)
+            for b, s, x_scale in zip(shift, steps, self.constants[self.grid[x][0]])]
         zero = self._constant(f'{name}.zero', np.zeros(len(codes), np.int8))
         return (
             (self._constant(f'{name}.codes', codes), self._sized(f'{output}.weight_scale', steps), zero),
-            (self._sized(f'{output}.bias_codes', biases), self._sized(f'{output}.bias_scale', units)),
+            self._sized(f'{output}.bias_codes', biases),
         )
 
     def _weigh(
@@ -280,7 +280,7 @@ class _Quantizer:
             node: onnx.NodeProto,
             x: str,
             integers: Sequence[str],
-            bias: Sequence[str],
+            bias: str,
             output: str,
     ) -> None:
         """Add a convolution or classifier with integers as weights, see _integers.
@@ -288,13 +288,14 @@ class _Quantizer:
         With free sides OpenVINO 2026.4 would keep the weights of the first size for all. It refuses weights whose shape
         depends on the input: the first ones have such a shape until the sides are fixed.
         """
-        codes, *grid = integers
+        codes, scale, zero = integers
         if not self.guarded:
             self.guarded = True
             shape = self._pick(f'{codes}.shape', [np.array(c.shape) for c in self.constants[codes]])
             codes = self._node('Reshape', [codes, shape], f'{codes}.shaped')
-        weight = self._node('DequantizeLinear', [codes, *grid], f'{output}.weight', axis=0)
-        shift = self._node('DequantizeLinear', bias, f'{output}.bias', axis=0)
+        weight = self._node('DequantizeLinear', [codes, scale, zero], f'{output}.weight', axis=0)
+        bias_scale = self._node('Mul', [scale, self.grid[x][0]], f'{output}.bias_scale')
+        shift = self._node('DequantizeLinear', [bias, bias_scale], f'{output}.bias', axis=0)
         self._node(node.op_type, [x, weight, shift], output, node.attribute)
 
     def _operator(self, node: onnx.NodeProto, inputs: Sequence[str], output: str, grid: Tuple[str, str]) -> None:
