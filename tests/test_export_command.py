@@ -59,6 +59,7 @@ def test_command(folder, tmp_path, photographs, capsys):
     (['--precision', 'fp16', '--quantize', 'int8', '--data-dir', 'x'], 'fp16 does not go with --quantize int8'),
     (['--precision', 'fp16', '--format', 'executorch'], '--precision fp16 does not go with --format executorch'),
     (['--int8-format', 'qoperator'], '--int8-format needs --quantize int8 and --format onnx'),
+    (['--split-batch-norm', '--resolution', '48'], '--split-batch-norm is for one ONNX file for all resolutions'),
 ])
 def test_command_tells_what_is_wrong(folder, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as e:

@@ -127,6 +127,17 @@ def test_int8(marked, int8_format, tmp_path):
         assert_picks(run_ort(path, level), resolutions)
 
 
+def test_batch_norms_that_multiply_and_add(marked, tmp_path):
+    resolutions, _ = marked
+    torch.manual_seed(0)
+    path = str(tmp_path / 'split.onnx')
+    export_switchable(marked_model(resolutions), path, split_batch_norm=True)
+    operators = [n.op_type for n in onnx.load(path).graph.node]
+    assert 'BatchNormalization' not in operators and operators.count('Mul') == operators.count('Add') == 1
+    for run in (run_ort(path), run_openvino(path)):
+        assert_picks(run, resolutions)
+
+
 def test_fixed_sides_leave_nothing_of_the_choice(network, tmp_path):
     """With a free batch too, ONNX Runtime is left with the operators of a plain file."""
     model, path = network

@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='accept differences of logits between network and file up to X (default: what float32 rounding explains)')
     add('--precision', default='float32', choices=('float32', 'fp16'),
         help='fp16 halves an ONNX file; images and logits stay float32 (default: %(default)s)')
+    add('--split-batch-norm', action='store_true',
+        help='in the ONNX file for all resolutions, write each BatchNorm as a multiplication and an addition, which MNN '
+             'and tract need')
     add('--quantize', choices=('int8',), help='all resolutions in int8, with --data-dir')
     add('--int8-format', choices=('qdq', 'qoperator'),
         help='ONNX of --quantize int8: qdq is for every runtime (the default), qoperator for low_memory sessions')
@@ -70,6 +73,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f'--precision {args.precision} does not go with {what}.')
     if args.int8_format and (not args.quantize or is_program):
         raise UserError('--int8-format needs --quantize int8 and --format onnx.')
+    if args.split_batch_norm and (args.format != 'onnx' or args.quantize or args.resolution is not None):
+        raise UserError('--split-batch-norm is for one ONNX file for all resolutions in float32.')
     check_new_file(args.output, args.overwrite)
     labels = read_labels(args)
     if args.quantize:
@@ -88,6 +93,9 @@ def run(args: argparse.Namespace) -> None:
                     f"logits {row['error']:.1%} off" for r, row in found.items()}
     elif args.resolution is None:
         export = export_executorch if is_program else partial(export_switchable, precision=args.precision)
+        if not is_program:
+            common.update(split_batch_norm=args.split_batch_norm)
+        export = export_executorch if is_program else export_switchable
         errors = export(model, args.output, tolerance=args.tolerance, **common)
         lines = {r: f'differs from the network by at most {error:.2g}' for r, error in errors.items()}
     else:

@@ -4,7 +4,7 @@ One ONNX file for all resolutions with one copy of the shared weights, or one re
 compared with the network before it gets its name.
 """
 import json
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from timm_rs_runtime.unreadable import ReadErrors, UnreadableError
 from ..checkpoint import check_finite
 from ..quant.quantize import fold, is_quantized
 from ..switchable import SwitchableMixin
-from .batch_norm import reduce_batch_norms
+from .batch_norm import reduce_batch_norms, split_batch_norms
 from .describe import describe, set_metadata
 from .trace import ExportError, quiet, trace_onnx, trace_program, trace_torchscript
 from .verify import Run, compare_int8, verify
@@ -42,6 +42,7 @@ def export_switchable(
         tolerance: float = 0.,
         overwrite: bool = False,
         precision: str = 'float32',
+        split_batch_norm: bool = False,
 ) -> Dict[int, float]:
     """Write one ONNX file that serves every resolution, chosen by the height and width of the input.
 
@@ -55,6 +56,8 @@ def export_switchable(
             what rounding explains.
         overwrite: Replace a file of this name.
         precision: 'float32', or 'fp16' for weights and activations of 16 bits; images and logits stay float32.
+        split_batch_norm: Write each BatchNorm as a multiplication and an addition. MNN and tract need it: they take
+            BatchNormalization only with constant parameters. ONNX Runtime is slower with it where sizes are not fixed.
 
     Returns:
         The largest difference of logits found at each resolution.
@@ -66,7 +69,7 @@ def export_switchable(
     check_new_file(path, overwrite)
     _check_precision(precision)
     plain, metadata = _take_all(model, class_names)
-    graph = _trace_all(plain, metadata['architecture'])
+    graph = _trace_all(plain, metadata['architecture'], split_batch_norms if split_batch_norm else reduce_batch_norms)
     from .merge import build  # needs onnx
 
     with atomic_path(path, overwrite) as partial:
@@ -278,9 +281,13 @@ def _read(
     return batches
 
 
-def _trace_all(plain: Dict[int, nn.Module], name: str) -> Any:
-    """Return the graph of a network at all sizes."""
-    models = [trace_onnx(reduce_batch_norms(network), resolution) for resolution, network in plain.items()]
+def _trace_all(
+        plain: Dict[int, nn.Module],
+        name: str,
+        rewrite: Callable[[nn.Module], nn.Module] = reduce_batch_norms,
+) -> Any:
+    """Return the graph of a network at all sizes, its BatchNorms rewritten for inference."""
+    models = [trace_onnx(rewrite(network), resolution) for resolution, network in plain.items()]
     from .merge import MergeError, merge  # needs onnx
 
     try:
