@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--precision', default='float32', choices=('float32', 'fp16'),
         help='fp16 halves an ONNX file; images and logits stay float32 (default: %(default)s)')
     add('--split-batch-norm', action='store_true',
-        help='in the ONNX file for all resolutions, write each BatchNorm as a multiplication and an addition, which MNN '
-             'and tract need')
+        help='write each BatchNorm of the ONNX file for all resolutions as a multiplication and an addition, for MNN '
+             'and tract')
     add('--quantize', choices=('int8',), help='all resolutions in int8, with --data-dir')
     add('--int8-format', choices=('qdq', 'qoperator'),
         help='ONNX of --quantize int8: qdq is for every runtime (the default), qoperator for low_memory sessions')
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     if args.int8_format and (not args.quantize or is_program):
         raise UserError('--int8-format needs --quantize int8 and --format onnx.')
     if args.split_batch_norm and (args.format != 'onnx' or args.quantize or args.resolution is not None):
-        raise UserError('--split-batch-norm is for one ONNX file for all resolutions in float32.')
+        raise UserError('--split-batch-norm is for one ONNX file for all resolutions, without --quantize.')
     check_new_file(args.output, args.overwrite)
     labels = read_labels(args)
     if args.quantize:
@@ -92,10 +92,8 @@ def run(args: argparse.Namespace) -> None:
         lines = {r: f"top-1 of {row['agreement']:.1%} of {count} images as the network's, "
                     f"logits {row['error']:.1%} off" for r, row in found.items()}
     elif args.resolution is None:
-        export = export_executorch if is_program else partial(export_switchable, precision=args.precision)
-        if not is_program:
-            common.update(split_batch_norm=args.split_batch_norm)
-        export = export_executorch if is_program else export_switchable
+        export = export_executorch if is_program else partial(
+            export_switchable, precision=args.precision, split_batch_norm=args.split_batch_norm)
         errors = export(model, args.output, tolerance=args.tolerance, **common)
         lines = {r: f'differs from the network by at most {error:.2g}' for r, error in errors.items()}
     else:
