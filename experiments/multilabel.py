@@ -64,7 +64,7 @@ def main(argv=None):
                              **{f'{m}_by_seed': [round(x, 2) for x in v] for m, v in found.items()}))
     print_table(('distill', 'size', *METRICS), rows)
     write_json(args.output, dict(
-        command=shell_command(), environment=environment(), images=counts, flags=' '.join(flags[2:]), rows=rows))
+        command=shell_command(), environment=environment(), images=counts, flags=' '.join(flags[4:]), rows=rows))
 
 
 def write_shard(path, split, count):
