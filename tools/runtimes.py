@@ -144,7 +144,7 @@ def run(runtime, form, path, plain, folder, expected):
     try:
         done = subprocess.run(
             [sys.executable, Path(__file__).with_name('_runtimes.py'), os.path.join(folder, 'inputs.npz')],
-            input=json.dumps(job), capture_output=True, text=True, timeout=60 * MINUTES,
+            input=json.dumps(job), capture_output=True, text=True, timeout=60 * MINUTES, cwd=folder,
             env=dict(os.environ, OMP_NUM_THREADS='1', PATH=f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"))
         lines = done.stdout.strip().splitlines()
     except subprocess.TimeoutExpired:
