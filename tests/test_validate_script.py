@@ -113,9 +113,10 @@ def test_validation_takes_the_flags_of_timm(images, trained, tmp_path, monkeypat
     flags = (
         '--results-format json --no-prefetcher --fast-norm --seed 1 --num-gpu 1 --use-train-size --amp-impl native '
         '--input-size 3 32 32 --torchcompile eager --torchcompile-mode default').split()
+    monkeypatch.setattr(torch, 'compile', lambda model, **given: calls.append(given) or model)
     validate_rs.main([*argv, '--results-file', str(path), *flags])
     row, = json.loads(path.read_text())
-    assert row['resolution'] == 32 and calls == [1]
+    assert row['resolution'] == 32 and calls == [1, dict(backend='eager', mode='default')]
     flags = '--results-format csv --img-size 32 --crop-border-pixels 3'.split()
     (tmp_path / 'table.json').write_text('mine')
     argv = [*argv, '--results-file', f'{path}.json', *flags]
