@@ -250,11 +250,12 @@ def main(argv=None):
 
         autocast = nullcontext
         if args.amp:
-            dtype = choose_amp(model, device, args.amp_dtype, in_chans)
-            autocast = partial(torch.autocast, device_type=device.type, dtype=dtype)
+            autocast = partial(
+                torch.autocast, device_type=device.type, dtype=choose_amp(model, device, args.amp_dtype, in_chans))
         network = model
         if args.torchcompile:
             network = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+
         def log(batch_idx, running):
             progress.update()
             errors.check()
@@ -351,8 +352,9 @@ class RealLabels(ClassificationEvaluator):
         kept = [i for i, labels in enumerate(real) if labels]
         if kept:
             self._accumulate_loss(self.criterion(output[kept], self.targets[target[kept]]), len(kept))
+        best = output.topk(min(5, output.shape[1])).indices.tolist()
         for i in kept:
-            right = [c in real[i] for c in output[i].topk(min(5, output.shape[1])).indices.tolist()]
+            right = [c in real[i] for c in best[i]]
             self.counts[1] += right[0]
             self.counts[2] += any(right)
 
@@ -363,7 +365,7 @@ def use_real_labels(dataset, path):
     if not isinstance(reader, ReaderImageFolder):
         raise UserError('--real-labels needs the folder of the validation images of ImageNet.')
     names = dataset.filenames(basename=True)
-    listed = read_json(path, array(array(integer(0, 999))))
+    listed = read_json(path, array(array(integer(0, 999)), most=10 ** 6))
     if len(listed) != len(names):
         raise UserError(f'--real-labels {path} has labels of {len(listed)} images, the data set has {len(names)}.')
     try:
@@ -382,7 +384,7 @@ def read_classes(path, num_classes):
         classes = [int(line) for line in read_text(path).split()]
     except ValueError as e:
         raise UserError(f'--valid-labels {path}: expected the index of a class in each line, {e}.') from e
-    return check_argument(f'--valid-labels {path}: line', classes, array(integer(0, num_classes - 1), 1))
+    return check_argument(f'--valid-labels {path}: line', classes, array(integer(0, num_classes - 1), 1, num_classes))
 
 
 def check_classes(args, dataset, model, classes):

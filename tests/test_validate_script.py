@@ -226,6 +226,7 @@ def test_real_labels(imagenet, trained, tmp_path, capfd):
 @pytest.mark.parametrize('content,message', [
     ('[[0], [1]]', 'has labels of 2 images, the data set has 5'),
     ('[[0], [1], 2, 3, 4]', 'real.json: [2] is 2, expected'),
+    (f"[{', '.join(['[0]'] * 50000)}]", 'has labels of 50000 images, the data set has 5'),
 ])
 def test_real_labels_that_do_not_fit(imagenet, trained, tmp_path, capfd, content, message):
     (tmp_path / 'real.json').write_text(content)

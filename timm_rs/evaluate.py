@@ -114,7 +114,7 @@ def choose_amp(model: nn.Module, device: torch.device, name: Optional[str], in_c
         in_chans: Image channels.
     """
     dtype = getattr(torch, name or ('bfloat16' if device.type == 'cpu' else 'float16'))
-    if device.type == 'cpu':
+    if device.type == 'cpu' and next(model.parameters()).dtype == torch.float32:
         resolution = min(getattr(model, 'resolutions', None) or model.pretrained_cfg['input_size'][1:])
         images = torch.ones(8, in_chans, resolution, resolution)
         modes = {m: m.training for m in model.modules()}
