@@ -9,7 +9,8 @@ On each folder of images, and with the flags of train_rs.py that say where the w
     random size    one network, BatchNorm shared by all sizes, one of them at random for every batch
     from scratch   the RS-Net by the same recipe, but without the weights
 
-and evaluates each after its last epoch. Every other flag has train_rs.py's default for trained weights, so the table is
+and evaluates each after its last epoch. --variants adds RS-Nets with other flags, e.g. 'no teachers=--distill
+none', under the name before the '='. Every other flag has train_rs.py's default for trained weights, so the table is
 of what a user gets. Validation images choose nothing.
 
     python experiments/warm_start.py imagenette=DIR caltech=DIR --model rs_tf_efficientnet_lite0 \\
@@ -47,7 +48,8 @@ def main(argv=None):
     parser = create_parser(__doc__)
     add = parser.add_argument
     add('datasets', nargs='+', metavar='NAME=DIR', help='name in the table, and folder with train/ and val/')
-    add('--methods', nargs='+', default=list(METHODS), choices=METHODS, help='what to train (default: all)')
+    add('--methods', nargs='*', default=list(METHODS), choices=METHODS, help='what to train (default: all)')
+    add('--variants', nargs='+', default=[], metavar='NAME=FLAGS', help='RS-Nets with further flags')
     add('--seeds', type=int, nargs='+', default=[0], metavar='N')
     add('--work', type=Path, default=Path('output/warm_start'), metavar='DIR', help='where runs are kept')
     add('--table-only', action='store_true', help='write the table of the runs that are done')
@@ -57,18 +59,24 @@ def main(argv=None):
     args.recipe = parse_flags(args.flags)
     if args.recipe.resolutions is None:
         parser.error('give --resolutions, the sizes to train.')
-    cells = [cell for text in args.datasets for method in args.methods for cell in plan(args, text, method)]
+    methods = {name: METHODS[name] for name in args.methods}
+    for text in args.variants:
+        name, _, flags = text.partition('=')
+        if not flags or name in METHODS:
+            parser.error(f'--variants {text}: expected NAME=FLAGS, with a name that no method has.')
+        methods[name] = flags
+    cells = [cell for text in args.datasets for method in methods.items() for cell in plan(args, text, *method)]
     if not args.table_only:
         train_all(list(dict.fromkeys(run for *_, run in cells)), jobs=1)
     write_results(args, cells)
 
 
-def plan(args, text, method):
+def plan(args, text, method, own_flags):
     """Return (data set, method, run) for each run of a method; two methods can have a run in common."""
     name, _, folder = text.partition('=')
     sizes, flags, what = args.recipe.resolutions, args.flags, method.replace(' ', '-')
     groups = [sizes]
-    if METHODS[method] == SINGLE:
+    if own_flags == SINGLE and method in METHODS:
         groups, what = [[s] for s in (sizes if method == 'per size' else sizes[:1])], 'single'
     elif method == 'from scratch':
         flags = flags_from_scratch(args)
@@ -76,7 +84,7 @@ def plan(args, text, method):
     for seed in args.seeds:
         for trained in ['-'.join(map(str, group)) for group in groups]:
             run = Run(args.work / f'{name}-{what}-{trained}-seed{seed}', (
-                os.path.relpath(folder, ROOT), *flags, '--resolutions', *trained.split('-'), *METHODS[method].split(),
+                os.path.relpath(folder, ROOT), *flags, '--resolutions', *trained.split('-'), *own_flags.split(),
                 '--seed', str(seed), '--checkpoint-hist', '1'))
             run.check()
             cells.append((name, method, run))

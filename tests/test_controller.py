@@ -80,6 +80,7 @@ def test_each_format_has_a_slowdown_of_its_own():
     reading = ReadingTime(per_byte=2e-9, per_pixel=1e-9)
     prices = reading.prices(1000, [4000, 1000])
     assert prices == pytest.approx([6e-6, 3e-6])
+    assert reading.expected('WEBP', prices) == pytest.approx([21e-6, 10.5e-6])  # nothing of it was seen yet
     for _ in range(200):
         reading.observe('PNG', 3e-6, 9e-6)
     assert reading.expected('PNG', prices) == pytest.approx([18e-6, 9e-6])

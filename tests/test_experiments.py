@@ -166,7 +166,8 @@ def test_table_of_warm_starts(tmp_path, argv):
     weights = tmp_path / 'weights.pth'
     given = ['--config', recipe, '--pretrained-path', str(weights), '--epochs', '1', '--device', 'cpu']
     argv = [f'cats={pictures}', *given, '--resolutions', '32', '24', '--seeds', '0', '1', '--table-only',
-            '--methods', 'RS-Net', 'per size', 'largest size', 'from scratch', '--work', str(tmp_path / 'work'),
+            '--methods', 'RS-Net', 'per size', 'largest size', 'from scratch', '--variants',
+            'no teachers=--distill none', '--work', str(tmp_path / 'work'),
             '--output', str(tmp_path / 'warm.csv')]
     recipe = yaml.safe_load(Path(recipe).read_text())
     for name in ('lr', 'warmup_epochs', 'loss_reduction'):
@@ -174,11 +175,12 @@ def test_table_of_warm_starts(tmp_path, argv):
     (tmp_path / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
     with pytest.raises(SystemExit, match='holds no finished run'):
         warm_start.main(argv)
-    scores = {'RS-Net': ('32-24', 80., 70.), 'single': ('32', 79.), 'from-scratch': ('32-24', 30., 20.)}
+    scores = {'RS-Net': ('32-24', 80., 70.), 'single': ('32', 79.), 'from-scratch': ('32-24', 30., 20.),
+              'no-teachers': ('32-24', 78., 68.)}
     for name, (sizes, *top1) in scores.items():
         for seed in (0, 1):
             flags = [os.path.relpath(pictures, warm_start.ROOT), *given, '--resolutions', *sizes.split('-')]
-            flags += ['--distill', 'none'] if name == 'single' else []
+            flags += ['--distill', 'none'] if name in ('single', 'no-teachers') else []
             if name == 'from-scratch':
                 flags = [f for f in flags if f not in ('--pretrained-path', str(weights))]
                 flags += ['--opt', 'adamw', '--lr-base', '3e-4', '--lr-base-size', '64', '--warmup-epochs', '0',
@@ -195,4 +197,7 @@ def test_table_of_warm_starts(tmp_path, argv):
     assert [(r['method'], r['resolution'], r['top1_mean'], r['seeds'], r['seconds']) for r in rows] == [
         ('RS-Net', '32', '80.5', '2', '5'), ('RS-Net', '24', '70.5', '2', '5'), ('per size', '32', '79.5', '2', '5'),
         ('largest size', '32', '79.5', '2', '5'), ('largest size', '24', '60.5', '2', '5'),
-        ('from scratch', '32', '30.5', '2', '5'), ('from scratch', '24', '20.5', '2', '5')]
+        ('from scratch', '32', '30.5', '2', '5'), ('from scratch', '24', '20.5', '2', '5'),
+        ('no teachers', '32', '78.5', '2', '5'), ('no teachers', '24', '68.5', '2', '5')]
+    with pytest.raises(SystemExit):
+        warm_start.main([*argv, '--variants', 'distill'])
