@@ -35,6 +35,16 @@ def test_largest_size_at_which_the_whole_line_is_in_time(left, counts, resolutio
     assert Controller(LATENCY).choose(left, counts) == resolution
 
 
+@pytest.mark.parametrize('left, counts, reading, seconds', [
+    ([0.005], None, None, -0.001),
+    ([0.1, 0.005], None, None, 0.003),  # 4 ms each
+    ([-1., 0.1], None, None, -0.092),  # only the last counts
+    ([0.1, 0.02], [1, 3], [[0.5, 0.5, 0.001], [0.5, 0.5, 0.007]], 0.004),  # 5 ms, then 7 and 3 times 4
+])
+def test_how_late_the_last_in_line_is_at_the_floor(left, counts, reading, seconds):
+    assert Controller(LATENCY).lateness(left, counts, reading) == pytest.approx(seconds)
+
+
 def test_down_at_once_up_after_several():
     controller = Controller(LATENCY, headroom=0.25, patience=3)
     assert controller.choose([0.005]) == 96

@@ -29,7 +29,8 @@ FLOORS = (
 )
 # What a room takes from outside, of those that are to stay light.
 LIGHT = {
-    'timm_rs_runtime': {'PIL', 'gradio', 'numpy', 'onnxruntime'},
+    'timm_rs_runtime': {
+        'PIL', 'fastapi', 'gradio', 'numpy', 'onnxruntime', 'prometheus_client', 'ray', 'starlette', 'uvicorn'},
     'timm_rs_cli': {'huggingface_hub', 'timm', 'torch'},  # inside run()
 }
 

@@ -1,5 +1,6 @@
 """A session that keeps a latency budget by choosing the resolution of each request"""
 import io
+import math
 import os
 import threading
 import time
@@ -10,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from PIL import Image
@@ -26,25 +27,23 @@ __all__ = ['AdaptiveSession', 'Prediction', 'QueueFullError', 'measure_latency',
 
 READ_AHEAD = 3  # requests whose images are decoded while they wait
 MAX_QUEUE = 10 ** 6
+TRIALS = 0.1  # of the time, for requests that seem to be late
 _POSITIVE = number(0, above=True)
-_METRICS = {
-    'requests': ('requests_total', 'Requests served, by resolution.'),
-    'misses': ('deadline_misses_total', 'Requests served later than their budget.'),
-    'rejected': ('rejected_total', 'Requests refused because the queue was full.'),
-    'failed': ('failed_total', 'Requests that ended in another error.'),
-    'queue': ('queue_length', 'Requests that wait.'),
-    'resolution': ('resolution_pixels', 'Resolution chosen last.'),
-    'slowdown': ('slowdown_ratio', 'Recent latency of inference against that at the start.'),
-    'reading_ms': ('reading_seconds_total', 'Time spent on decoding images.'),
-    'network_ms': ('network_seconds_total', 'Time spent on resizing images and on inference.'),
-    'expected_reading_ms': ('expected_reading_seconds', 'Expected time to decode the last request, by resolution.'),
-    'expected_ms': ('expected_seconds', 'Expected time of an image once it is decoded, by resolution.'),
-    'budget_ms': ('budget_seconds', 'Budget of a request.'),
-}  # of Prometheus, by their keys in stats()
 
 
 class QueueFullError(UserError, RuntimeError):
-    """A request came while the queue was full; it was not served."""
+    """A request was not served because too many others were waiting.
+
+    Attributes:
+        retry_after: Seconds after which it might have been in time.
+    """
+    retry_after = 0.
+
+
+def _too_many(reason: str, retry_after: float) -> QueueFullError:
+    error = QueueFullError(f'{reason}; try again later.')
+    error.retry_after = retry_after
+    return error
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,8 @@ class _Request:
     kind: str  # format of its images
     prices: List[float]  # of decoding them at each resolution, see ReadingTime
     reading: List[float]  # expected seconds of that; 0 once they are decoded
+    end: Optional[float] = None  # when it will be served, expected since its turn began
+    trial: Optional[float] = None  # when it came, if it is served although it seems to be late
     near: threading.Event = field(default_factory=threading.Event)  # set when it may decode its images
     turn: threading.Event = field(default_factory=threading.Event)  # set when it is served
 
@@ -94,6 +95,8 @@ class AdaptiveSession(Closable):
         threads: Threads of an inference, all cores if None.
         mode, decode: See Session.
         read_timeout: Seconds after which a request whose files are not read yet fails.
+        refuse_late: Refuse at once what would be late even if all that wait were served at the floor, and do not serve
+            what has become too late; otherwise it is served late.
         clock: Returns the time in seconds.
         **options: Arguments of the Controller: margin, headroom, patience.
 
@@ -111,7 +114,8 @@ class AdaptiveSession(Closable):
         >>> answer = session.predict('photo.jpg')    # doctest: +SKIP
         >>> answer.resolution, answer.in_time    # doctest: +SKIP
         (224, True)
-        >>> print(session.prometheus())    # doctest: +SKIP
+        >>> session.stats()['misses']    # doctest: +SKIP
+        0
     """
 
     def __init__(
@@ -124,11 +128,13 @@ class AdaptiveSession(Closable):
             mode: str = 'fast',
             decode: str = 'scaled',
             read_timeout: float = 30.,
+            refuse_late: bool = False,
             clock: Callable[[], float] = time.perf_counter,
             **options: Any,
     ):
         self.budget_ms = check_argument('budget_ms', budget_ms, _POSITIVE)
         self.max_queue = check_argument('max_queue', max_queue, integer(0, MAX_QUEUE))
+        self.refuse_late = refuse_late
         self.read_timeout = check_argument('read_timeout', read_timeout, number(0, threading.TIMEOUT_MAX, above=True))
         self.session = Session.open(path, threads, mode, decode)
         self._is_owner = self.session is not path
@@ -140,13 +146,14 @@ class AdaptiveSession(Closable):
         fastest_ms = 1e3 * self._controller.expected(smallest)
         self.feasible = fastest_ms <= budget_ms
         if not self.feasible:
+            what = 'refused' if refuse_late else f'served at {smallest} px, late'
             warnings.warn(
                 f'A budget of {budget_ms:g} ms is below the {fastest_ms:.1f} ms that {smallest} px takes here: every '
-                f'request is served at {smallest} px, late.', RuntimeWarning, stacklevel=2)
+                f'request is {what}.', RuntimeWarning, stacklevel=2)
         self._after_fork()
         super().__init__(partial(
             type(self), os.path.abspath(path) if self._is_owner else path, budget_ms, floor, max_queue, threads, mode,
-            decode, read_timeout, clock, **options))
+            decode, read_timeout, refuse_late, clock, **options))
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}({self.session!r}, budget_ms={self.budget_ms:g})'
@@ -176,7 +183,8 @@ class AdaptiveSession(Closable):
 
         Raises:
             QueueFullError: Too many requests are waiting.
-            UserError: There are no images, the budget is not a positive number, or see Session.predict.
+            UserError: There are no images, the budget is not a positive number or, with refuse_late, too small for
+                these images, or see Session.predict.
         """
         start = self._clock()
         try:
@@ -191,8 +199,7 @@ class AdaptiveSession(Closable):
                 start = self._clock()
             with self._in_line(self._request(images, start + budget_ms / 1e3)) as request:
                 images, largest = self._decode(images, request)
-                request.turn.wait()
-                self._check_open()
+                self._wait_for_turn(request)
                 resolution, logits = self._serve(images, largest)
                 milliseconds = 1e3 * (self._clock() - start)
         except BaseException as e:
@@ -226,8 +233,8 @@ class AdaptiveSession(Closable):
         """Return the counters since the start, and the state now.
 
         Returns:
-            'requests' (served, by resolution), 'misses' (later than their budget, among these), 'rejected' (the queue
-            was full), 'failed' (ended in any other error), 'queue' (waiting now), 'resolution' (chosen last),
+            'requests' (served, by resolution), 'misses' (later than their budget, among these), 'rejected'
+            (QueueFullError), 'failed' (ended in any other error), 'queue' (waiting now), 'resolution' (chosen last),
             'slowdown' (of inference against the start), 'reading_ms' (spent on decoding), 'network_ms' (on resizing and
             inference), 'expected_reading_ms' (to decode the last request, by resolution), 'expected_ms' (of an image
             that is decoded, by resolution), 'budget_ms', 'feasible'. Every request that has ended counts once, in
@@ -250,18 +257,6 @@ class AdaptiveSession(Closable):
                 feasible=self.feasible,
             )
 
-    def prometheus(self) -> str:
-        """Return the statistics in the text format that Prometheus reads."""
-        stats, lines = self.stats(), []
-        for key, (name, text) in _METRICS.items():
-            value = stats[key]
-            values = {f'{{resolution="{r}"}}': v for r, v in value.items()} if isinstance(value, dict) else {'': value}
-            scale = 1e-3 if key.endswith('_ms') else 1
-            kind = 'counter' if name.endswith('_total') else 'gauge'
-            lines += [f'# HELP timm_rs_{name} {text}', f'# TYPE timm_rs_{name} {kind}']
-            lines += [f'timm_rs_{name}{labels} {round(scale * v, 9)}' for labels, v in values.items()]
-        return '\n'.join(lines) + '\n'
-
     def _request(self, images: Sequence[ImageSource], deadline: float) -> _Request:
         runs = -(-len(images) // (self.session.batch_size or 1))  # a batch takes as long as a single image there
         needs = list(map(self.session.preprocessing.needed, self._controller.resolutions))
@@ -275,7 +270,7 @@ class AdaptiveSession(Closable):
         start = self._clock()
         resolutions = self._controller.resolutions
         with self._lock:
-            fitting = self._controller.largest(*self._outlook(start))
+            fitting = self._controller.largest(*self._outlook(self._line, start))
         price = request.prices[resolutions.index(fitting)]
         largest = next(r for r, other in zip(resolutions, request.prices) if other <= price)
         decoded = [self.session.read(image, largest) for image in images]
@@ -286,9 +281,46 @@ class AdaptiveSession(Closable):
             request.reading = [0.] * len(resolutions)
         return decoded, largest
 
-    def _outlook(self, now: float) -> Tuple[List[float], List[int], List[List[float]]]:
-        """Return what the controller has to know of the line."""
-        return [r.deadline - now for r in self._line], [r.count for r in self._line], [r.reading for r in self._line]
+    def _outlook(self, line: Iterable[_Request], now: float) -> Tuple[List[float], List[int], List[List[float]]]:
+        """Return what the controller has to know of a line. The one that is being served only takes its time."""
+        none = [0.] * len(self._controller.resolutions)
+        rows = [
+            (r.deadline - now, r.count, r.reading) if r.end is None else
+            (math.inf, 0, [max(r.end - now, 0.)] * len(none)) for r in line]
+        left, counts, reading = map(list, zip(*rows))
+        return left, counts, reading
+
+    def _lateness(self, line: Iterable[_Request]) -> float:
+        return self._controller.lateness(*self._outlook(line, self._clock()))
+
+    def _check_in_time(self, request: _Request) -> None:
+        """Refuse a request that would be late behind the line even if all were served at the floor.
+
+        If nobody waits it is served anyway now and then, so that a machine that was slow for a while is found out.
+
+        Raises:
+            QueueFullError: It would be late.
+            UserError: Its own images take longer than the budget.
+        """
+        now, floor = self._clock(), self._controller.resolutions[-1]
+        late = self._lateness([*self._line, request])
+        if late <= 0:
+            return
+        if not self._line and now >= self._next_trial:
+            request.trial = now
+            return
+        least_ms = 1e3 * (self.latency[floor] * request.count + request.prices[-1])
+        if least_ms > self.budget_ms:
+            raise UserError(
+                f'The images take {least_ms:.1f} ms even at {floor} px, the budget is {self.budget_ms:g} ms.')
+        raise _too_many(f'{len(self._line)} requests are being served or waiting, one more would be late', late)
+
+    def _wait_for_turn(self, request: _Request) -> None:
+        is_patient = not self.refuse_late or request.trial is not None
+        has_come = request.turn.wait(None if is_patient else max(-self._lateness([request]), 0.))
+        self._check_open()
+        if not (is_patient or has_come and self._lateness([request]) <= 0):
+            raise _too_many('The requests before took too long', max(self._lateness([request]), 0.))
 
     def _serve(self, images: Sequence[Image.Image], largest: int) -> Tuple[int, np.ndarray]:
         start = self._clock()
@@ -296,7 +328,8 @@ class AdaptiveSession(Closable):
             request, controller = self._line[0], self._controller
             # A photograph whose decoding left room for less than the others does not hold them down.
             choose = controller.choose if largest == controller.resolutions[0] else controller.largest
-            self._resolution = resolution = min(choose(*self._outlook(start)), largest)
+            self._resolution = resolution = min(choose(*self._outlook(self._line, start)), largest)
+            request.end = start + controller.expected(resolution) * request.count
         batch = np.stack([self.session.preprocess(image, resolution) for image in images])
         prepared = self._clock()
         try:
@@ -316,7 +349,10 @@ class AdaptiveSession(Closable):
             with self._lock:
                 self._check_open()
                 if len(self._line) > self.max_queue:
-                    raise QueueFullError(f'{self.max_queue} requests are waiting, the most that may; try again later.')
+                    late = max(self._lateness([*self._line, request]), 0.)
+                    raise _too_many(f'{self.max_queue} requests are waiting, the most that may', late)
+                if self.refuse_late:
+                    self._check_in_time(request)
                 self._line.append(request)
                 self._call_up()
             request.near.wait()
@@ -324,6 +360,9 @@ class AdaptiveSession(Closable):
             yield request
         finally:
             with self._lock:
+                if request.trial is not None:
+                    now = self._clock()
+                    self._next_trial = now + (now - request.trial) / TRIALS
                 if request in self._line:
                     self._line.remove(request)
                     self._call_up()
@@ -343,6 +382,7 @@ class AdaptiveSession(Closable):
     def _after_fork(self) -> None:
         self._lock = threading.RLock()  # a signal handler may close it
         self._line: Deque[_Request] = deque()  # the request that is served, then those that wait
+        self._next_trial = -math.inf
         self._counts = Counter()
         self._resolution = self._controller.resolution
         self._expected_reading = [0.] * len(self._controller.resolutions)

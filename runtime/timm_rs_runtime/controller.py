@@ -1,7 +1,7 @@
 """Which resolution keeps a latency budget; without threads or clocks"""
 from collections import defaultdict
 from itertools import accumulate
-from typing import List, Mapping, Optional, Sequence
+from typing import Iterator, List, Mapping, Optional, Sequence
 
 from .errors import UserError
 from .fields import check_argument, integer, number
@@ -142,14 +142,38 @@ class Controller:
             factor: float = 1.,
     ) -> int:
         """Return the largest size at which all would be in time, the floor if there is none; see choose."""
-        counts = counts or [1] * len(left)
-        reading = reading or [[0.] * len(self.resolutions)] * len(left)
-        for resolution, decoding in zip(self.resolutions, zip(*reading)):
-            image = self.expected(resolution)
-            ends = accumulate(image * count + seconds for count, seconds in zip(counts, decoding))
-            if all(factor * end <= seconds for end, seconds in zip(ends, left)):
+        for i, resolution in enumerate(self.resolutions):
+            if all(factor * end <= seconds for end, seconds in zip(self._ends(i, left, counts, reading), left)):
                 return resolution
         return self.resolutions[-1]
+
+    def lateness(
+            self,
+            left: Sequence[float],
+            counts: Optional[Sequence[int]] = None,
+            reading: Optional[Sequence[Sequence[float]]] = None,
+    ) -> float:
+        """Return by how many seconds the last in line is late if all are served at the floor; see choose.
+
+        Example:
+            >>> round(Controller({224: 0.016, 96: 0.004}).lateness([0.1, 0.005]), 6)
+            0.003
+        """
+        *_, end = self._ends(-1, left, counts, reading)
+        return end - left[-1]
+
+    def _ends(
+            self,
+            index: int,
+            left: Sequence[float],
+            counts: Optional[Sequence[int]],
+            reading: Optional[Sequence[Sequence[float]]],
+    ) -> Iterator[float]:
+        """Give the seconds after which each in line is done, all at the resolution of this index."""
+        seconds = self.expected(self.resolutions[index])
+        counts = counts or [1] * len(left)
+        reading = reading or [[0.] * len(self.resolutions)] * len(left)
+        return accumulate(seconds * count + decoding[index] for count, decoding in zip(counts, reading))
 
 
 class ReadingTime:

@@ -19,6 +19,7 @@ COMMANDS = {
     'demo': 'open a local web page that answers a picture at every size',
     'fit-cascade': 'fit thresholds at which an image goes on to a larger size',
     'predict': 'answer images with an exported file',
+    'serve': 'answer images over HTTP within a latency budget, with Ray',
 }
 
 

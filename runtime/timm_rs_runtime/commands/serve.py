@@ -1,0 +1,21 @@
+"""serve"""
+import argparse
+
+EXAMPLES = ['model.onnx --budget-ms 100 --replicas 4']
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add('file', metavar='FILE.onnx', help='file of timm-rs export')
+    add('--budget-ms', type=float, required=True, metavar='T', help='answer within T ms of the end of an upload')
+    add('--replicas', type=int, default=1, metavar='N',
+        help='start up to N replicas, each on a core, as requests queue up (default: %(default)s)')
+    add('--ray', metavar='ADDRESS', help='Ray cluster, auto for the one that runs here (default: start one)')
+    add('--host', default='127.0.0.1', metavar='ADDRESS', help='address to listen at (default: %(default)s)')
+    add('--port', type=int, default=8000, metavar='N', help='port to listen at (default: %(default)s)')
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..replicas import serve
+
+    serve(args.file, args.budget_ms, args.replicas, args.ray, args.host, args.port)

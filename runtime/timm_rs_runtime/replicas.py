@@ -1,0 +1,186 @@
+"""Replicas of an AdaptiveSession behind an HTTP service: sizes bend with the load, Ray Serve adds replicas
+
+This process reads uploads, keeps deadlines and answers in JSON (see `service`). Replicas, which Ray Serve runs on any
+machine of its cluster, answer images, and refuse those that they cannot answer in time.
+"""
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import warnings
+from typing import Any, Dict, Optional
+
+os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
+
+try:
+    import ray
+    import uvicorn
+    from ray import serve as ray_serve
+    from ray.exceptions import RayActorError
+    from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+except ImportError as e:
+    raise ImportError("Ray Serve needs the packages of: pip install './runtime[ray]'.") from e
+
+from .adaptive import AdaptiveSession
+from .controller import Estimate
+from .errors import UserError, one_line
+from .fields import check_argument, integer
+from .images import MAX_PIXELS
+from .service import MAX_ONGOING, MAX_UPLOAD, Answer, Replica, create_app
+
+__all__ = ['Replicas', 'serve']
+
+STATS_SECONDS = 2.
+
+
+class Replicas:
+    """The replicas behind a handle of Ray Serve; a request whose replica dies goes to another one.
+
+    Only so many requests are on their way as come back in time: the window grows by one in the time of an answer and
+    shrinks by a fifth in a budget that saw a refusal, as TCP's. One more is refused here, at once.
+    """
+
+    def __init__(self, handle: Any):
+        self._handle = handle
+        self._hop = Estimate(0.002)  # seconds that a request takes to a replica and back
+        self._ongoing, self._window, self._shrinks_at = 0, 8., 0.
+
+    async def predict(self, content: bytes, budget_ms: float) -> Answer:
+        """Answer an image within a budget."""
+        if self._ongoing >= self._window:
+            return 503, dict(error=f'{self._ongoing} requests are on their way, try again later.', retry_after=1.)
+        self._ongoing += 1
+        try:
+            status, found = await self._predict(content, budget_ms)
+        finally:
+            self._ongoing -= 1
+        now = time.perf_counter()
+        if status == 200 and self._ongoing > self._window / 2:
+            self._window += 1 / self._window
+        elif status == 503 and now > self._shrinks_at:
+            self._window, self._shrinks_at = max(0.8 * self._window, 2.), now + budget_ms / 1e3
+        return status, found
+
+    async def _predict(self, content: bytes, budget_ms: float) -> Answer:
+        start = time.perf_counter()
+        while True:
+            sent = time.perf_counter()
+            left = budget_ms / 1e3 - (sent - start)
+            inside = left - self._hop.upper(2)
+            if inside <= 0:
+                break
+            response = self._handle.predict.remote(content, 1e3 * inside)
+            try:
+                status, found = await asyncio.wait_for(response, left)
+            except asyncio.TimeoutError:
+                response.cancel()
+                break
+            except RayActorError:
+                continue
+            except (BackPressureError, DeploymentUnavailableError):
+                break
+            if status == 200:
+                self._hop.update(time.perf_counter() - sent - found['milliseconds'] / 1e3)
+            return status, found
+        return 503, dict(error='No replica can answer in time; try again later.', retry_after=1.)
+
+    async def stats(self) -> Dict[str, Dict[str, Any]]:
+        """Return AdaptiveSession.stats() of each replica, by its name; nothing if none is there."""
+        try:
+            found = await self._handle.broadcast('stats').results_async(
+                timeout_s=STATS_SECONDS, return_exceptions=True)
+        except (TimeoutError, DeploymentUnavailableError):
+            return {}
+        return dict(row for row in found if isinstance(row, tuple))
+
+
+def serve(
+        path: str,
+        budget_ms: float,
+        replicas: int = 1,
+        address: Optional[str] = None,
+        host: str = '127.0.0.1',
+        port: int = 8000,
+        k: int = 5,
+        max_bytes: int = MAX_UPLOAD,
+        max_pixels: int = MAX_PIXELS,
+        **options: Any,
+) -> None:
+    """Serve a file until SIGTERM or Ctrl-C. SIGHUP opens the file again, replica by replica.
+
+    One replica starts. More follow, up to `replicas`, while more requests are in each than half of what the smallest
+    size carries within a budget: the sizes bend first.
+
+    Args:
+        path: File of `timm-rs export --format onnx`; it has this path on every machine of the cluster.
+        budget_ms: Milliseconds from the end of an upload to its answer.
+        replicas: Most replicas, each with a core.
+        address: Address of a Ray cluster, 'auto' for the one that runs here; if None one is started for this process.
+        host: Address to listen at, by default only that of this machine.
+        port: Port to listen at.
+        k: Classes of an answer.
+        max_bytes: Bytes of a request.
+        max_pixels: Pixels of an image.
+        **options: Arguments of AdaptiveSession.
+
+    Raises:
+        UserError: The file is not an export of timm_rs, no size keeps the budget, or an argument is not usable.
+        OSError: The port is taken.
+    """
+    check_argument('replicas', replicas, integer(1, 10 ** 4))
+    check_argument('port', port, integer(1, 65535))
+    path, options = os.path.abspath(path), dict(options, threads=1)
+    application = _application(path, budget_ms, replicas, k, max_pixels, options)
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)
+    except OSError as e:
+        raise UserError(f'Cannot listen at {host}, port {port}: {e.strerror or e}.') from None
+    own = {} if address else dict(num_cpus=replicas + 1, include_dashboard=False)  # one more for an update
+    os.environ.setdefault('RAY_worker_niceness', '0')  # 15 is meant for batches
+    ray.init(address or 'local', log_to_driver=False, logging_level='ERROR', **own)
+    try:
+        logging.getLogger('ray.serve').setLevel(logging.ERROR)
+        ray_serve.start(proxy_location='Disabled')
+        name = f'timm_rs-{socket.gethostname()}-{port}'
+        door = Replicas(_deploy(name, application))
+
+        def update() -> None:
+            try:
+                _deploy(name, _application(path, budget_ms, replicas, k, max_pixels, options))
+                print(f'{path}: opened again', flush=True)
+            except (RuntimeError, UserError) as e:
+                print(f'{path} is not opened again: {one_line(e)}', file=sys.stderr, flush=True)
+
+        signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=update, daemon=True).start())
+        app = create_app(door.predict, door.stats, budget_ms, max_bytes)
+        print(f'{path}: http://{host}:{port}/predict', flush=True)
+        uvicorn.Server(uvicorn.Config(app, log_level='error', access_log=False)).run([listener])
+        ray_serve.delete(name)
+    finally:
+        ray.shutdown()
+
+
+def _application(
+        path: str, budget_ms: float, replicas: int, k: int, max_pixels: int, options: Dict[str, Any]) -> Any:
+    """Return what Ray Serve runs for a file, which is checked."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', RuntimeWarning)  # an error here
+        with AdaptiveSession(path, budget_ms, **options) as session:
+            smallest_ms = min(session.stats()['expected_ms'].values())
+    if not session.feasible:
+        raise UserError(f'The smallest size of {path} takes {smallest_ms:.1f} ms here, expected at most the budget.')
+    scaling = dict(num_replicas=1) if replicas == 1 else dict(autoscaling_config=dict(
+        min_replicas=1, max_replicas=replicas, target_ongoing_requests=max(0.5 * budget_ms / smallest_ms, 1.)))
+    return ray_serve.deployment(Replica).options(
+        max_ongoing_requests=MAX_ONGOING, max_queued_requests=MAX_ONGOING, max_surge_percent=10,
+        health_check_period_s=2, **scaling).bind(path, budget_ms, k, max_pixels, **options)
+
+
+def _deploy(name: str, application: Any) -> Any:
+    """Start or replace the replicas, new ones before old ones end, and return their handle."""
+    return ray_serve.run(
+        application, name=name, route_prefix=None, logging_config=dict(log_level='ERROR', enable_access_log=False))
