@@ -29,12 +29,30 @@ from .adaptive import AdaptiveSession
 from .controller import Estimate
 from .errors import UserError, one_line
 from .fields import check_argument, integer
-from .images import MAX_PIXELS
+from .images import MAX_BYTES, MAX_PIXELS
 from .service import MAX_ONGOING, MAX_UPLOAD, Answer, Replica, create_app
 
 __all__ = ['Replicas', 'serve']
 
 STATS_SECONDS = 2.
+
+
+def connect(address: Optional[str], **options: Any) -> None:
+    """Connect to a Ray cluster, or start one for this process, with these options of ray.init.
+
+    Raises:
+        UserError: There is none at this address.
+    """
+    host, _, port = (address or '').rpartition(':')
+    try:
+        if host and port.isdigit():
+            socket.create_connection((host, int(port)), timeout=10).close()  # Ray would try for minutes
+        os.environ.setdefault('RAY_worker_niceness', '0')  # 15 is meant for batches
+        ray.init(
+            address or 'local', log_to_driver=False, logging_level='ERROR',
+            **({} if address else dict(options, include_dashboard=False)))
+    except (OSError, ValueError) as e:
+        raise UserError(f'No Ray cluster answers at {address}: {one_line(e, 300)}') from None
 
 
 class Replicas:
@@ -131,17 +149,17 @@ def serve(
         UserError: The file is not an export of timm_rs, no size keeps the budget, or an argument is not usable.
         OSError: The port is taken.
     """
-    check_argument('replicas', replicas, integer(1, 10 ** 4))
-    check_argument('port', port, integer(1, 65535))
+    for name, value, most in (
+            ('replicas', replicas, 10 ** 4), ('port', port, 65535), ('k', k, 1000), ('max_bytes', max_bytes, MAX_BYTES),
+            ('max_pixels', max_pixels, MAX_PIXELS)):
+        check_argument(name, value, integer(1, most))
     path, options = os.path.abspath(path), dict(options, threads=1)
     application = _application(path, budget_ms, replicas, k, max_pixels, options)
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)
     except OSError as e:
         raise UserError(f'Cannot listen at {host}, port {port}: {e.strerror or e}.') from None
-    own = {} if address else dict(num_cpus=replicas + 1, include_dashboard=False)  # one more for an update
-    os.environ.setdefault('RAY_worker_niceness', '0')  # 15 is meant for batches
-    ray.init(address or 'local', log_to_driver=False, logging_level='ERROR', **own)
+    connect(address, num_cpus=replicas + 1)  # one more for an update
     try:
         logging.getLogger('ray.serve').setLevel(logging.ERROR)
         ray_serve.start(proxy_location='Disabled')

@@ -1,6 +1,8 @@
 """serve"""
 import argparse
 
+from ..images import MAX_PIXELS
+
 EXAMPLES = ['model.onnx --budget-ms 100 --replicas 4']
 
 
@@ -13,9 +15,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--ray', metavar='ADDRESS', help='Ray cluster, auto for the one that runs here (default: start one)')
     add('--host', default='127.0.0.1', metavar='ADDRESS', help='address to listen at (default: %(default)s)')
     add('--port', type=int, default=8000, metavar='N', help='port to listen at (default: %(default)s)')
+    add('--top', type=int, default=5, metavar='K', help='classes of an answer (default: %(default)s)')
+    add('--max-bytes', type=int, default=2 ** 24, metavar='N', help='bytes of an upload (default: %(default)s)')
+    add('--max-pixels', type=int, default=MAX_PIXELS, metavar='N', help='pixels of an image (default: %(default)s)')
 
 
 def run(args: argparse.Namespace) -> None:
     from ..replicas import serve
 
-    serve(args.file, args.budget_ms, args.replicas, args.ray, args.host, args.port)
+    serve(
+        args.file, args.budget_ms, args.replicas, args.ray, args.host, args.port, args.top, args.max_bytes,
+        args.max_pixels)
