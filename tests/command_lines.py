@@ -1,10 +1,11 @@
-"""What the tests of train_rs.py and validate_rs.py share: photographs, a run, and the line of an error"""
+"""What the tests of the commands share: photographs, a run, and the line of an error"""
 import json
 import random
 
 import pytest
 from PIL import Image
 
+import timm_rs_cli
 import train_rs
 import validate_rs
 
@@ -55,3 +56,15 @@ def validated(images, tmp_path, *flags):
     results = tmp_path / f'results{len(list(tmp_path.iterdir()))}.json'  # which is never overwritten
     validate_rs.main([str(images), *flags, '--workers', '0', '--device', 'cpu', '--results-file', str(results)])
     return {row['resolution']: row for row in json.loads(results.read_text())}
+
+
+def run(*argv, code=None, capsys=None):
+    """Run timm-rs; with a status code, return its one line on stderr."""
+    argv = [str(a) for a in argv]
+    if code is None:
+        return timm_rs_cli.main(argv)
+    with pytest.raises(SystemExit) as e:
+        timm_rs_cli.main(argv)
+    assert e.value.code == code
+    (line,) = capsys.readouterr().err.splitlines()
+    return line

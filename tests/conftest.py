@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn as nn
 from PIL import Image
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -14,6 +15,8 @@ from timm_rs import make_switchable
 
 RESOLUTIONS = (64, 48, 32)
 TINY = dict(channels=[8, 16, 24, 32], stem_width=8)  # of a resnet10t
+# Of BatchNorm2d in places and in a Sequential, of BatchNormAct2d, with squeeze-excite, with BatchNorm1d in the head.
+NETWORKS = ('resnet18', 'test_resnet', 'mobilenetv2_100', 'test_byobnet', 'repvit_m0_9')
 
 
 @pytest.fixture(autouse=True, scope='session')
@@ -67,6 +70,14 @@ def plain_state_dict(model, resolution):
     """Return the weights of one resolution under timm's names, by splitting keys."""
     named = [(*plain_key(k, model.resolutions), v) for k, v in model.state_dict().items() if k != 'alpha']
     return {k: v for k, r, v in named if r in (None, resolution)}
+
+
+def small_net():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.MaxPool2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def gradients(module):
+    return {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
 
 
 def images(*sizes, n=2, channels=3):

@@ -1,37 +1,23 @@
 """The session that runs an exported file"""
-import copy
 import io
-import itertools
-import os
 import pickle
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import break_size, images, rs_model
+from conftest import images, rs_model
 from PIL import Image
 
 pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 
 from timm_rs.export.export import export_int8, export_resolution, export_switchable  # noqa: E402
-from timm_rs_runtime import (  # noqa: E402
-    AdaptiveSession,
-    CascadeSession,
-    ClosedError,
-    ImageError,
-    InferenceError,
-    NotFiniteError,
-    Session,
-    UserError,
-    ort,
-)
+from timm_rs_runtime import AdaptiveSession, CascadeSession, ImageError, Session, ort  # noqa: E402
 from timm_rs_runtime.predict import Predictor  # noqa: E402
 from timm_rs_runtime.session import MODES, ahead  # noqa: E402
 
@@ -122,7 +108,6 @@ def test_low_memory_holds_one_graph(file):
     opened = Session(file, threads=1, mode='low_memory')
     assert len({id(s) for s in opened._sessions.values()}) == 1
     assert len({id(s) for s in Session(file, threads=1)._sessions.values()}) == len(RESOLUTIONS)
-
 
 
 def test_many_images_are_read_while_the_network_runs(file, tmp_path, monkeypatch):
@@ -250,72 +235,6 @@ def test_nothing_in_nothing_out(file):
     assert opened.predict(np.zeros((0, 3, 48, 48), np.float32)).shape == (0, 10)
 
 
-# What is refused
-
-@pytest.mark.parametrize('given, resolution, message', [
-    (np.zeros((1, 3, 40, 40), np.float32), None, 'batch of 40x40, expected 64x64, 48x48, 32x32'),
-    (np.zeros((1, 3, 48, 64), np.float32), None, 'batch of 48x64'),
-    (np.zeros((1, 3, 48, 48), np.float32), 32, 'batch of 48x48, expected 32x32'),
-    (np.zeros((3, 48, 48), np.float32), None, r'float32 \[3, 48, 48\], expected float32 \[N, 3, H, W\]'),
-    (np.zeros((1, 48, 48, 3), np.uint8), None, 'array of uint8'),
-    (np.zeros((1, 1, 48, 48), np.float32), None, r'expected float32 \[N, 3'),
-    (['nowhere.jpg'], 40, 'Unknown resolution 40'),
-])
-def test_unusable_input(file, given, resolution, message):
-    with pytest.raises(ValueError, match=message):
-        Session(file, threads=1, warm_up=False).predict(given, resolution)
-
-
-def test_a_bad_image_is_named_and_others_are_served(file, photograph, tmp_path):
-    opened = Session(file, threads=1)
-    (tmp_path / 'bad.jpg').write_text('nothing')
-    with pytest.raises(ImageError, match='bad.jpg is not an image'):
-        opened.predict([photograph, tmp_path / 'bad.jpg'])
-    assert opened.predict(photograph).shape == (1, 10)
-
-
-def test_failures_of_the_runtime_are_told(file, monkeypatch):
-    class Broken:
-        def run(self, *_):
-            raise MemoryError('Failed to allocate memory\nand more')
-
-    opened = Session(file, threads=1)
-    monkeypatch.setitem(opened._sessions, 64, Broken())
-    with pytest.raises(InferenceError, match=r'a batch of \(1, 3, 64, 64\) .*: Failed to allocate memory and more$'):
-        opened.predict(np.zeros((1, 3, 64, 64), np.float32))
-    assert opened.predict(np.zeros((1, 3, 48, 48), np.float32)).shape == (1, 10)
-
-
-@pytest.mark.filterwarnings('ignore::DeprecationWarning')
-def test_other_files_are_refused(model, tmp_path):
-    (tmp_path / 'text.onnx').write_text('no model')
-    torch.onnx.export(
-        model.at(32), (images(32),), str(tmp_path / 'foreign.onnx'), dynamo=False, input_names=['images'])
-    for name, message in (('text.onnx', 'is not an ONNX file'), ('foreign.onnx', 'metadata lack resolutions'),
-                          ('missing.onnx', 'does not exist')):
-        with pytest.raises(ValueError, match=f'{name} .*{message}|{name} {message}'):
-            Session(tmp_path / name)
-
-
-def test_files_with_tensors_elsewhere_are_refused(file, tmp_path):
-    import onnx
-
-    onnx.save(onnx.load(file), tmp_path / 'a.onnx', save_as_external_data=True, location='a.data', size_threshold=0)
-    with pytest.raises(ValueError, match='a.onnx keeps tensors in other files, expected one file'):
-        Session(tmp_path / 'a.onnx')
-
-
-@pytest.mark.parametrize('arguments, message', [
-    (dict(mode='quick'), "Unknown mode 'quick', expected 'fast' or 'low_memory'"),
-    (dict(threads=0), 'threads is 0, expected an integer from 1 to 1024'),
-    (dict(threads=10 ** 9), 'threads is 1000000000'),
-    (dict(threads='2'), "threads is '2'"),
-])
-def test_unusable_arguments(file, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        Session(file, **arguments)
-
-
 def test_runs_where_there_is_no_torch(file, photograph):
     program = f"""
 import sys
@@ -327,158 +246,3 @@ assert not any(name.startswith('timm.') for name in sys.modules)
 """
     result = subprocess.run([sys.executable, '-c', program], check=True, stdout=subprocess.PIPE, text=True)
     assert result.stdout == '(1, 10)\n' * 2
-
-
-# Logits that are not finite
-
-@pytest.fixture(scope='module')
-def broken(tmp_path_factory):
-    """Return a network of which 48 px are broken."""
-    path = str(tmp_path_factory.mktemp('broken') / 'broken.onnx')
-    export_switchable(rs_model(), path)
-    break_size(path, RESOLUTIONS.index(48))
-    return path
-
-
-@pytest.mark.parametrize('mode', MODES)
-def test_not_finite_logits_are_an_error(broken, photograph, mode):
-    opened = Session(broken, threads=1, mode=mode)
-    assert np.isfinite(opened.predict(photograph, 64)).all()
-    with pytest.raises(NotFiniteError) as e:
-        opened.predict([photograph, Image.open(photograph)], 48)
-    assert str(e.value) == (
-        f'{broken} at 48 px answers with logits that are not finite numbers: {photograph}, {photograph}.')
-    assert str(pickle.loads(pickle.dumps(e.value))) == str(e.value)
-
-
-def test_the_broken_images_of_a_batch_are_named(file):
-    x = images(48, n=3).numpy()
-    x[1, 0, 0, 0] = np.inf
-    with pytest.raises(NotFiniteError, match='at 48 px .* finite numbers: image 1 of the batch.$') as e:
-        Session(file, threads=1).predict(x)
-    assert np.isfinite(e.value.logits).all(1).tolist() == [True, False, True]
-
-
-# How it ends, and where it goes
-
-def test_close(file, photograph):
-    with Session(file, threads=1) as opened:
-        assert opened.predict(photograph).shape == (1, 10)
-    for call in (opened.predict, lambda _: opened.warm_up(), lambda _: pickle.dumps(opened)):
-        with pytest.raises(ClosedError, match='all.onnx.* was closed, open another one'):
-            call(photograph)
-    opened.close()
-    assert opened.resolutions == RESOLUTIONS and file in repr(opened)
-
-
-def test_what_runs_at_close_is_answered(file, monkeypatch):
-    opened = Session(file, threads=1)
-    run = ort.run
-
-    def close_and_run(*args):
-        opened.close()
-        return run(*args)
-
-    monkeypatch.setattr(ort, 'run', close_and_run)
-    assert opened.predict(np.zeros((2, 3, 48, 48), np.float32)).shape == (2, 10)
-
-
-@pytest.mark.parametrize('duplicate', (copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))))
-def test_copies_are_sessions_of_their_own(file, photograph, duplicate, monkeypatch):
-    monkeypatch.chdir(os.path.dirname(file))
-    opened = Session('all.onnx', threads=1, mode='low_memory')
-    monkeypatch.chdir('/')
-    other = duplicate(opened)
-    logits = opened.predict(photograph)
-    opened.close()
-    assert other.mode == 'low_memory'
-    np.testing.assert_array_equal(other.predict(photograph), logits)
-
-
-def test_what_wraps_a_session_is_copied_too(file, photograph):
-    for opened in (AdaptiveSession(file, 1e6, max_queue=3, threads=1, patience=2),
-                   CascadeSession(file, {48: 0.5, 64: 0.}, threads=1)):
-        other = pickle.loads(pickle.dumps(opened))
-        np.testing.assert_allclose(other.predict(photograph).logits, opened.predict(photograph).logits, atol=1e-5)
-        opened.close()
-        with pytest.raises(ClosedError, match='was closed'):
-            opened.predict(photograph)
-        with pytest.raises(ClosedError):
-            opened.session.predict(photograph)
-    with CascadeSession(Session(file, threads=1), {64: 0.}) as given:
-        pass
-    assert given.session.predict(photograph).shape == (1, 10)  # it is closed by its owner
-
-
-@pytest.mark.parametrize('threads', (1, 2))
-def test_forked_processes_answer_and_end(file, photograph, threads):
-    """While a thread of the parent is inside a session, and another holds the place in its line."""
-    program = f"""
-import os, sys, threading, time
-from timm_rs_runtime import AdaptiveSession, CascadeSession, Session
-session = Session({file!r}, threads={threads})
-services = [session, AdaptiveSession(session, 1e6), CascadeSession(session, {{48: 1., 64: 0.}})]
-expected = session.predict({photograph!r}).argmax()
-def work(service):
-    while True:
-        service.predict({photograph!r})
-for service in services:
-    threading.Thread(target=work, args=(service,), daemon=True).start()
-children = []
-for _ in range(8):
-    pid = os.fork()
-    if not pid:
-        for service in services:
-            answer = service.predict({photograph!r})
-            assert getattr(answer, 'logits', answer).argmax() == expected
-        assert sum(services[1].stats()['requests'].values()) == 1
-        sys.exit(7)
-    children.append(pid)
-codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
-print(codes, flush=True)
-os._exit(0)
-"""
-    process = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', program], stdout=subprocess.PIPE, text=True, timeout=240)
-    assert process.stdout == f'{[7] * 8}\n'
-
-
-def test_contacts_nobody():
-    """ONNX Runtime from 1.29 on would report its use, from a thread of its own."""
-    program = """
-import numpy, os
-before = len(os.listdir('/proc/self/task'))
-import timm_rs_runtime
-print(os.environ['ORT_DISABLE_TELEMETRY'], len(os.listdir('/proc/self/task')) - before)
-"""
-    result = subprocess.run([sys.executable, '-c', program], check=True, stdout=subprocess.PIPE, text=True)
-    assert result.stdout == '1 0\n'
-
-
-# Bounds
-
-def test_more_threads_than_cores_come_back(file, photograph):
-    start = time.monotonic()
-    assert Session(file, threads=64).predict(photograph).shape == (1, 10)
-    assert time.monotonic() - start < 60
-
-
-def test_opens_names_only():
-    with pytest.raises(UserError, match='Got bytes, expected the name of a file of timm-rs export'):
-        Session(b'onnx')
-
-
-def test_images_of_a_request_are_bounded(file):
-    opened = Session(file, threads=1)
-    with pytest.raises(UserError, match='number of images is 4097, expected an integer from 0 to 4096'):
-        opened.predict('a.jpg' for _ in itertools.count())
-    with pytest.raises(ImageError, match='Got NoneType, expected images'):
-        opened.predict(None)
-
-
-def test_pipes_are_refused_at_once(file, tmp_path):
-    os.mkfifo(tmp_path / 'pipe.png')
-    opened = Session(file, threads=1)
-    for call in (opened.predict, AdaptiveSession(opened, 1e6).predict, CascadeSession(opened, {48: 0.}).predict):
-        with pytest.raises(ImageError, match='pipe.png is not a regular file, expected an image'):
-            call(tmp_path / 'pipe.png')

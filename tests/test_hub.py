@@ -16,8 +16,7 @@ from timm_rs.evaluate import count_madds
 from timm_rs.hub import card as timm_rs_card
 from timm_rs.hub import push as timm_rs_hub
 from timm_rs.hub.card import model_card
-from timm_rs.hub.push import HubError, TrainingPush, push_to_hub, read_metrics
-from timm_rs.records import labels_beside, read_label_names, write_label_names
+from timm_rs.hub.push import TrainingPush, push_to_hub, read_metrics
 from timm_rs_cli import main
 
 RESOLUTIONS = (64, 48, 32)
@@ -225,106 +224,6 @@ def test_label_names(hub, model):
         push_to_hub(model, REPO, label_names=['cat', 'dog'])
 
 
-@pytest.mark.parametrize('repo_id', ['user/net/x', 'user/ne t', ''])
-def test_malformed_repo_id(repo_id, hub, model):
-    with pytest.raises(ValueError):
-        push_to_hub(model, repo_id)
-    assert not hub.requests
-
-
-def test_plain_network_is_refused(hub):
-    with pytest.raises(ValueError, match='ResNet is not switchable; timm.models.push_to_hf_hub pushes plain'):
-        push_to_hub(timm.create_model('test_resnet'), REPO)
-
-
-# The words are those of the client's transport, httpx or requests.
-DROPPED = 'Server disconnected' if hasattr(huggingface_hub, 'set_client_factory') else "(ProtocolError('Connection"
-FAULTS = [
-    ('POST', '/api/repos/create', 401, 'the Hub does not accept the token (401, Denied.), set HF_TOKEN or log in'),
-    ('POST', '/api/repos/create', 403, 'the token has no permission to write there (403, Denied.).'),
-    ('POST', '/preupload/', 404, 'there is no such repository or revision, or the token has no permission to see it '
-                                 '(404'),
-    ('POST', '/commit/', 403, 'the token has no permission to write there (403, Denied.).'),
-    ('POST', '/commit/', 409, 'the Hub is busy with another change of this repository (409, Conflict.).'),
-    ('POST', '/api/repos/create', 'drop', DROPPED),
-    ('POST', '/commit/', 'drop', DROPPED),
-    ('PUT', '/lfs/', 403, 'the token has no permission to write there (403, Denied.).'),
-    ('PUT', '/lfs/', 'drop', f"Error while uploading 'model.safetensors' to the Hub: {DROPPED}"),
-    ('POST', '/commit/', 500, 'the Hub answers 500'),
-]
-
-
-@pytest.mark.parametrize('method, pattern, how, message', FAULTS)
-def test_failed_push_is_one_line_and_keeps_the_weights(method, pattern, how, message, hub, run_folder, capsys):
-    checkpoint = run_folder / 'model_best.pth.tar'
-    before = checkpoint.read_bytes()
-    hub.fail(method, pattern, how)
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as e:
-        main(['push', str(checkpoint), REPO, '--message', 'third try'])
-    assert e.value.code == 1
-    err = capsys.readouterr().err
-    line = err.splitlines()[-1]
-    assert line.startswith(f'timm-rs push: error: Cannot push to {REPO}: {message}')
-    assert line.endswith(f"push again with: timm-rs push {checkpoint} {REPO} --message 'third try'")
-    assert 'Traceback' not in err and TOKEN not in err
-    assert checkpoint.read_bytes() == before
-
-    hub.faults.clear()
-    main(['push', str(checkpoint), REPO])
-    assert sorted(hub.files(REPO)) == ['.gitattributes', 'README.md', 'config.json', 'model.safetensors']
-    assert '| 64 | 21.00 | 22.00 |' in card(hub)[1]
-
-
-def test_connection_that_drops_once_does_no_harm(hub, model):
-    hub.fail('PUT', '/lfs/', 'drop', times=1)
-    push_to_hub(model, REPO)
-    assert_restores(model, create())
-
-
-def test_offline(hub, model, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
-    reset_client()
-    with pytest.raises(HubError, match='Cannot push to user/net: offline mode is on, unset HF_HUB_OFFLINE.'):
-        push_to_hub(model, REPO)
-
-
-def test_command_offline(hub, run_folder, monkeypatch, capsys):
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
-    reset_client()
-    with pytest.raises(SystemExit):
-        main(['push', str(run_folder / 'model_best.pth.tar'), REPO])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert 'offline mode is on' in line and 'push again with: timm-rs push ' in line
-    assert not hub.requests
-
-
-def test_no_server(hub, model, monkeypatch):
-    hub.close()
-    with pytest.raises(HubError, match='Cannot push to user/net: .*[Cc]onnect'):
-        push_to_hub(model, REPO)
-
-
-def test_no_hub(hub, model, monkeypatch):
-    monkeypatch.setattr('hub_server._Handler.create_repo', lambda self: self.answer(200, b'<html>log in first</html>'))
-    with pytest.raises(HubError, match='the answer does not come from the Hub'):
-        push_to_hub(model, REPO)
-
-
-@pytest.mark.parametrize('given', [None, 'hf_AnotherToken'])
-def test_token_is_nowhere(given, hub, model, capfd, caplog, monkeypatch):
-    token = given or TOKEN
-    monkeypatch.setattr('hub_server.TOKEN', token)
-    for name in ('huggingface_hub', 'timm', 'timm_rs', 'train'):
-        caplog.set_level('DEBUG', logger=name)
-    push_to_hub(model, REPO, recipe=dict(token=token, hub_token=token, model=NAME), token=given)
-    monkeypatch.setattr('hub_server._Handler.create_repo', lambda self: self.error(400, f'bad {self.authorization}'))
-    with pytest.raises(HubError, match='400, bad Bearer <token>') as e:
-        push_to_hub(model, REPO, token=given)
-    written = b''.join(hub.files(REPO).values()).decode(errors='replace')
-    assert token not in ''.join([written, str(e.value), caplog.text, *capfd.readouterr()])
-
-
 def test_command_takes_metrics_recipe_and_labels_from_the_run(hub, model, run_folder, capsys):
     labels = run_folder / 'label_names.txt'
     labels.write_text('\n'.join('abcdefghij'))
@@ -385,36 +284,6 @@ class Process:
         self.waited += 1
         self.code = 0
         return self.code
-
-
-def test_label_names_beside_checkpoints(tmp_path):
-    names = tmp_path / 'label_names.txt'
-    for numbers, num_classes in ((None, 2), ({}, 2), (dict(cat=0), 2), (dict(cat=0, dog=0), 2), (dict(cat=1, dog=2), 2),
-                                 ({'two\nlines': 0}, 1)):
-        write_label_names(str(tmp_path), numbers, num_classes)
-        assert not names.exists()
-    write_label_names(str(tmp_path), {'hund \u2028 ä': 1, 'cat': 0}, 2)
-    assert names.read_bytes().decode('utf-8') == 'cat\nhund \u2028 ä\n'
-    assert read_label_names(str(names)) == ['cat', 'hund \u2028 ä']
-    assert labels_beside(str(tmp_path)) == labels_beside(str(names)) == str(names)
-    assert labels_beside(str(tmp_path / 'missing.pth')) is None
-
-
-@pytest.mark.parametrize('content, message', [
-    (b'cat\n\ndog\n', 'labels.txt: line 2 has 0 characters, expected the name of a class'),
-    (b'', 'line 1 has 0 characters'),
-    (b'x' * 1001, 'line 1 has 1001 characters'),
-    (b'cat\n\xff\n', 'labels.txt is not text in UTF-8: invalid start byte at byte 4'),
-])
-def test_bad_label_names(content, message, tmp_path):
-    (tmp_path / 'labels.txt').write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        read_label_names(str(tmp_path / 'labels.txt'))
-
-
-def test_label_names_of_any_system(tmp_path):
-    (tmp_path / 'labels.txt').write_bytes(b'\xef\xbb\xbfcat\r\ndog\r\n\r\n')
-    assert read_label_names(str(tmp_path / 'labels.txt')) == ['cat', 'dog']
 
 
 def test_training_push(run_folder, tmp_path, monkeypatch):

@@ -7,8 +7,17 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from conftest import RESOLUTIONS, assert_equal, images, plain_key, plain_model, randomize_bn, rs_model
-from test_switchable import gradients, small_net
+from conftest import (
+    RESOLUTIONS,
+    assert_equal,
+    gradients,
+    images,
+    plain_key,
+    plain_model,
+    randomize_bn,
+    rs_model,
+    small_net,
+)
 from timm.data import resolve_model_data_config
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2

@@ -12,7 +12,7 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from test_cli import TINY, rs_model
+from test_convert import TINY, rs_model
 
 from timm_rs.checkpoint import check_finite, read_checkpoint
 from timm_rs.hub.convert import save_model

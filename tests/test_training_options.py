@@ -1,11 +1,7 @@
 """timm's training options in the multi-resolution step: where the plain path must come to the same, it is compared"""
 import copy
-import csv
-import json
 import math
-import random
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,25 +9,19 @@ import timm.optim
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import yaml
 from conftest import rs_model
 from timm.data import Mixup
-from timm.data.distributed_sampler import RepeatAugSampler
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import NativeScaler
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
-from torch.utils.data import DistributedSampler, RandomSampler
 
-import validate_rs
 from timm_rs.train import loop
-from timm_rs.train.builders import Loaders, _create_criterion, build_model, build_optimizer, build_task
+from timm_rs.train.builders import Loaders, build_optimizer, build_task
 from timm_rs.train.loop import train_one_epoch
-from timm_rs.train.options import create_parser, parse_args
+from timm_rs.train.options import parse_args
 from timm_rs.train.preemption import Preemption
 from timm_rs.train.saver import Progress
-from timm_rs.train.seeding import EpochSampler, SeededDataset, mix_seed, seed_all
-from timm_rs_runtime.errors import UserError
 from timm_rs_runtime.unreadable import ReadErrors
 
 RESOLUTIONS = (32, 24, 16)
@@ -288,65 +278,6 @@ def test_classification_loss(flags):
     assert all(g.isfinite().all() for g in gradients(task).values())
 
 
-def criterion(*flags, num_classes=3):
-    """Return the base criterion of a run."""
-    args = parse_args([*PLAIN, *flags])
-    args.num_classes = num_classes
-    return _create_criterion(args)
-
-
-@pytest.mark.parametrize('flags,positive,weight', [
-    ('--loss-pos-weight 3', [3, 3, 3], [1, 1, 1]),
-    ('--bce-pos-weight 2', [2, 2, 2], [1, 1, 1]),
-    ('--loss-class-weight 1,2,4', [1, 1, 1], [1, 2, 4]),
-    ('--class-stats {stats} --loss-pos-weight neg_pos', [9, 1.5, 1 / 9], [1, 1, 1]),
-    ('--class-stats {stats} --loss-pos-weight neg_pos --loss-weight-power 0.5', [3, 1.5 ** 0.5, 1 / 3], [1, 1, 1]),
-    ('--class-stats {stats} --loss-pos-weight neg_pos --loss-weight-max 2', [2, 1.5, 1 / 9], [1, 1, 1]),
-    # 1 / frequency is 10, 2.5 and 10 / 9, over their mean
-    ('--class-stats {stats} --loss-class-weight inv_freq', [1, 1, 1],
-     [v * 3 / (10 + 2.5 + 10 / 9) for v in (10, 2.5, 10 / 9)]),
-])
-@pytest.mark.parametrize('task', ['multilabel', 'classification'])
-def test_class_weights(tmp_path, task, flags, positive, weight):
-    """Binary cross entropy of class c is weight_c * (-positive_c y log p - (1 - y) log(1 - p))."""
-    (tmp_path / 'stats.json').write_text('{"pos_counts": [1, 4, 9], "num_samples": 10, "task": "multilabel"}')
-    loss = criterion('--task', task, '--loss', 'bce', *flags.format(stats=tmp_path / 'stats.json').split())
-    p = torch.tensor([[0.2, 0.5, 0.9]])
-    y = torch.tensor([[0., 1., 0.]])
-    w, v = torch.tensor(weight), torch.tensor(positive)
-    expected = (w * (-v * y * p.log() - (1 - y) * (1 - p).log())).mean()
-    target = y if task == 'multilabel' else torch.tensor([1])
-    torch.testing.assert_close(loss(p.logit(), target), expected)
-
-
-def test_poly_losses():
-    p = torch.tensor([[0.2, 0.5, 0.3]])
-    found = criterion('--loss', 'poly', '--poly-epsilon', '1.5')(p.log(), torch.tensor([1]))
-    assert found.item() == pytest.approx(-math.log(0.5) + 1.5 * (1 - 0.5))
-    q, y = torch.tensor([[0.2, 0.9]]), torch.tensor([[0., 1.]])  # the probabilities of the right answers: 0.8, 0.9
-    loss = criterion(*'--task multilabel --loss poly --poly-epsilon 1 --poly-gamma 2'.split(), num_classes=2)
-    found = loss(q.logit(), y)
-    focal = [(1 - t) ** 2 * -math.log(t) + (1 - t) ** 3 for t in (0.8, 0.9)]
-    assert found.item() == pytest.approx(sum(focal) / 2, rel=1e-5)
-
-
-@pytest.mark.parametrize('flags,message', [
-    ('--loss bce --loss-class-weight 1,2', '--loss-class-weight 1,2: 2 values, expected one for each of 3 classes'),
-    ('--loss bce --loss-pos-weight neg_pos', '--loss-pos-weight neg_pos: Class weight method'),
-    ('--loss bce --loss-pos-weight nowhere.json', '--loss-pos-weight nowhere.json: could not convert'),
-    ('--loss bce --loss-pos-weight=-1', '--loss-pos-weight -1: Loss weights must be finite and non-negative'),
-    ('--loss ce --loss-pos-weight 2', '--loss-pos-weight 2: Class and positive weights are only supported by'),
-    ('--loss zlpr', "Loss type 'zlpr' requires multi-label targets"),
-    ('--loss bce --class-stats {broken} --loss-pos-weight neg_pos', 'broken.json is not valid JSON: it holds NaN'),
-    ('--loss bce --class-stats nowhere.json', 'nowhere.json does not exist'),
-])
-def test_losses_that_are_refused(tmp_path, flags, message):
-    (tmp_path / 'broken.json').write_text('{"pos_counts": [1, NaN, 9], "num_samples": 10}')
-    with pytest.raises(UserError) as e:
-        criterion(*flags.format(broken=tmp_path / 'broken.json').split())
-    assert message in str(e.value) and len(str(e.value).splitlines()) == 1
-
-
 def test_layer_decay():
     """A private BN belongs to its layer; the ensemble weights learn at the full rate and never decay."""
     args, task = build('--layer-decay', '0.5')
@@ -424,165 +355,6 @@ def test_schedules(name, on_updates):
 def test_pyramid_is_matched_to_how_images_are_resized(flags, expected):
     pyramid = build(*flags)[1].pyramid
     assert (pyramid.resample, pyramid.interpolation) == expected
-
-
-class Draws(list):
-    """Images that are random numbers, one of each generator."""
-
-    def __getitem__(self, index):
-        return torch.rand(()).item(), np.random.rand(), random.random()
-
-
-@pytest.mark.parametrize('repeats', [1, 2, 2.5, 3])
-@pytest.mark.parametrize('world_size', [1, 2, 4])
-def test_repeated_images_are_augmented_differently(repeats, world_size):
-    """On all processes together; and from any batch on, as in the whole epoch."""
-    images, seen = Draws(range(20)), []
-    for rank in range(world_size):
-        sampler = RepeatAugSampler(images, world_size, rank, num_repeats=repeats)
-        order = EpochSampler(sampler, 42, batch_size=2)
-        order.set_epoch(3)
-        keys, dataset = list(order), SeededDataset(images, mix_seed(42, rank))
-        sampler.set_epoch(3)
-        assert [key[1] for key in keys] == list(sampler)
-        seen += [dataset[key] for key in keys]
-        order.set_epoch(3, 2)
-        assert list(order) == keys[4:]
-    assert len(set(seen)) == len(seen)
-
-
-@pytest.mark.parametrize('sampler', [
-    RandomSampler(range(20)), DistributedSampler(range(19), 2, 1), RepeatAugSampler(range(20), 2, 1, num_repeats=1),
-])
-def test_images_that_are_not_repeated_are_augmented_as_ever(sampler):
-    """Only from (seed, epoch, index), so that runs of earlier versions continue."""
-    order, dataset = EpochSampler(sampler, 42, 4), SeededDataset(Draws(range(20)), mix_seed(42, 1))
-    order.set_epoch(5)
-    for key in order:
-        found = dataset[key]
-        seed_all(mix_seed(42, 1), 5, key[1])
-        assert found == dataset.dataset[key[1]]
-
-
-def test_seeds_stay():
-    assert mix_seed(mix_seed(42, 1), 5, 17) == mix_seed(mix_seed(42, 1), 5, 17, 0) == 1954695764
-    assert len({mix_seed(3, 5, 17, n) for n in range(1000)}) == 1000
-
-
-def timm_flags(script):
-    """Return timm's flags with their defaults, and what is done here: accepted, refused, or another default."""
-    with open(Path(__file__).with_name('timm_flags.csv'), newline='') as f:
-        return {row['flag']: (json.loads(row['default']), row['here'])
-                for row in csv.DictReader(f) if row['script'] == script}
-
-
-def refuses(tmp_path, capsys, content):
-    """Return the line that a config file is refused with."""
-    path = tmp_path / 'c.yaml'
-    path.write_text(content)
-    with pytest.raises(SystemExit) as e:
-        parse_args(['--config', str(path)])
-    assert e.value.code == 2
-    line, = capsys.readouterr().err.splitlines()
-    return line.partition(f'error: --config {path}: ')[2]
-
-
-@pytest.mark.parametrize('script,parser', [('train', create_parser), ('validate', validate_rs.create_parser)])
-def test_every_flag_of_timm_is_in_the_table(script, parser):
-    actions = {action.dest: action for action in parser()._actions}
-    own = vars(parse_args([])) if script == 'train' else vars(parser().parse_args([]))
-    for flag, (default, here) in timm_flags(script).items():
-        if here == 'refused':
-            unused, why = actions[flag].const
-            assert (unused or None) == (default or None) and why.strip('. ') == why
-        else:
-            expected = json.loads(here.removeprefix('default ')) if here.startswith('default ') else default
-            assert own[flag] == expected, flag
-
-
-def test_config_of_timm_at_its_defaults(tmp_path):
-    """The args.yaml that timm's train.py writes if no flag is given."""
-    path = tmp_path / 'args.yaml'
-    path.write_text(yaml.safe_dump({flag: default for flag, (default, _) in timm_flags('train').items()}))
-    found = parse_args(['--config', str(path)])
-    assert found.config == str(path) and found.model == 'rs_resnet50' and found.amp_dtype == 'float16'
-    found.config, found.amp_dtype = '', None
-    assert vars(found) == vars(parse_args([]))
-
-
-def test_config_of_timm_names_its_model(tmp_path):
-    path = tmp_path / 'args.yaml'
-    for model, expected in (('resnet18.a1_in1k', 'rs_resnet18.a1_in1k'), ('vit_tiny', 'vit_tiny'),
-                            ('rs_resnet18', 'rs_resnet18')):
-        path.write_text(f'model: {model}')
-        assert parse_args(['--config', str(path)]).model == expected
-    assert parse_args(['--model', 'resnet18']).model == 'resnet18'  # refused later, with a suggestion
-
-
-def test_config_opens_nothing_by_an_overlay(tmp_path, caplog):
-    (tmp_path / 'c.yaml').write_text('pretrained_cfg_overlay: {url: "http://example.org", num_classes: 10}')
-    assert parse_args(['--config', str(tmp_path / 'c.yaml')]).pretrained_cfg_overlay == dict(num_classes=10)
-    assert 'the model arguments url are left out' in caplog.text
-    assert parse_args(['--pretrained-cfg-overlay', 'file=a.pth']).pretrained_cfg_overlay == dict(file='a.pth')
-
-
-def test_overlay_of_the_pretrained_cfg():
-    args = parse_args('--model rs_test_resnet --resolutions 32 16 --pretrained-cfg-overlay crop_pct=0.5'.split())
-    args.distributed = False
-    assert build_model(args, CPU).pretrained_cfg['crop_pct'] == 0.5
-
-
-@pytest.mark.parametrize('flag', [flag for flag, (_, here) in timm_flags('train').items() if here == 'refused'])
-def test_what_is_refused(tmp_path, capsys, flag):
-    unused = timm_flags('train')[flag][0]
-    other = {type(None): '[3]', bool: 'true', list: '[3]'}.get(type(unused), '7')
-    line = refuses(tmp_path, capsys, f'{flag}: {other}')
-    assert line.startswith(f'{flag} is not supported: ')
-    name = f"--{flag.replace('_', '-')}"
-    with pytest.raises(SystemExit):
-        parse_args([name, *([] if unused is False else [other.strip('[]')])])
-    assert capsys.readouterr().err.strip().endswith(line.partition(' ')[2])
-    if unused not in (None, False, ''):
-        parse_args([name, *map(str, unused if isinstance(unused, list) else [unused])])
-
-
-@pytest.mark.parametrize('flags,message', [
-    ('--task multilabel --loss ce', '--loss ce is for one label per image, expected bce, asl, poly, twoway, zlpr, db.'),
-    ('--loss jsd', '--loss jsd is not supported: every image is seen'),
-    ('--task multilabel --self-teacher', '--self-teacher is for one label per image, not for --task multilabel.'),
-    ('--target-format multihot', '--target-format multihot needs --task multilabel.'),
-    ('--task multilabel --multilabel-threshold 1', '--multilabel-threshold is 1, expected a number between 0 and 1.'),
-    ('--bce-pos-weight 2 --loss-pos-weight 3', '--bce-pos-weight and --loss-pos-weight are the same'),
-    ('--tta 3', 'invalid choice: 3'),
-    ('--task multilabel --loss db', '--loss db needs --class-stats.'),
-])
-def test_flags_that_do_not_go_together(capsys, flags, message):
-    with pytest.raises(SystemExit):
-        parse_args(flags.split())
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize('flags,epochs', [('--epochs 4', 4), ('--epochs 5', 5), ('--epochs 2 --warmup-epochs 2', 2)])
-def test_a_run_that_is_all_warm_up(caplog, flags, epochs):
-    args = parse_args(flags.split())
-    assert f'--epochs {epochs} is all warm-up: with --warmup-epochs {args.warmup_epochs} the learning' in caplog.text
-    caplog.clear()
-    parse_args([*flags.split(), '--warmup-prefix'])
-    parse_args(['--epochs', '6'])
-    parse_args(['--epochs', '1', '--warmup-epochs', '0'])
-    assert not caplog.text
-
-
-@pytest.mark.parametrize('content', ['epochs: 2.7', 'resolutions: [64, 32.5]', 'batch_size: .inf', 'seed: .nan'])
-def test_config_is_refused_parts_of_integers(tmp_path, capsys, content):
-    assert refuses(tmp_path, capsys, content).endswith(', expected int.')
-
-
-def test_config_takes_integers_as_yaml_writes_them(tmp_path):
-    (tmp_path / 'c.yaml').write_text("epochs: 7.0\nbatch_size: '16'\nresolutions: [64, 32.0]\nepoch_repeats: 2.5\n")
-    args = parse_args(['--config', str(tmp_path / 'c.yaml')])
-    assert (args.epochs, args.batch_size, args.resolutions, args.epoch_repeats) == (7, 16, [64, 32], 2.5)
-    assert isinstance(args.epochs, int)
 
 
 class NoFloat64(TorchFunctionMode):
