@@ -5,10 +5,10 @@ EXTRAS ?= demo,test,tools,web
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.timm_rs-installed
-INSTALLED_DEV := $(VENV)/.timm_rs-installed-dev
+RUFF := $(VENV)/.timm_rs-installed-ruff
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz zoo sweep lint clean
+.PHONY: help install demo test fuzz zoo sweep lint clean
 
 help:  ## list the targets and variables
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
@@ -18,6 +18,8 @@ help:  ## list the targets and variables
 	@echo "  PIP_ARGS  more arguments for pip install, e.g. where to find a CPU-only torch; plain pip on"
 	@echo "            Linux brings the CUDA build, several gigabytes ($(PIP_ARGS))"
 	@echo "  EXTRAS    what to install of setup.cfg; tests of what is missing are skipped ($(EXTRAS))"
+
+install: $(INSTALLED)  ## make the environment, which the other targets do too
 
 demo: $(INSTALLED)  ## train a small RS-Net on handwritten digits, on the CPU, into output/demo
 	$(BIN)/python examples/digits_demo.py --output output/demo
@@ -34,7 +36,7 @@ zoo: $(INSTALLED)  ## list again which of timm's architectures become rs_* model
 sweep: $(INSTALLED)  ## try every rs_* model, into results/zoo.csv; goes on where it was stopped
 	$(BIN)/python tools/sweep.py
 
-lint: $(INSTALLED_DEV)  ## check the code with ruff
+lint: $(RUFF)  ## check the code with ruff
 	$(BIN)/python -m ruff check
 
 clean:  ## remove build leftovers, caches and output/demo; the environment stays
@@ -45,8 +47,8 @@ $(INSTALLED): setup.cfg runtime/setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install $(PIP_ARGS) -e ./runtime -e '.[$(EXTRAS)]'
 	@touch $@
 
-$(INSTALLED_DEV): $(INSTALLED)
-	$(BIN)/python -m pip install $(PIP_ARGS) -e ./runtime -e '.[dev]'
+$(RUFF): setup.cfg | $(BIN)/python
+	$(BIN)/python -m pip install $(PIP_ARGS) $$(sed -n 's/^ *\(ruff==\)/\1/p' setup.cfg)
 	@touch $@
 
 $(BIN)/python:

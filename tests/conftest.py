@@ -16,7 +16,7 @@ from timm_rs import make_switchable
 RESOLUTIONS = (64, 48, 32)
 TINY = dict(channels=[8, 16, 24, 32], stem_width=8)  # of a resnet10t
 # Of BatchNorm2d in places and in a Sequential, of BatchNormAct2d, with squeeze-excite, with BatchNorm1d in the head.
-NETWORKS = ('resnet18', 'test_resnet', 'mobilenetv2_100', 'test_byobnet', 'repvit_m0_9')
+NETWORKS = ('test_resnet', 'test_efficientnet', 'test_byobnet', 'repvit_m0_9')
 
 
 @pytest.fixture(autouse=True, scope='session')
@@ -123,6 +123,6 @@ def break_size(path, index):
 def pytest_collection_modifyitems(items):
     """Put first what forks: a process that has run a backward pass may not fork one that runs another. Then long files.
     """
-    forking = ('test_distributed', 'test_quant_distributed', 'test_resume', 'test_streams')
-    long = ('test_zoo', 'test_export', 'test_executorch', 'test_experiments', 'test_quant_models', 'test_scripts')
+    forking = ('test_distributed', 'test_experiments', 'test_quant_distributed', 'test_resume', 'test_streams')
+    long = ('test_executorch', 'test_runtime_alone', 'test_zoo', 'test_scripts', 'test_training_options', 'test_export')
     items.sort(key=lambda item: (item.path.stem not in forking, item.path.stem not in long))

@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.fx
 import torch.nn as nn
-from conftest import NETWORKS, assert_equal, images, plain_key, plain_model, rs_model, small_net
+from conftest import NETWORKS, TINY, assert_equal, images, plain_key, plain_model, rs_model, small_net
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_eval, prune
 
@@ -79,7 +79,7 @@ def test_copy_of_at_is_on_its_own():
 
 
 def test_at_can_be_scripted_traced_and_exported():
-    plain, x = rs_model('resnet18').at(32), images(32)
+    plain, x = rs_model('resnet10t', **TINY).at(32), images(32)
     expected = plain(x)
     assert_equal(torch.jit.script(plain)(x), expected)
     assert_equal(torch.fx.symbolic_trace(plain)(x), expected)
@@ -87,10 +87,10 @@ def test_at_can_be_scripted_traced_and_exported():
 
 
 def test_at_can_be_fused():
-    plain, x = copy.deepcopy(rs_model('resnet18').at(32)), images(32)
+    plain, x = copy.deepcopy(rs_model('resnet10t', **TINY).at(32)), images(32)
     expected = plain(x)
     block = plain.layer1[0]
-    plain.conv1, plain.bn1 = fuse_conv_bn_eval(plain.conv1, plain.bn1), nn.Identity()
+    plain.conv1[-1], plain.bn1 = fuse_conv_bn_eval(plain.conv1[-1], plain.bn1), nn.Identity()
     block.conv2, block.bn2 = fuse_conv_bn_eval(block.conv2, block.bn2), nn.Identity()
     torch.testing.assert_close(plain(x), expected, rtol=1e-4, atol=1e-5)
 

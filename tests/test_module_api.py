@@ -114,8 +114,13 @@ def test_ema():
     assert (ema.module.resolution, model.resolution) == (48, 32)
 
 
+def switchable_net():
+    """Return a network that is compiled in a second."""
+    return randomize_bn(make_switchable(small_net(), RESOLUTIONS)).eval()
+
+
 def test_compile_with_dynamic_shapes():
-    model, pyramid = rs_model(), images(*RESOLUTIONS)
+    model, pyramid = switchable_net(), images(*RESOLUTIONS)
     with torch.no_grad():
         torch.compiler.reset()
         compiled = torch.compile(model, backend='eager', dynamic=True, fullgraph=True)
@@ -123,7 +128,7 @@ def test_compile_with_dynamic_shapes():
 
 
 def test_compile():
-    model, pyramid = rs_model(), images(*RESOLUTIONS)
+    model, pyramid = switchable_net(), images(*RESOLUTIONS)
     with torch.no_grad():
         expected = model(pyramid)
         torch.compiler.reset()
@@ -146,7 +151,7 @@ def test_compiled_training():
 
 
 def test_compiles_once_per_resolution():
-    model, pyramid, graphs = rs_model(), images(*RESOLUTIONS), []
+    model, pyramid, graphs = switchable_net(), images(*RESOLUTIONS), []
 
     def count(graph, inputs):
         graphs.append(graph)
@@ -163,9 +168,8 @@ def test_compiles_once_per_resolution():
     assert first >= 3 and len(graphs) == first
 
 
-@pytest.mark.parametrize('resolution', RESOLUTIONS)
-def test_export_at_the_active_resolution(resolution):
-    model, x = rs_model(), images(resolution)
+def test_export_at_the_active_resolution():
+    model, x = rs_model(), images(48)
     expected = model(x)
     program = torch.export.export(model, (x,))
     model.switch_to(RESOLUTIONS[0])

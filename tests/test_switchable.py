@@ -25,7 +25,7 @@ from timm_rs import PrivateBN, SwitchableMixin, UnknownResolutionError, make_swi
 # Making a network switchable
 
 def test_stays_the_same_object_and_class():
-    plain = plain_model('resnet18')
+    plain = plain_model()
     model = make_switchable(plain, RESOLUTIONS)
     assert model is plain
     assert isinstance(model, timm.models.ResNet) and isinstance(model, SwitchableMixin)
@@ -35,7 +35,7 @@ def test_stays_the_same_object_and_class():
 
 
 def test_adds_one_set_of_bn_per_resolution_and_the_ensemble_weights():
-    plain = plain_model('resnet18')
+    plain = plain_model()
     size = sum(p.numel() for p in plain.parameters())
     bn_size = sum(p.numel() for m in plain.modules() if isinstance(m, _BatchNorm) for p in m.parameters())
     assert sum(p.numel() for p in make_switchable(plain, RESOLUTIONS).parameters()) == size + 2 * bn_size + 3
@@ -147,12 +147,11 @@ def test_untrained_size_takes_the_nearest_in_training(shape, resolution):
     assert_equal(output, twin.at(resolution)(x))
 
 
-@pytest.mark.parametrize('shape, above, below, share', [
-    ((58, 58), 64, 48, (58 ** 2 - 48 ** 2) / (64 ** 2 - 48 ** 2)),
-    ((40, 40), 48, 32, (40 ** 2 - 32 ** 2) / (48 ** 2 - 32 ** 2)),
-    ((32, 48), 48, 32, 0.4),
+@pytest.mark.parametrize('name, shape, above, below, share', [
+    ('test_resnet', (58, 58), 64, 48, (58 ** 2 - 48 ** 2) / (64 ** 2 - 48 ** 2)),
+    ('test_resnet', (40, 40), 48, 32, (40 ** 2 - 32 ** 2) / (48 ** 2 - 32 ** 2)),
+    *((name, (32, 48), 48, 32, 0.4) for name in NETWORKS),
 ])
-@pytest.mark.parametrize('name', NETWORKS)
 def test_untrained_size_takes_what_lies_between_its_neighbours(name, shape, above, below, share):
     model, x = rs_model(name), torch.randn(2, 3, *shape)
     expected = model.at(below)

@@ -1,10 +1,7 @@
 import copy
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import RESOLUTIONS, assert_equal, images, plain_model, rs_model
@@ -222,45 +219,6 @@ def test_compiled():
     assert_equal(*results)
     assert_equal(*(gradients(unwrap_model(t.trainable_module)) for t in (task, other)))
     assert list(other.get_checkpoint_state()['state_dict']) == list(task.get_checkpoint_state()['state_dict'])
-
-
-def distributed_step(index, rank, folder):
-    """Run a step of each mode on this process's half of the batch and save the gradients."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2, timeout=timedelta(seconds=120))
-    try:
-        for mode in MODES:
-            inputs = torch.load(f'{folder}/{mode}.pth')
-            task = build(mode)
-            task.trainable_module.load_state_dict(inputs['state_dict'])
-            model = task.trainable_module.eval()
-            task.prepare_distributed()
-            x, target = (inputs[k].chunk(2)[rank] for k in ('x', 'target'))
-            for _ in range(2):  # the second would fail had a parameter been left out of the first
-                model.zero_grad()
-                task(x, target)['loss'].backward()
-            torch.save(gradients(model), f'{folder}/{mode}_{rank}.pth')
-    finally:
-        dist.destroy_process_group()
-
-
-def test_distributed_step_equals_one_on_the_whole_batch(tmp_path):
-    x, target = batch()
-    expected = {}
-    for mode in MODES:
-        task = build(mode)
-        task.trainable_module.eval()  # in training each process has batch statistics of its own
-        task(x, target)['loss'].backward()
-        expected[mode] = gradients(task.trainable_module)
-        torch.save(dict(state_dict=task.trainable_module.state_dict(), x=x, target=target), tmp_path / f'{mode}.pth')
-    other = mp.spawn(distributed_step, args=(1, str(tmp_path)), nprocs=1, join=False)
-    distributed_step(0, 0, str(tmp_path))
-    assert other.join(timeout=60)
-    for mode in MODES:
-        for rank in range(2):
-            found = torch.load(tmp_path / f'{mode}_{rank}.pth')
-            torch.testing.assert_close(found, expected[mode], rtol=1e-5, atol=1e-5)
 
 
 def test_plain_parts_are_refused():

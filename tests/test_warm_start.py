@@ -15,7 +15,7 @@ from timm_rs.train.options import parse_args
 
 RESOLUTIONS = (64, 48, 32)
 TINY = dict(channels=(8, 16, 24, 32))
-MODELS = {'resnet18': TINY, 'mobilenetv2_100': {}}
+MODELS = {'resnet18': TINY, 'test_efficientnet': {}}
 FORMATS = ('weights.safetensors', 'weights.pth', 'training.pth.tar', 'ema.pth.tar', 'ddp.pth.tar')
 
 
