@@ -30,7 +30,8 @@ FLOORS = (
 # What a room takes from outside, of those that are to stay light.
 LIGHT = {
     'timm_rs_runtime': {
-        'PIL', 'fastapi', 'gradio', 'numpy', 'onnxruntime', 'prometheus_client', 'ray', 'starlette', 'uvicorn'},
+        'PIL', 'fastapi', 'gradio', 'numpy', 'onnxruntime', 'prometheus_client', 'pyarrow', 'ray',
+        'starlette', 'uvicorn'},
     'timm_rs_cli': {'huggingface_hub', 'timm', 'torch'},  # inside run()
 }
 

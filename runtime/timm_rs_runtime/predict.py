@@ -3,7 +3,7 @@ import json
 import os
 import sys
 import time
-from typing import IO, Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import IO, Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from .errors import UserError, one_line
 from .images import ImageError, ImageSource, buffered, find_images
 from .session import Session, ahead
 
-__all__ = ['Predictor', 'find_sources', 'predict_all', 'top']
+__all__ = ['Predictor', 'answers', 'find_sources', 'predict_all', 'top']
 
 STDIN = '-'
 
@@ -121,6 +121,39 @@ def find_sources(names: Sequence[str]) -> Iterator[Tuple[str, Union[str, IO[byte
             yield name, e
 
 
+def answers(
+        predictor: Predictor,
+        sources: Iterable[Tuple[str, Union[ImageSource, UserError]]],
+        k: int = 5,
+) -> Iterator[Dict[str, Any]]:
+    """Give a row for each image: 'image', its name, 'resolution', 'milliseconds' and 'top', or 'image' and 'error'.
+
+    The next images are read meanwhile.
+
+    Args:
+        predictor: Answers.
+        sources: Name and image, or the error instead.
+        k: Classes of an answer.
+    """
+    def read(source: Tuple[str, Any]) -> Tuple[str, Any, float]:
+        (name, image), start = source, time.perf_counter()
+        try:
+            image = image if isinstance(image, UserError) else predictor.read(image)
+        except UserError as e:
+            image = e
+        return name, image, 1e3 * (time.perf_counter() - start)
+
+    for name, image, reading in ahead(map(read, sources)):
+        try:
+            if isinstance(image, UserError):
+                raise image
+            logits, resolution, milliseconds = predictor(image)
+            best = top(logits, predictor.session.class_names, k, predictor.session.threshold)
+            yield dict(image=name, resolution=resolution, milliseconds=round(milliseconds + reading, 3), top=best)
+        except UserError as e:
+            yield dict(image=name, error=one_line(e))
+
+
 def predict_all(
         predictor: Predictor,
         names: Sequence[str],
@@ -130,7 +163,7 @@ def predict_all(
 ) -> int:
     """Print the answer for each image: its top classes, or a line of JSON.
 
-    An image that fails is a line on stderr, or a line of JSON with an 'error'. The next ones are read meanwhile.
+    An image that fails is a line on stderr, or a line of JSON with an 'error'.
 
     Args:
         predictor: Answers.
@@ -147,30 +180,13 @@ def predict_all(
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
 
-    def read(source: Tuple[str, Any]) -> Tuple[str, Any, float]:
-        (name, image), start = source, time.perf_counter()
-        try:
-            image = image if isinstance(image, UserError) else predictor.read(image)
-        except UserError as e:
-            image = e
-        return name, image, 1e3 * (time.perf_counter() - start)
-
-    for name, image, reading in ahead(map(read, find_sources(names))):
-        try:
-            if isinstance(image, UserError):
-                raise image
-            logits, resolution, milliseconds = predictor(image)
-            milliseconds += reading
-            best = top(logits, predictor.session.class_names, k, predictor.session.threshold)
-            row = dict(image=name, resolution=resolution, milliseconds=round(milliseconds, 3), top=best)
-        except UserError as e:
-            row = dict(image=name, error=one_line(e))
-            failed += 1
+    for row in answers(predictor, find_sources(names), k):
+        failed += 'error' in row
         if as_json:
             print(json.dumps(row, ensure_ascii=False), flush=True)
         elif 'error' in row:
             print(f"{program}: error: {row['error']}", file=sys.stderr, flush=True)
         else:
-            lines = [f"  {found['probability']:7.2%}  {found['name']}" for found in best]
-            print(f'{name}: {resolution} px, {milliseconds:.1f} ms', *lines, sep='\n', flush=True)
+            lines = [f"  {found['probability']:7.2%}  {found['name']}" for found in row['top']]
+            print(f"{row['image']}: {row['resolution']} px, {row['milliseconds']:.1f} ms", *lines, sep='\n', flush=True)
     return failed

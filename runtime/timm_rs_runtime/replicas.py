@@ -47,7 +47,7 @@ def connect(address: Optional[str], **options: Any) -> None:
     try:
         if host and port.isdigit():
             socket.create_connection((host, int(port)), timeout=10).close()  # Ray would try for minutes
-        os.environ.setdefault('RAY_worker_niceness', '0')  # 15 is meant for batches
+        os.environ.setdefault('RAY_worker_niceness', '0')  # otherwise 15
         ray.init(
             address or 'local', log_to_driver=False, logging_level='ERROR',
             **({} if address else dict(options, include_dashboard=False)))

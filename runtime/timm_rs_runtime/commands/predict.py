@@ -3,6 +3,7 @@ import argparse
 import sys
 import warnings
 
+from ..errors import UserError
 from ..fields import check_argument, integer
 from ..predict import Predictor, predict_all
 from ..preprocess import MARGINS
@@ -12,6 +13,7 @@ MAX_TOP = 1000
 EXAMPLES = [
     'photo.jpg --model model.onnx',
     'DIR --model model.onnx --budget-ms 20 --json',
+    'DIR --model model.onnx --ray --output answers',
 ]
 
 
@@ -30,10 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
              '(default: %(default)s)')
     add('--top', type=int, default=5, metavar='K', help='classes to print (default: %(default)s)')
     add('--json', action='store_true', help='print a line of JSON for each image')
+    add('--ray', nargs='?', const='', metavar='ADDRESS',
+        help='write Parquet files with Ray Data, from a folder, a Parquet file or WebDataset shards; on the cluster at '
+             'ADDRESS, auto for the one that runs here (default: start one)')
+    add('-o', '--output', metavar='DIR', help='folder of --ray; it goes on where it stopped')
+    add('--workers', type=int, metavar='N', help='processes of --ray, each on a core (default: all but one)')
 
 
 def run(args: argparse.Namespace) -> None:
     check_argument('--top', args.top, integer(1, MAX_TOP))
+    if args.ray is not None:
+        predict_on_ray(args)
+        return
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f'{args.program}: {message}', file=sys.stderr)
         warnings.simplefilter('always', RuntimeWarning)
@@ -44,3 +54,15 @@ def run(args: argparse.Namespace) -> None:
         failed = predict_all(predictor, args.images, args.top, args.json, args.program)
     if failed:
         raise SystemExit(1)
+
+
+def predict_on_ray(args: argparse.Namespace) -> None:
+    from ..ray import predict
+
+    if args.output is None or len(args.images) != 1:
+        raise UserError('--ray takes one source, and --output.')
+    found = predict(
+        args.images[0], args.model, args.output, args.resolution, args.budget_ms, args.cascade, args.top, args.workers,
+        address=args.ray or None, mode=args.mode, decode=args.decode)
+    print(f"{args.output}: {found['images']:,} images in {found['seconds']:.1f} s, {found['failed']:,} failed, "
+          f"{found['before']:,} were there before")
