@@ -8,14 +8,13 @@ import torch
 import torch.nn as nn
 from timm.task.evaluator import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from timm.utils import unwrap_model
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_rs_runtime.errors import UserError
 from timm_rs_runtime.unreadable import UnreadableError
 
-from ._compat import FakeTensorMode
+from ._compat import BatchNorm, FakeTensorMode
 from .data.readers import UNREADABLE
 from .quant.quantize import fold, is_quantized
 from .resolutions import check_resolutions, nearest_resolution
@@ -60,7 +59,7 @@ def count_madds(model: nn.Module, resolution: int, in_chans: int = 3) -> int:
     if is_quantized(model):
         model = fold(model)
     modes = {m: m.training for m in model.modules()}
-    layers = [(m, m.__dict__.get('forward')) for m in modes if isinstance(m, _BatchNorm)]
+    layers = [(m, m.__dict__.get('forward')) for m in modes if isinstance(m, BatchNorm)]
     model.eval()
     for layer, _ in layers:  # torch works out the shapes of BatchNorm in Python, which is half of the time
         layer.forward = lambda x: x
