@@ -83,6 +83,22 @@ def test_int8(small, photographs, tmp_path):
     assert run(tmp_path / 'int8.pte', torch.randn(2, 3, 12, 12)).shape == (2, 5)
 
 
+def test_logits_of_int8_may_be_larger_than_those_measured():
+    """The logit is the sum of three channels: 1 for the images that ranges are measured on, 3 for a white one."""
+    from timm_rs.export.executorch import trace_int8
+
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 3, 1, bias=False), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+        torch.nn.Linear(3, 1, bias=False)).eval()
+    network.pretrained_cfg = dict(input_size=(3, 4, 4))
+    network[0].weight.data = torch.eye(3).view(3, 3, 1, 1)
+    network[4].weight.data.fill_(1.)
+    colours = [channel.expand(1, 4, 4, 3).permute(0, 3, 1, 2).contiguous().numpy() for channel in torch.eye(3)]
+    program = trace_int8({4: network}, {4: colours})[4].module()
+    assert program(torch.from_numpy(colours[0])).item() == pytest.approx(1, abs=0.05)
+    assert program(torch.ones(1, 3, 4, 4)).item() == pytest.approx(3, abs=0.05)
+
+
 @pytest.mark.parametrize('change, message', [
     (dict(batch_size=0), 'batch_size is 0, expected a positive number'),
     (dict(class_names=['a']), '1 class names, expected one for each of 5'),

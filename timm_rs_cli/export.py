@@ -2,10 +2,11 @@
 import argparse
 import os
 from functools import partial
+from pathlib import Path
 
 from timm_rs_runtime.commands.images import add_images, print_read
 from timm_rs_runtime.errors import UserError
-from timm_rs_runtime.files import check_new_file
+from timm_rs_runtime.files import check_new_file, check_new_folder
 
 from ._source import add_source, load, read_labels
 
@@ -13,10 +14,13 @@ EXAMPLES = [
     'output/train/RUN -o model.onnx',
     'model -o int8.onnx --quantize int8 --data-dir DIR',
     'model -o phone.pte',
+    'model -o phone.mlpackage --precision fp16',
     'model -o small.pt2 --resolution 160',
 ]
 
-SUFFIXES = {'.onnx': 'onnx', '.pte': 'executorch', '.pt2': 'torch-export', '.pt': 'torchscript'}
+SUFFIXES = {
+    '.onnx': 'onnx', '.pte': 'executorch', '.mlpackage': 'coreml', '.pt2': 'torch-export', '.pt': 'torchscript'}
+PHONES = 'executorch', 'coreml'  # a function for each resolution, of a fixed batch size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,15 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--format', choices=sorted(SUFFIXES.values()),
         help=f"default: that of FILE's suffix, {', '.join(SUFFIXES)}, else onnx")
     add('--resolution', type=int, metavar='N',
-        help='take this resolution out (default: one file for all of them, ONNX or ExecuTorch)')
+        help='take this resolution out (default: one file for all of them, ONNX, ExecuTorch or Core ML)')
     batch = parser.add_mutually_exclusive_group()
-    batch.add_argument('--batch-size', type=int, metavar='N', help='images of a batch, with --resolution or ExecuTorch')
+    batch.add_argument('--batch-size', type=int, metavar='N',
+        help='images of a batch, with --resolution, ExecuTorch or Core ML')
     batch.add_argument('--dynamic-batch', action='store_true',
-        help='batches of any number of images (the default; one image with ExecuTorch)')
+        help='batches of any number of images (the default; one image with ExecuTorch and Core ML)')
     add('--tolerance', type=float, default=0., metavar='X',
         help='accept differences of logits between network and file up to X (default: what float32 rounding explains)')
     add('--precision', default='float32', choices=('float32', 'fp16'),
-        help='fp16 halves an ONNX file; images and logits stay float32 (default: %(default)s)')
+        help='fp16 halves a file of ONNX or Core ML; images and logits stay float32 (default: %(default)s)')
     add('--split-batch-norm', action='store_true',
         help='write each BatchNorm of the ONNX file for all resolutions as a multiplication and an addition, for MNN '
              'and tract')
@@ -48,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from timm_rs.export import export_executorch, export_int8, export_resolution, export_switchable
+    from timm_rs.export import export_coreml, export_executorch, export_int8, export_resolution, export_switchable
     from timm_rs_runtime.images import find_images, split_folder
     from timm_rs_runtime.unreadable import ReadErrors
 
@@ -56,26 +61,35 @@ def run(args: argparse.Namespace) -> None:
     args.format = args.format or SUFFIXES.get(suffix, 'onnx')
     if SUFFIXES.get(suffix, args.format) != args.format:
         raise UserError(f'--output {args.output}: {suffix} is for --format {SUFFIXES[suffix]}, not {args.format}.')
-    is_program = args.format == 'executorch'
-    if is_program and (args.resolution is not None or args.dynamic_batch):
+    is_program, is_package = (args.format == name for name in PHONES)
+    if args.format in PHONES and (args.resolution is not None or args.dynamic_batch):
         what = '--dynamic-batch' if args.dynamic_batch else '--resolution'
-        raise UserError(f'--format executorch does not go with {what}: it has all resolutions and a fixed batch size.')
-    if args.resolution is None and not is_program and (args.format != 'onnx' or args.batch_size):
+        raise UserError(
+            f'--format {args.format} does not go with {what}: it has all resolutions and a fixed batch size.')
+    if is_package and (args.quantize or args.overwrite):
+        what, why = ('--quantize int8', 'int8 is for ONNX and ExecuTorch') if args.quantize else (
+            '--overwrite', 'it is a folder, and no folder is overwritten')
+        raise UserError(f'--format coreml does not go with {what}: {why}.')
+    if args.resolution is None and args.format not in PHONES and (args.format != 'onnx' or args.batch_size):
         what = f'--format {args.format}' if args.format != 'onnx' else '--batch-size'
         raise UserError(
-            f'{what} needs --resolution: one file for all resolutions is ONNX, of any batch size, or ExecuTorch.')
+            f'{what} needs --resolution: one file for all resolutions is ONNX, of any batch size, ExecuTorch or '
+            'Core ML.')
     if bool(args.quantize) != bool(args.data_dir):
         raise UserError('--quantize int8 and --data-dir DIR need each other.')
     if args.quantize and args.resolution is not None:
         raise UserError('--quantize int8 writes all resolutions, leave --resolution out.')
-    if args.precision != 'float32' and (args.quantize or args.format != 'onnx'):
+    if args.precision != 'float32' and (args.quantize or args.format not in ('onnx', 'coreml')):
         what = '--quantize int8' if args.quantize else f'--format {args.format}'
         raise UserError(f'--precision {args.precision} does not go with {what}.')
     if args.int8_format and (not args.quantize or is_program):
         raise UserError('--int8-format needs --quantize int8 and --format onnx.')
     if args.split_batch_norm and (args.format != 'onnx' or args.quantize or args.resolution is not None):
         raise UserError('--split-batch-norm is for one ONNX file for all resolutions, without --quantize.')
-    check_new_file(args.output, args.overwrite)
+    if is_package:
+        check_new_folder(args.output)
+    else:
+        check_new_file(args.output, args.overwrite)
     labels = read_labels(args)
     if args.quantize:
         folder = split_folder(args.data_dir, args.split)
@@ -91,6 +105,10 @@ def run(args: argparse.Namespace) -> None:
         print_read(count, len(errors.names), folder)
         lines = {r: f"top-1 of {row['agreement']:.1%} of {count} images as the network's, "
                     f"logits {row['error']:.1%} off" for r, row in found.items()}
+    elif is_package:
+        export_coreml(model, args.output, labels, args.batch_size or 1, args.tolerance, args.precision)
+        lines = {r: f'function forward_{r}, not compared with the network, for only macOS and iOS run it'
+                 for r in model.resolutions}
     elif args.resolution is None:
         export = export_executorch if is_program else partial(
             export_switchable, precision=args.precision, split_batch_norm=args.split_batch_norm)
@@ -103,5 +121,6 @@ def run(args: argparse.Namespace) -> None:
         lines = {args.resolution: f'differs from the network by at most {error:.2g}'}
     for resolution, text in lines.items():
         print(f'{resolution} px: {text}')
-    print(f"{args.output}: {model.pretrained_cfg['architecture']} at {' '.join(map(str, lines))}, "
-          f'{os.path.getsize(args.output) / 1e6:.1f} MB')
+    output = Path(args.output)
+    size = sum(path.stat().st_size for path in (output, *output.rglob('*')) if path.is_file())
+    print(f"{output}: {model.pretrained_cfg['architecture']} at {' '.join(map(str, lines))}, {size / 1e6:.1f} MB")

@@ -4,6 +4,9 @@ A program has a method per resolution, each for input of a fixed size. ExecuTorc
 so weights that the resolutions share are in the file once, unless a BatchNorm that differs is fused into them. In
 float32 a BatchNorm therefore stays a multiplication and an addition. In int8 its scale becomes part of the scales of
 the weights, of which there is one per output channel, and the integers stay equal.
+
+In int8 the ranges of activations are measured, except those of linear layers, which take the range of each batch and
+return float32: logits have a long tail, and would be cut off at the largest that was measured.
 """
 import copy
 import dataclasses
@@ -51,10 +54,10 @@ def trace_int8(plain: Dict[int, nn.Module], batches: Dict[int, Sequence[np.ndarr
         plain: The plain network of each resolution, largest first; they share their weights.
         batches: Preprocessed images [N, C, H, W] of each resolution, for the ranges of activations; all of one N.
     """
-    config = get_symmetric_quantization_config(is_per_channel=True)
+    config, linear = (get_symmetric_quantization_config(is_per_channel=True, is_dynamic=d) for d in (False, True))
     observer = PerChannelMinMaxObserver.with_args(eps=_LEAST_SCALE)
-    config = dataclasses.replace(
-        config, weight=dataclasses.replace(config.weight, observer_or_fake_quant_ctr=observer))
+    weight = dataclasses.replace(config.weight, observer_or_fake_quant_ctr=observer)
+    config, linear = (dataclasses.replace(c, weight=weight) for c in (config, linear))
     programs, first = {}, None
     for resolution, network in plain.items():
         fused = fuse_batch_norms(_on_levels(network), example_images(network, resolution, 2))
@@ -63,7 +66,8 @@ def trace_int8(plain: Dict[int, nn.Module], batches: Dict[int, Sequence[np.ndarr
         images = [torch.from_numpy(batch) for batch in batches[resolution]]
         traced = _trace(fused, network, resolution, len(images[0])).module()
         with tracing(network, resolution), torch.no_grad():
-            prepared = prepare_pt2e(traced, XNNPACKQuantizer().set_global(config))
+            prepared = prepare_pt2e(
+                traced, XNNPACKQuantizer().set_global(config).set_operator_type(torch.ops.aten.linear.default, linear))
             for batch in images:
                 prepared(batch)
             programs[resolution] = torch.export.export(convert_pt2e(prepared), (images[0],))

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 
 from timm_rs_runtime.errors import UserError
-from timm_rs_runtime.files import atomic_path, check_new_file
+from timm_rs_runtime.files import atomic_folder, atomic_path, check_new_file, check_new_folder
 from timm_rs_runtime.format import preprocessing_of
 from timm_rs_runtime.images import MODES
 from timm_rs_runtime.ort import open_onnx
@@ -27,7 +27,7 @@ from .verify import Run, compare_int8, verify
 
 __all__ = [
     'FORMATS', 'INT8_FORMATS', 'PRECISIONS',
-    'export_executorch', 'export_int8', 'export_resolution', 'export_switchable',
+    'export_coreml', 'export_executorch', 'export_int8', 'export_resolution', 'export_switchable',
 ]
 
 FORMATS = ('onnx', 'torch-export', 'torchscript')
@@ -159,8 +159,7 @@ def export_executorch(
         UserError: The network is not switchable, a weight is not finite, or the number of names is wrong.
     """
     check_new_file(path, overwrite)
-    if batch_size < 1:
-        raise UserError(f'batch_size is {batch_size}, expected a positive number.')
+    _check_batch_size(batch_size)
     plain, metadata = _take_all(model, class_names)
     from .executorch import load, lower, trace_float, trace_int8  # needs executorch
 
@@ -179,6 +178,44 @@ def export_executorch(
         if images:
             return compare_int8(run, plain, batches, metadata['architecture'])
         return verify(run, plain, metadata['architecture'], tolerance, (batch_size,))
+
+
+def export_coreml(
+        model: nn.Module,
+        path: str,
+        class_names: Optional[Sequence[str]] = None,
+        batch_size: int = 1,
+        tolerance: float = 0.,
+        precision: str = 'float32',
+) -> None:
+    """Write one Core ML package with a function for each resolution, see timm_rs.export.coreml.
+
+    The function forward_160 takes images [batch_size, C, 160, 160]. The package is not compared with the network, for
+    only Apple's systems run it; in fp16 the network itself is, computed in 16 bits.
+
+    Args:
+        model: Switchable network.
+        path: Folder to write, NAME.mlpackage, complete or not at all.
+        batch_size: Images of a batch.
+        class_names, tolerance, precision: See export_switchable.
+
+    Raises:
+        ExportError: The network cannot be traced or converted, or is another one in 16 bits.
+        UserError: The network is not switchable, a weight is not finite, or the number of names is wrong.
+    """
+    if not path.endswith('.mlpackage'):
+        raise UserError(f'{path}: expected a name that ends in .mlpackage, which Core ML needs.')
+    check_new_folder(path)
+    _check_batch_size(batch_size)
+    _check_precision(precision)
+    plain, metadata = _take_all(model, class_names)
+    from .coreml import convert, in_16_bits, save  # needs coremltools
+
+    if precision == 'fp16':
+        verify(in_16_bits(plain), plain, metadata['architecture'], tolerance, (batch_size,), precision)
+    models = {r: convert(network, r, batch_size, precision) for r, network in plain.items()}
+    with atomic_folder(path) as partial:
+        save(models, dict(metadata, precision=precision), partial)
 
 
 def export_resolution(
@@ -210,8 +247,8 @@ def export_resolution(
         ExportError: The network cannot be traced, or differs from its file.
         UserError: There is no such resolution or format, or a weight is not finite.
     """
-    if batch_size is not None and batch_size < 1:
-        raise UserError(f'batch_size is {batch_size}, expected a positive number.')
+    if batch_size is not None:
+        _check_batch_size(batch_size)
     if format not in FORMATS:
         raise UserError(f"Unknown format {format!r}, expected one of {', '.join(FORMATS)}.")
     _check_precision(precision)
@@ -236,6 +273,11 @@ def export_resolution(
         batch_sizes = (batch_size,) if batch_size else (1, 3)
         found = verify(run, {resolution: network}, metadata['architecture'], tolerance, batch_sizes, precision)
         return found[resolution]
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise UserError(f'batch_size is {batch_size}, expected a positive number.')
 
 
 def _check_precision(precision: str) -> None:

@@ -333,7 +333,8 @@ class _Quantizer:
     def _new_grid(self, name: str) -> Tuple[str, str]:
         """Return the names of scale and zero point of an activation: the zero point of all sizes, a scale for each.
 
-        Images have one scale, or OpenVINO 2026.4 finds nothing constant to quantize and computes all in float32.
+        Images have one scale. With a scale per size OpenVINO 2026.4 computes 14 of the 15 layers of
+        rs_resnet10t.imagenette in float32; in a MobileNetV2 it makes no difference.
         """
         ranges = np.array(self.ranges[name])
         low, high = ranges.min(0)[0], ranges.max(0)[1]
