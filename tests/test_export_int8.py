@@ -36,16 +36,16 @@ def assert_near(logits, network, x):
     assert np.square(logits - expected).mean() < 0.2 ** 2 * np.square(expected - expected.mean(1, keepdims=True)).mean()
 
 
-def optimized(path, folder, **sizes):
-    """Return the operators that ONNX Runtime is left with."""
+def optimized(path, folder, level='EXTENDED', **sizes):
+    """Return the graph that ONNX Runtime is left with."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, f'ORT_ENABLE_{level}')
     options.optimized_model_filepath = str(folder / 'optimized.onnx')
     for name, size in sizes.items():
         options.add_free_dimension_override_by_name(name, size)
     onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-    return [n.op_type for n in onnx.load(folder / 'optimized.onnx').graph.node]
+    return onnx.load(folder / 'optimized.onnx').graph
 
 
 def test_int8(tiny, exported, tmp_path):
@@ -77,13 +77,21 @@ def test_onnxruntime_computes_in_integers(exported, tiny, tmp_path):
     """With fixed sides all of it; with free ones the convolutions if they are QLinearConv."""
     int8_format, path, _ = exported
     count = sum(isinstance(m, torch.nn.Conv2d) for m in tiny.modules())
-    fixed = optimized(path, tmp_path, height=48, width=48)
+    fixed = [n.op_type for n in optimized(path, tmp_path, height=48, width=48).node]
     assert fixed.count('QLinearConv') == count and fixed.count('QuantizeLinear') == 1
     assert not set(fixed) & {'Conv', 'Add', 'Gemm', 'DequantizeLinear', 'Gather', 'Less', 'Shape', 'Slice', 'Split'}
     if int8_format == 'qoperator':
-        free = optimized(path, tmp_path)
+        free = [n.op_type for n in optimized(path, tmp_path).node]
         assert free.count('QLinearConv') == count and free.count('QuantizeLinear') == 1
         assert not set(free) & {'Conv', 'Add', 'Gemm', 'DequantizeLinear'}
+
+
+def test_scales_are_constant_where_sides_are_fixed(exported, tmp_path):
+    """Compilers for accelerators need that, such as QNN's."""
+    graph = optimized(exported[1], tmp_path, 'BASIC', batch=1, height=48, width=48)
+    constants = {t.name for t in graph.initializer}
+    quantized = [n for n in graph.node if 'Linear' in n.op_type]
+    assert quantized and all(name in constants for n in quantized for name in n.input[1:3])
 
 
 def test_openvino_computes_in_integers(exported, tiny):
