@@ -250,7 +250,7 @@ class Worker:
         self.start()
 
     def start(self) -> None:
-        context = multiprocessing.get_context('spawn')
+        context = multiprocessing.get_context('fork')  # which need not import torch again
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(theirs, str(self.originals)), daemon=True)
         self.process.start()

@@ -1,8 +1,10 @@
 """Tables of accuracy: planned, trained by train_rs.py, and compared"""
 import csv
 import json
+import multiprocessing
 import os
 import random
+import runpy
 import sys
 from pathlib import Path
 
@@ -12,11 +14,16 @@ from command_lines import fails
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'experiments'))
+import _runs
 import compare_recipes
 import paper_table
 import warm_start
 from _runs import Run, hold_out
 from _tables import markdown, scores_of
+
+import validate_rs
+
+CONTEXT = multiprocessing.get_context('fork')
 
 RECIPE = dict(
     model='rs_test_resnet', resolutions=[32, 24], loss_reduction='mean', batch_size=4, lr=0.05, warmup_epochs=0,
@@ -52,9 +59,37 @@ def write_run(folder, flags, scores):
         f"epoch,{','.join(names)},eval_top1_mean\n{args['epochs'] - 1},{','.join(map(str, values))},50\n")
 
 
-@pytest.mark.slow
-def test_table_of_trained_networks(argv, tmp_path):
+class Forked:
+    """A script in a copy of this process, which need not import torch again."""
+
+    def __init__(self, command, stdout, **_):
+        self.process = CONTEXT.Process(target=self._run, args=(command[1:], stdout.fileno()))
+        self.process.start()
+
+    @staticmethod
+    def _run(argv, log):
+        sys.stdout = sys.stderr = open(log, 'w', closefd=False)
+        sys.argv, code = argv, None
+        try:
+            runpy.run_path(argv[0], run_name='__main__')
+        except SystemExit as e:
+            code = e.code
+        sys.stdout.flush()
+        os._exit(code or 0)  # the threads that it would end are those of this process
+
+    def wait(self):
+        self.process.join()
+        return self.process.exitcode
+
+    def terminate(self):
+        self.process.terminate()
+
+
+def test_table_of_trained_networks(argv, tmp_path, monkeypatch):
     """Through train_rs.py itself; what is done is not trained again."""
+    monkeypatch.chdir(warm_start.ROOT)
+    monkeypatch.setattr(_runs.subprocess, 'Popen', Forked)
+    monkeypatch.setattr(paper_table.subprocess, 'run', lambda command, **_: validate_rs.main(command[2:]))
     argv = [*argv, '--methods', 'inet', 'random_size', '--epochs', '1', '--decoded-cache-side', '40']
     paper_table.main(argv)
     table = json.loads((tmp_path / 'table.json').read_text())

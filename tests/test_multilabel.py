@@ -29,7 +29,7 @@ from timm_rs_runtime.predict import top
 
 COLORS = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
 TINY = (
-    '--task multilabel --model rs_resnet10t --resolutions 32 16 --batch-size 4 --workers 0 --device cpu --no-aug '
+    '--task multilabel --model rs_test_resnet --resolutions 32 16 --batch-size 4 --workers 0 --device cpu --no-aug '
     '--opt adamw --lr 0.003 --warmup-epochs 0 --epochs 2 --num-classes 3 --checkpoint-hist 1').split()
 
 

@@ -1,15 +1,16 @@
 """Quantized networks: where they are quantized, how they are trained and copied"""
 import copy
-import json
 import pickle
 from pathlib import Path
 
+import command_lines
 import pytest
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import yaml
+from command_lines import images as photographs  # noqa: F401
 from conftest import assert_equal, images, plain_model, randomize_bn, rs_model
 from timm.models import is_model
 from timm.optim import create_optimizer_v2
@@ -17,7 +18,6 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3
 
 import train_rs
-import validate_rs
 from timm_rs import add_resolution, make_switchable
 from timm_rs.evaluate import count_madds
 from timm_rs.load import load_model
@@ -404,29 +404,23 @@ def test_compiled_step():
     torch.testing.assert_close(bases(compiled), bases(model))
 
 
-def test_scripts(tmp_path):
-    flags = (
-        '--dataset digits --model rs_test_resnet --resolutions 24 16 --batch-size 448 --epochs 2 --workers 0 '
-        f'--device cpu --no-prefetcher --checkpoint-hist 1 --experiment run --output {tmp_path}').split()
-    quantization = ['--model-kwargs', "quantization={'weight_bits': 2, 'activation_bits': 2, 'skip': 'layer4.*'}"]
-    pytest.importorskip('sklearn')
-    train_rs.main([*flags, *quantization, '--stop-epoch', '1', '--memory', 'lean'])
-    train_rs.main([*flags, *quantization, '--resume', 'auto'])
+def test_scripts(photographs, tmp_path):
+    flags = [str(photographs), *command_lines.TINY, *'--checkpoint-hist 1 --epochs 2 --experiment run --output'.split(),
+             str(tmp_path), '--model-kwargs',
+             "quantization={'weight_bits': 2, 'activation_bits': 2, 'skip': 'layer4.*'}"]
+    train_rs.main([*flags, '--stop-epoch', '1', '--memory', 'lean'])
+    train_rs.main([*flags, '--resume', 'auto'])
     last = tmp_path / 'run' / 'last.pth.tar'
     state = torch.load(last, weights_only=False)['state_dict']
-    assert state['layer1.0.conv1.basis_updates'] == 2 * 2 * (1347 // 448)
-    results = tmp_path / 'results.json'
-    validate_rs.main(['--dataset', 'digits', '--checkpoint', str(last), '--workers', '0', '--device', 'cpu',
-                      '--results-file', str(results)])
-    assert [row['resolution'] for row in json.loads(results.read_text())] == [24, 16, 'ens']
+    assert state['layer1.0.conv1.basis_updates'] == 2 * 2 * (10 // 4)  # sizes, epochs, batches
+    assert list(command_lines.validated(photographs, tmp_path, '--checkpoint', str(last))) == [32, 16, 'ens']
     model = load_model(str(last)).model
     assert is_quantized(model) and 'layer4.0.conv1' not in quantizers(model)
     main(['convert', str(last), '--output', str(tmp_path / 'packed'), '--packed'])
     restored = timm.create_model(f"local-dir:{tmp_path / 'packed'}", pretrained=True).eval()
     x = images(24)
     assert_equal(restored(x), model(x))
-    validate_rs.main(['--dataset', 'digits', '--model', f"local-dir:{tmp_path / 'packed'}", '--pretrained',
-                      '--workers', '0', '--device', 'cpu'])
+    command_lines.validated(photographs, tmp_path, '--model', f"local-dir:{tmp_path / 'packed'}", '--pretrained')
 
 
 # One resolution, copies

@@ -127,9 +127,9 @@ def test_validation_takes_the_flags_of_timm(images, trained, tmp_path, monkeypat
 
 
 def test_validation_fuses_the_branches_of_a_plain_model(images, tmp_path):
-    model = timm.create_model('mobileone_s0', num_classes=2)
+    model = timm.create_model('repvgg_a0', num_classes=2)
     torch.save(model.state_dict(), tmp_path / 'plain.pth')
-    flags = f'--model mobileone_s0 --num-classes 2 --img-size 32 --checkpoint {tmp_path}/plain.pth'.split()
+    flags = f'--model repvgg_a0 --num-classes 2 --img-size 32 --checkpoint {tmp_path}/plain.pth'.split()
     before, after = (validated(images, tmp_path, *flags, *more)[32] for more in ([], ['--reparam']))
     assert after['params'] < before['params'] and after['loss'] == pytest.approx(before['loss'], rel=1e-4)
 
