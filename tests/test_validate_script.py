@@ -126,6 +126,16 @@ def test_validation_takes_the_flags_of_timm(images, trained, tmp_path, monkeypat
     assert float(cropped['top5']) == row['top5'] and float(cropped['loss']) != row['loss']
 
 
+@pytest.mark.parametrize('flags', ['--amp', '--model-dtype bfloat16', '--amp --model-dtype bfloat16'])
+def test_validation_in_bfloat16(images, trained, tmp_path, flags):
+    """At sizes whose last maps are larger than 1x1, where torch's kernels for CPUs are right."""
+    argv = ['--checkpoint', str(trained / 'last.pth.tar'), '--img-size', '64', '48']
+    found, expected = (validated(images, tmp_path, *argv, *more.split()) for more in (flags, ''))
+    for size in (64, 48):
+        assert found[size]['loss'] == pytest.approx(expected[size]['loss'], rel=0.05)
+        assert found[size]['loss'] != expected[size]['loss']
+
+
 def test_validation_fuses_the_branches_of_a_plain_model(images, tmp_path):
     model = timm.create_model('repvgg_a0', num_classes=2)
     torch.save(model.state_dict(), tmp_path / 'plain.pth')

@@ -193,8 +193,8 @@ def read_source(name: str, pretrained: bool = True) -> Tuple[str, Dict[str, Any]
     if ':' not in name:
         return name, {}
     try:
-        (kind, place), config = parse_model_name(name), _find_config(name)
-        is_hub = kind == 'hf-hub'
+        kind, place = parse_model_name(name)
+        config, is_hub = _find_config(kind, place), kind == 'hf-hub'
         weights = load_state_dict_from_hf(place) if is_hub and pretrained else None
     except Exception as e:  # the client of the Hub raises others in other versions
         raise UserError(f'Cannot load {name}: {one_line(e, 300)}') from e
@@ -215,9 +215,8 @@ def read_source(name: str, pretrained: bool = True) -> Tuple[str, Dict[str, Any]
     return architecture, dict(args, pretrained_cfg=dict(cfg, state_dict=weights), pretrained_model_args=args)
 
 
-def _find_config(name: str) -> str:
-    """Return the file config.json of 'local-dir:<folder>' or 'hf-hub:<user>/<name>'."""
-    kind, place = parse_model_name(name)
+def _find_config(kind: str, place: str) -> str:
+    """Return the file config.json of a folder ('local-dir') or repository ('hf-hub')."""
     return download_from_hf(place, 'config.json') if kind == 'hf-hub' else os.path.join(place, 'config.json')
 
 
@@ -234,7 +233,7 @@ def _create_named(
         kwargs['resolutions'] = check_resolutions(resolutions)
     model = create(source, name, pretrained=True, **kwargs)
     model.pretrained_cfg.pop('state_dict', None)
-    model.multilabel_threshold = read_threshold(_find_config(source)) if ':' in source else None
+    model.multilabel_threshold = read_threshold(_find_config(*parse_model_name(source))) if ':' in source else None
     if not isinstance(model, SwitchableMixin) and not keep_plain:
         model = make_switchable(model, resolutions or RESOLUTIONS)
         for key in ('test_input_size', 'test_pool_size', 'test_crop_pct'):

@@ -18,6 +18,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 import onnx
 from onnx import helper
+from tqdm import tqdm
 
 from timm_rs_runtime.errors import UserError
 from timm_rs_runtime.ort import open_onnx
@@ -53,7 +54,7 @@ def measure_ranges(graph: SizedGraph, batches: Dict[int, Sequence[np.ndarray]]) 
     ranges: Ranges = {name: [] for name in ['images', *names]}
     for resolution in graph.resolutions:
         seen = {name: [] for name in ranges}
-        for batch in batches[resolution]:
+        for batch in tqdm(batches[resolution], f'Measure ranges at {resolution} px', leave=False, disable=None):
             for name, values in zip(ranges, [batch, *session.run(names, {'images': batch})]):
                 seen[name].append((values.min(), values.max()))
         for name, extremes in seen.items():

@@ -368,11 +368,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
     Unusable flags and values end the program with one line on stderr and status 2.
     """
-    parser, flags = create_parser(), create_parser()
-    defaults = vars(parser.parse_args([]))
-    for action in flags._actions:
-        action.default = argparse.SUPPRESS
-    given = vars(flags.parse_args(argv))
+    parser, unset = create_parser(), object()
+    defaults = {name: parser.get_default(name) for name in vars(parser.parse_args(argv))}
+    parser.set_defaults(**dict.fromkeys(defaults, unset))
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not unset}
+    parser.set_defaults(**defaults)
     if given.get('config'):
         given = {**_read_config(parser, given['config']), **given}
     if is_warm_start(given):
