@@ -143,7 +143,7 @@ def write_results(args, cells):
                     dataset=name, model=args.recipe.model, method=method, resolution=size, seeds=len(top1),
                     epochs=args.recipe.epochs, top1_mean=round(statistics.mean(top1), 2),
                     top1_std=round(statistics.stdev(top1), 2) if top1[1:] else '', madds=madds(args, size),
-                    seconds=round(sum(seconds for _, seconds in results) / len(args.seeds))))
+                    seconds=round(sum(seconds for _, seconds in results) / len(top1))))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with open(args.output, 'w', newline='') as f:
         writer = csv.DictWriter(f, list(rows[0]))
