@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import warnings
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
 os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
 
@@ -77,10 +77,10 @@ class Replicas:
         finally:
             self._ongoing -= 1
         now = time.perf_counter()
-        if status == 200 and self._ongoing > self._window / 2:
+        if status == 200 and 2 * (self._ongoing + 1) >= self._window:
             self._window += 1 / self._window
         elif status == 503 and now > self._shrinks_at:
-            self._window, self._shrinks_at = max(0.8 * self._window, 2.), now + budget_ms / 1e3
+            self._window, self._shrinks_at = max(0.8 * self._window, 4.), now + budget_ms / 1e3
         return status, found
 
     async def _predict(self, content: bytes, budget_ms: float) -> Answer:
@@ -120,6 +120,7 @@ def serve(
         path: str,
         budget_ms: float,
         replicas: int = 1,
+        min_replicas: int = 1,
         address: Optional[str] = None,
         host: str = '127.0.0.1',
         port: int = 8000,
@@ -130,13 +131,14 @@ def serve(
 ) -> None:
     """Serve a file until SIGTERM or Ctrl-C. SIGHUP opens the file again, replica by replica.
 
-    One replica starts. More follow, up to `replicas`, while more requests are in each than half of what the smallest
+    `min_replicas` start. More follow, up to `replicas`, while more requests are in each than half of what the smallest
     size carries within a budget: the sizes bend first.
 
     Args:
         path: File of `timm-rs export --format onnx`; it has this path on every machine of the cluster.
         budget_ms: Milliseconds from the end of an upload to its answer.
         replicas: Most replicas, each with a core.
+        min_replicas: Fewest; with two or more, requests go to the others when one dies.
         address: Address of a Ray cluster, 'auto' for the one that runs here; if None one is started for this process.
         host: Address to listen at, by default only that of this machine.
         port: Port to listen at.
@@ -150,11 +152,11 @@ def serve(
         OSError: The port is taken.
     """
     for name, value, most in (
-            ('replicas', replicas, 10 ** 4), ('port', port, 65535), ('k', k, 1000), ('max_bytes', max_bytes, MAX_BYTES),
-            ('max_pixels', max_pixels, MAX_PIXELS)):
+            ('replicas', replicas, 10 ** 4), ('min_replicas', min_replicas, replicas), ('port', port, 65535),
+            ('k', k, 1000), ('max_bytes', max_bytes, MAX_BYTES), ('max_pixels', max_pixels, MAX_PIXELS)):
         check_argument(name, value, integer(1, most))
     path, options = os.path.abspath(path), dict(options, threads=1)
-    application = _application(path, budget_ms, replicas, k, max_pixels, options)
+    application = _application(path, budget_ms, (min_replicas, replicas), k, max_pixels, options)
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)
     except OSError as e:
@@ -168,7 +170,7 @@ def serve(
 
         def update() -> None:
             try:
-                _deploy(name, _application(path, budget_ms, replicas, k, max_pixels, options))
+                _deploy(name, _application(path, budget_ms, (min_replicas, replicas), k, max_pixels, options))
                 print(f'{path}: opened again', flush=True)
             except (RuntimeError, UserError) as e:
                 print(f'{path} is not opened again: {one_line(e)}', file=sys.stderr, flush=True)
@@ -183,7 +185,13 @@ def serve(
 
 
 def _application(
-        path: str, budget_ms: float, replicas: int, k: int, max_pixels: int, options: Dict[str, Any]) -> Any:
+        path: str,
+        budget_ms: float,
+        replicas: Tuple[int, int],
+        k: int,
+        max_pixels: int,
+        options: Dict[str, Any],
+) -> Any:
     """Return what Ray Serve runs for a file, which is checked."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', RuntimeWarning)  # an error here
@@ -191,8 +199,9 @@ def _application(
             smallest_ms = min(session.stats()['expected_ms'].values())
     if not session.feasible:
         raise UserError(f'The smallest size of {path} takes {smallest_ms:.1f} ms here, expected at most the budget.')
-    scaling = dict(num_replicas=1) if replicas == 1 else dict(autoscaling_config=dict(
-        min_replicas=1, max_replicas=replicas, target_ongoing_requests=max(0.5 * budget_ms / smallest_ms, 1.)))
+    fewest, most = replicas
+    scaling = dict(num_replicas=most) if fewest == most else dict(autoscaling_config=dict(
+        min_replicas=fewest, max_replicas=most, target_ongoing_requests=max(0.5 * budget_ms / smallest_ms, 1.)))
     return ray_serve.deployment(Replica).options(
         max_ongoing_requests=MAX_ONGOING, max_queued_requests=MAX_ONGOING, max_surge_percent=10,
         health_check_period_s=2, **scaling).bind(path, budget_ms, k, max_pixels, **options)

@@ -12,6 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--budget-ms', type=float, required=True, metavar='T', help='answer within T ms of the end of an upload')
     add('--replicas', type=int, default=1, metavar='N',
         help='start up to N replicas, each on a core, as requests queue up (default: %(default)s)')
+    add('--min-replicas', type=int, default=1, metavar='N', help='keep N at least (default: %(default)s)')
     add('--ray', metavar='ADDRESS', help='Ray cluster, auto for the one that runs here (default: start one)')
     add('--host', default='127.0.0.1', metavar='ADDRESS', help='address to listen at (default: %(default)s)')
     add('--port', type=int, default=8000, metavar='N', help='port to listen at (default: %(default)s)')
@@ -24,5 +25,5 @@ def run(args: argparse.Namespace) -> None:
     from ..replicas import serve
 
     serve(
-        args.file, args.budget_ms, args.replicas, args.ray, args.host, args.port, args.top, args.max_bytes,
-        args.max_pixels)
+        args.file, args.budget_ms, args.replicas, args.min_replicas, args.ray, args.host, args.port, args.top,
+        args.max_bytes, args.max_pixels)
