@@ -122,6 +122,11 @@ def test_the_budget_of_a_request(replica):
     assert 59000 < budgets[0] <= 60000 and 49000 < budgets[1] <= 50000
 
 
+def test_a_budget_that_is_over_at_once():
+    found = TestClient(app_of(never)).post('/predict?budget_ms=1e-9', content=b'x')
+    assert found.status_code == 503 and found.headers['Retry-After'] == '1'
+
+
 def test_a_replica_that_is_full(replica, monkeypatch):
     monkeypatch.setattr(replica.session._controller, 'lateness', lambda *_: 7.)
     monkeypatch.setattr(replica.session, '_next_trial', float('inf'))

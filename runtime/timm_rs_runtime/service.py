@@ -166,7 +166,10 @@ def create_app(
             await asyncio.wait_for(read(request, content), upload_seconds)
             start = time.perf_counter()
             image = await image_of(request, bytes(content))
-            status, found = await predict(image, budget_ms - 1e3 * (time.perf_counter() - start))
+            left_ms = budget_ms - 1e3 * (time.perf_counter() - start)
+            status, found = 503, dict(error='The budget is over before the image is read.', retry_after=1.)
+            if left_ms > 0:
+                status, found = await predict(image, left_ms)
         except asyncio.TimeoutError:
             raise HTTPException(
                 408, f'The body did not arrive within {upload_seconds:g} s.', {'Connection': 'close'}) from None
