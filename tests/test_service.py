@@ -170,6 +170,14 @@ def test_an_upload_that_is_cut_short():
     assert upload(app_of(never), receive)[0] == 400
 
 
+def test_a_length_that_is_too_large_is_refused_at_once():
+    async def receive():
+        raise AssertionError('was read')
+
+    status, headers = upload(app_of(never), receive, [(b'content-length', b'99999999')])
+    assert status == 413 and headers[b'connection'] == b'close'
+
+
 def test_uploads_together_are_limited(monkeypatch):
     monkeypatch.setattr(service, 'MAX_HELD', 1000)
     client = TestClient(app_of(never))

@@ -128,11 +128,14 @@ def create_app(
 
     async def read(request: Request, content: bytearray) -> None:
         nonlocal held
+        too_large = HTTPException(413, f'The body is larger than {max_bytes:,} bytes.', {'Connection': 'close'})
+        if int(request.headers.get('content-length', 0)) > max_bytes:  # the server has checked that it is a number
+            raise too_large
         async for chunk in request.stream():
             content += chunk
             held += len(chunk)
             if len(content) > max_bytes:
-                raise HTTPException(413, f'The body is larger than {max_bytes:,} bytes.', {'Connection': 'close'})
+                raise too_large
             if held > MAX_HELD:
                 raise HTTPException(503, 'Too many uploads; try again later.', {'Retry-After': '1'})
 
