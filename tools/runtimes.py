@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 import timm_rs
 from timm_rs.export import export_executorch, export_int8, export_resolution, export_switchable
-from timm_rs_runtime import Session
+from timm_rs.export.describe import describe
 from timm_rs_runtime.files import atomic_write
+from timm_rs_runtime.format import preprocessing_of
 from timm_rs_runtime.images import find_images, split_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,11 +57,10 @@ def main():
     rows = [row for row in read_rows(args.output) if row['runtime'] not in runtimes]
     with tempfile.TemporaryDirectory() as folder:
         images = find_images(split_folder(args.data_dir, 'train'), args.images)
-        files = write_onnx(model, folder, images)
+        files = write_onnx(model, folder, images) if set(runtimes) - {'ExecuTorch'} else {}
         if 'ExecuTorch' in runtimes:
             files.update(write_programs(model, folder, images))
-        expected = write_inputs(
-            model, folder, files['float32'][0], find_images(split_folder(args.data_dir, 'validation'), args.images))
+        expected = write_inputs(model, folder, find_images(split_folder(args.data_dir, 'validation'), args.images))
         for runtime in tqdm(runtimes, disable=None):
             for form, (path, plain) in files.items():
                 if runtime == 'MNN' and form != 'float32, split':
@@ -128,10 +128,10 @@ def of_one_size(model, resolution):
     return timm_rs.make_switchable(copy.deepcopy(model.at(resolution)), (resolution,))
 
 
-def write_inputs(model, folder, path, images):
+def write_inputs(model, folder, images):
     """Write the photographs as inputs of each size, and return the logits of the network in PyTorch."""
-    session = Session(path, threads=1, decode='exact')
-    inputs = {r: np.stack([session.preprocess(image, r) for image in images]) for r in model.resolutions}
+    preprocess = preprocessing_of(describe(model, model.resolutions))
+    inputs = {r: np.stack([preprocess(image, r) for image in images]) for r in model.resolutions}
     np.savez(os.path.join(folder, 'inputs.npz'), **{f'inputs_{r}': x for r, x in inputs.items()})
     with torch.inference_mode():
         return {r: model.at(r)(torch.from_numpy(x)).numpy() for r, x in inputs.items()}

@@ -2,7 +2,7 @@
 
 Constants of equal content are stored once for all functions. So weights that the resolutions share are in the package
 once, unless a BatchNorm that differs is fused into them, which coremltools does by default.
-Packages are written on every system, but only Apple's run them.
+Packages are written on Linux and macOS, but only Apple's systems run them.
 """
 import copy
 import io
