@@ -364,6 +364,8 @@ def test_data_config_follows_the_active_resolution():
     model = rs_model()
 
     def size_of(net):
+        maps = net.forward_features(images(net.pretrained_cfg['input_size'][-1]))
+        assert net.pretrained_cfg['pool_size'] == maps.shape[-2:]
         return resolve_model_data_config(net)['input_size']
 
     assert size_of(model) == (3, 64, 64)

@@ -1,7 +1,9 @@
 """The runtime as it is installed by itself: without torch, in an environment of its own"""
+import importlib.metadata
 import json
 import shutil
 import subprocess
+import sys
 import venv
 from pathlib import Path
 
@@ -17,7 +19,9 @@ from timm_rs_runtime import Session  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 MOST_MEGABYTES = 250
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not any(importlib.metadata.distributions(name='pip')), reason='needs pip')]
 
 
 @pytest.fixture(scope='module')
@@ -26,10 +30,10 @@ def python(tmp_path_factory):
     folder = tmp_path_factory.mktemp('alone')
     shutil.copytree(  # pip builds in the folder that it installs
         ROOT / 'runtime', folder / 'runtime', ignore=shutil.ignore_patterns('*.egg-info', 'build', '__pycache__'))
-    venv.create(folder / 'venv', with_pip=True)
+    venv.create(folder / 'venv', with_pip=False)
     python = folder / 'venv' / 'bin' / 'python'
     installed = subprocess.run(
-        [python, '-m', 'pip', 'install', '--quiet', './runtime'], cwd=folder, capture_output=True, text=True)
+        [*pip(python), 'install', '--quiet', './runtime'], cwd=folder, capture_output=True, text=True)
     if installed.returncode and ('No matching distribution' in installed.stderr or 'connection' in installed.stderr):
         pytest.skip(f'pip cannot reach a registry: {installed.stderr.splitlines()[-1]}')
     assert not installed.returncode, installed.stderr
@@ -45,6 +49,11 @@ def files(tmp_path_factory):
     return str(folder / 'm.onnx'), str(folder / 'a.png')
 
 
+def pip(python):
+    """Return the command of this environment's pip on another one."""
+    return [sys.executable, '-m', 'pip', '--python', python]
+
+
 def run(python, *argv, code=0):
     found = subprocess.run([python, '-I', *argv], capture_output=True, text=True)
     assert found.returncode == code, found.stderr
@@ -52,7 +61,8 @@ def run(python, *argv, code=0):
 
 
 def test_holds_little(python):
-    installed = json.loads(run(python, '-m', 'pip', 'list', '--format', 'json')[0])
+    found = subprocess.run([*pip(python), 'list', '--format', 'json'], capture_output=True, text=True, check=True)
+    installed = json.loads(found.stdout)
     names = {package['name'].lower() for package in installed}
     assert {'numpy', 'pillow', 'onnxruntime'} <= names and not {'torch', 'timm', 'onnx'} & names
     (packages,) = python.parents[1].glob('lib/python*/site-packages')

@@ -22,7 +22,7 @@ KINDS = ('wds', 'hfds', 'hfids')
 SHARDS = dict(train=(5, 5, 5, 5), validation=(4, 2, 1))  # images in each
 TARS = ('train-{0000..0003}.tar', 'validation-{0000..0002}.tar')
 TINY = (
-    '--model rs_resnet10t --resolutions 32 16 --num-classes 2 --batch-size 4 --workers 2 --device cpu --lr 0.01 '
+    '--model rs_test_resnet --resolutions 32 16 --num-classes 2 --batch-size 4 --workers 2 --device cpu --lr 0.01 '
     '--warmup-epochs 0 --epochs 2 --log-interval 1000 --checkpoint-hist 1'
 ).split()
 RANDOM = '--recovery-interval 1 --reprob 0.5 --drop-path 0.2 --mixup 0.2 --model-ema --model-ema-decay 0.5'.split()

@@ -5,6 +5,7 @@
 parameter names and remains an instance of its own class, so everything that timm does with it keeps working.
 """
 import copy
+import math
 import warnings
 import weakref
 from collections import OrderedDict
@@ -352,6 +353,9 @@ def _note_input_size(module: nn.Module, resolution: int) -> None:
     cfg = module.__dict__.get('pretrained_cfg')
     if cfg and cfg.get('input_size'):
         cfg['input_size'] = (cfg['input_size'][0], resolution, resolution)
+        info = getattr(module, 'feature_info', None)
+        if cfg.get('pool_size') and info:
+            cfg['pool_size'] = (math.ceil(resolution / info[-1]['reduction']),) * 2
     traits = module.__dict__.get('_traits')
     if traits and traits.get('img_size'):  # position embeddings have one size, but work for others too
         traits.update(img_size=(resolution, resolution), fixed_input_size=False)
