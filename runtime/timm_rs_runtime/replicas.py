@@ -35,6 +35,8 @@ from .service import MAX_ONGOING, MAX_UPLOAD, Answer, Replica, create_app
 __all__ = ['Replicas', 'serve']
 
 STATS_SECONDS = 2.
+TARGET_ONGOING = 2.  # requests in a replica, in the mean, above which Ray Serve starts another one ...
+SCALE_SECONDS = 10.  # ... after so long
 
 
 def connect(address: Optional[str], **options: Any) -> None:
@@ -131,8 +133,8 @@ def serve(
 ) -> None:
     """Serve a file until SIGTERM or Ctrl-C. SIGHUP opens the file again, replica by replica.
 
-    `min_replicas` start. More follow, up to `replicas`, while more requests are in each than half of what the smallest
-    size carries within a budget: the sizes bend first.
+    `min_replicas` start. More follow, up to `replicas`, while more than TARGET_ONGOING requests are in each for
+    SCALE_SECONDS: the sizes bend first.
 
     Args:
         path: File of `timm-rs export --format onnx`; it has this path on every machine of the cluster.
@@ -201,7 +203,8 @@ def _application(
         raise UserError(f'The smallest size of {path} takes {smallest_ms:.1f} ms here, expected at most the budget.')
     fewest, most = replicas
     scaling = dict(num_replicas=most) if fewest == most else dict(autoscaling_config=dict(
-        min_replicas=fewest, max_replicas=most, target_ongoing_requests=max(0.5 * budget_ms / smallest_ms, 1.)))
+        min_replicas=fewest, max_replicas=most, target_ongoing_requests=TARGET_ONGOING, upscale_delay_s=SCALE_SECONDS,
+        look_back_period_s=SCALE_SECONDS))
     return ray_serve.deployment(Replica).options(
         max_ongoing_requests=MAX_ONGOING, max_queued_requests=MAX_ONGOING, max_surge_percent=10,
         health_check_period_s=2, **scaling).bind(path, budget_ms, k, max_pixels, **options)
