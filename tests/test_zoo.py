@@ -83,7 +83,7 @@ def test_list_is_that_of_the_installed_timm():
                 timm.create_model(f'rs_{base}')
         pytest.skip(f'zoo.csv was made with timm {MADE_WITH}, installed is {timm.__version__}: a sample was built')
     with open(LIST, newline='', encoding='utf-8') as f:
-        names = [name for name, _ in list(csv.reader(f))[2:]]
+        names = [name for name, *_ in list(csv.reader(f))[2:]]
     assert names == timm.list_models(exclude_filters=['rs_*', 'preresnet*']), 'Run `make zoo`, then `make sweep`.'
 
 
@@ -135,6 +135,11 @@ def test_the_others_say_why_not(base, reason, family, tag):
     nearest = message.removesuffix('.').split(' is rs_')[1]
     assert nearest in RS_MODELS and family in (None, family_of(nearest))
     assert message == explain_unknown_model(base) == explain_unknown_model(f'rs_{base}{tag}')
+
+
+def test_the_nearest_costs_about_the_same():
+    """LeViT-128s has 7.78 million parameters, EfficientNet-B1 7.79."""
+    assert explain_unknown_model('levit_128s').endswith('The nearest that works is rs_efficientnet_b1.')
 
 
 # A small model of some families

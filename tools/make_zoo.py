@@ -2,7 +2,7 @@
 """Write timm_rs/models/zoo.csv: which architectures of the installed timm become rs_* models, and why the others do not
 
 An architecture becomes one if it holds BatchNorm and runs at every default resolution. Each is built and run on the
-meta device: nothing is computed, nothing downloaded.
+meta device: nothing is computed, nothing downloaded. The column params counts its parameters in millions.
 
     make zoo    # or: python tools/make_zoo.py
 
@@ -14,6 +14,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
+from typing import Tuple
 
 import timm
 import torch
@@ -36,21 +37,26 @@ def main():
     torch.set_num_threads(1)
     speed_up_batch_norm()
     names = list_models(exclude_filters='rs_*')
-    rows = [(name, why_not(name)) for name in tqdm(names, disable=None)]
+    rows = [(name, *examine(name)) for name in tqdm(names, disable=None)]
     with atomic_write(args.output, overwrite=True, newline='') as f:
         f.write(f'# timm {timm.__version__}: its architectures and why one is not an rs_* model (tools/make_zoo.py)\n')
-        csv.writer(f, lineterminator='\n').writerows([('name', 'reason'), *rows])
-    registered = sum(not reason for _, reason in rows)
+        csv.writer(f, lineterminator='\n').writerows([('name', 'params', 'reason'), *rows])
+    registered = sum(not reason for *_, reason in rows)
     print(f'{registered} of the {len(rows)} architectures of timm {timm.__version__} become rs_* models')
 
 
-def why_not(name: str) -> str:
-    """Return why there can be no rs_* model of a timm architecture, in words that follow its name; '' if there can."""
+def examine(name: str) -> Tuple[str, str]:
+    """Return the parameters of an architecture of timm in millions, '' if unknown, and what why_not returns."""
     try:
         with torch.device('meta'):
             model = timm.create_model(name).eval()
     except Exception as e:  # whatever it lacks
-        return f'cannot be built: {shorten(e)}'
+        return '', f'cannot be built: {shorten(e)}'
+    return f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f}', why_not(model)
+
+
+def why_not(model: torch.nn.Module) -> str:
+    """Return why there can be no rs_* model of an architecture, in words that follow its name; '' if there can."""
     if not any(isinstance(m, _BatchNorm) for m in model.modules()):
         return 'holds no BatchNorm'
     refused = [r for r in RESOLUTIONS if not takes(model, r)]

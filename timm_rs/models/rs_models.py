@@ -8,10 +8,11 @@ weights holds trained networks that come with the package, each with the configu
 """
 import csv
 import difflib
+import math
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Union
 
 import torch.nn as nn
 from timm.models import (
@@ -67,8 +68,9 @@ def explain_unknown_model(name: str) -> str:
     base = name[len(PREFIX):] if name.startswith(PREFIX) else name
     if base in _REFUSED:
         family = model_entrypoint(base).__module__
-        candidates = [b for b in RS_MODELS if model_entrypoint(b).__module__ == family] or RS_MODELS
-        nearest, = difflib.get_close_matches(base, candidates, n=1, cutoff=0.)
+        candidates = [b for b in RS_MODELS if model_entrypoint(b).__module__ == family] or [
+            b for b in RS_MODELS if get_pretrained_cfg(b).has_weights]
+        nearest = min(candidates, key=lambda b: abs(math.log(_params[b] / _params[base])))
         return f'There is no {PREFIX}{base}: {base} {_REFUSED[base]}. The nearest that works is {PREFIX}{nearest}.'
     if is_model(PREFIX + name):
         near = [PREFIX + name]
@@ -207,17 +209,17 @@ def _refuse(base: str) -> Callable[..., nn.Module]:
     return entrypoint
 
 
-def _read_zoo() -> Dict[str, str]:
-    """Return the architectures of zoo.csv that the installed timm has, with the reason against each or ''."""
+def _read_zoo() -> List[Dict[str, str]]:
+    """Return the rows of zoo.csv for the architectures that the installed timm has."""
     with open(Path(__file__).with_name('zoo.csv'), newline='', encoding='utf-8') as f:
-        rows = csv.reader(line for line in f if not line.startswith('#'))
-        next(rows)  # the names of the columns
-        return {name: reason for name, reason in rows if is_model(name)}
+        rows = csv.DictReader(line for line in f if not line.startswith('#'))
+        return [row for row in rows if is_model(row['name'])]
 
 
 _zoo = _read_zoo()
-RS_MODELS = tuple(name for name, reason in _zoo.items() if not reason)
-_REFUSED = {name: reason for name, reason in _zoo.items() if reason}
+RS_MODELS = tuple(row['name'] for row in _zoo if not row['reason'])
+_REFUSED = {row['name']: row['reason'] for row in _zoo if row['reason']}
+_params = {row['name']: float(row['params'] or 'nan') for row in _zoo}  # millions
 
 _packaged = _read_packaged()
 
