@@ -122,7 +122,10 @@ def break_size(path, index):
 
 def pytest_collection_modifyitems(items):
     """Put first what forks: a process that has run a backward pass may not fork one that runs another. Then long files.
+
+    Of those that fork, test_experiments comes last, as it runs backward passes itself after it has forked.
     """
-    forking = ('test_distributed', 'test_experiments', 'test_quant_distributed', 'test_resume', 'test_streams')
+    forking = ('test_distributed', 'test_quant_distributed', 'test_resume', 'test_streams', 'test_experiments')
     long = ('test_executorch', 'test_runtime_alone', 'test_zoo', 'test_scripts', 'test_training_options', 'test_export')
-    items.sort(key=lambda item: (item.path.stem not in forking, item.path.stem not in long))
+    order = {name: i for i, name in enumerate((*forking, *long))}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
