@@ -123,7 +123,7 @@ def break_size(path, index):
 def pytest_collection_modifyitems(items):
     """Put first what forks: a process that has run a backward pass may not fork one that runs another. Then long files.
 
-    Of those that fork, test_experiments comes last, as it runs backward passes itself after it has forked.
+    Of those that fork, test_experiments comes last: after it, a forked process could not run a backward pass.
     """
     forking = ('test_distributed', 'test_quant_distributed', 'test_resume', 'test_streams', 'test_experiments')
     long = ('test_executorch', 'test_runtime_alone', 'test_zoo', 'test_scripts', 'test_training_options', 'test_export')
