@@ -9,6 +9,7 @@ import threading
 
 import numpy as np
 import pytest
+from command_lines import fails
 from conftest import break_size, rs_model
 from PIL import Image
 
@@ -227,3 +228,14 @@ def test_another_file_is_refused(capsys, tmp_path):
     (tmp_path / 'text.onnx').write_text('no model')
     _, (error,) = predict(capsys, 'a.png', '--model', tmp_path / 'text.onnx', code=1)
     assert 'text.onnx is not an ONNX file' in error
+
+
+@pytest.mark.parametrize('flags, message', [
+    ('--output out', '--output needs --ray'),
+    ('--workers 2', '--workers needs --ray'),
+    ('--ray', '--ray takes one source, and --output'),
+    ('--ray --output out --json', '--ray does not go with --json: it writes Parquet'),
+    ('--ray --output out --threads 2', '--ray does not go with --threads'),
+])
+def test_flags_of_ray(flags, message, capfd):
+    assert message in fails(main, ['predict', 'photo.jpg', '--model', 'm.onnx', *flags.split()], capfd)

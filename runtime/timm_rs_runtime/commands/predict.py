@@ -44,6 +44,9 @@ def run(args: argparse.Namespace) -> None:
     if args.ray is not None:
         predict_on_ray(args)
         return
+    for flag, value in (('--output', args.output), ('--workers', args.workers)):
+        if value is not None:
+            raise UserError(f'{flag} needs --ray: without it answers are printed.')
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f'{args.program}: {message}', file=sys.stderr)
         warnings.simplefilter('always', RuntimeWarning)
@@ -57,10 +60,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def predict_on_ray(args: argparse.Namespace) -> None:
-    from ..ray import predict
-
     if args.output is None or len(args.images) != 1:
         raise UserError('--ray takes one source, and --output.')
+    if args.json or args.threads is not None:
+        what, why = ('--json', 'it writes Parquet') if args.json else ('--threads', 'each of --workers has one thread')
+        raise UserError(f'--ray does not go with {what}: {why}.')
+    from ..ray import predict  # needs Ray
+
     found = predict(
         args.images[0], args.model, args.output, args.resolution, args.budget_ms, args.cascade, args.top, args.workers,
         address=args.ray or None, mode=args.mode, decode=args.decode)
