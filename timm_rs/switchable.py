@@ -352,13 +352,18 @@ def _note_input_size(module: nn.Module, resolution: int) -> None:
     """Let timm's data configuration follow the resolution."""
     cfg = module.__dict__.get('pretrained_cfg')
     if cfg and cfg.get('input_size'):
-        cfg['input_size'] = (cfg['input_size'][0], resolution, resolution)
+        channels, before, _ = cfg['input_size']
+        cfg['input_size'] = (channels, resolution, resolution)
         info = getattr(module, 'feature_info', None)
-        if cfg.get('pool_size') and info:
-            cfg['pool_size'] = (math.ceil(resolution / info[-1]['reduction']),) * 2
+        if info and tuple(cfg.get('pool_size') or ()) == _last_map(before, info):  # others do not pad
+            cfg['pool_size'] = _last_map(resolution, info)
     traits = module.__dict__.get('_traits')
     if traits and traits.get('img_size'):  # position embeddings have one size, but work for others too
         traits.update(img_size=(resolution, resolution), fixed_input_size=False)
+
+
+def _last_map(resolution: int, info: Sequence[Dict[str, Any]]) -> Tuple[int, int]:
+    return (math.ceil(resolution / info[-1]['reduction']),) * 2
 
 
 @cache
