@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn as nn
 from PIL import Image
+from timm.layers import BatchNormAct2d, Conv2dSame
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_rs import make_switchable
@@ -76,6 +77,16 @@ def small_net():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.MaxPool2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
+def mixed_network(sizes):
+    """Return a switchable network of layers of several kinds, the convolution most of a file."""
+    network = nn.Sequential(
+        Conv2dSame(3, 64, 3, 2, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3, groups=64, bias=False),
+        nn.Conv2d(64, 96, 3, bias=False), BatchNormAct2d(96), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 5))
+    network.num_classes = 5
+    network.pretrained_cfg = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
+    return make_switchable(network.eval(), sizes)
+
+
 def gradients(module):
     return {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
 
@@ -122,10 +133,8 @@ def break_size(path, index):
 
 def pytest_collection_modifyitems(items):
     """Put first what forks: a process that has run a backward pass may not fork one that runs another. Then long files.
-
-    Of those that fork, test_experiments comes last: after it, a forked process could not run a backward pass.
     """
-    forking = ('test_distributed', 'test_quant_distributed', 'test_resume', 'test_streams', 'test_experiments')
+    forking = ('test_distributed', 'test_resume', 'test_streams', 'test_experiments', 'test_quant_distributed')
     long = ('test_executorch', 'test_runtime_alone', 'test_zoo', 'test_scripts', 'test_training_options', 'test_export')
     order = {name: i for i, name in enumerate((*forking, *long))}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import rs_model
 from PIL import Image
+from simulated import LATENCY, PHOTOGRAPH, SimulatedSession, adaptive, encoded, queue_up, slow_reading  # noqa: F401
 
 pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
@@ -20,65 +21,11 @@ from timm_rs_runtime import (  # noqa: E402
     ImageError,
     InferenceError,
     NotFiniteError,
-    Preprocessing,
     QueueFullError,
     Session,
     UserError,
 )
 from timm_rs_runtime.adaptive import READ_AHEAD, measure_latency  # noqa: E402
-
-LATENCY = {224: 0.016, 160: 0.008, 96: 0.004}
-PHOTOGRAPH = Image.new('RGB', (8, 8))
-
-
-class SimulatedSession:
-    """Takes the time of LATENCY on its own clock; decoding takes `per_pixel` for each decoded pixel."""
-    resolutions = (224, 160, 96)
-    mean = (0.5, 0.5, 0.5)
-    batch_size = None
-    num_classes = 2
-
-    def __init__(self):
-        self.now = 0.
-        self.slowdown = 1.
-        self.before = lambda: None
-        self.per_pixel = 0.
-        self.preprocessing = Preprocessing((0.5,) * 3, (0.5,) * 3, crop_pct=1.0, decode='scaled')
-
-    def clock(self):
-        return self.now
-
-    def read(self, image, resolution):
-        opened = self.preprocessing.open(image, resolution)
-        self.now += self.per_pixel * opened.width * opened.height * (opened is not image)
-        return opened
-
-    def preprocess(self, image, resolution):
-        return self.preprocessing(image, resolution)
-
-    def predict(self, batch):
-        self.before()
-        self.now += LATENCY[batch.shape[-1]] * len(batch) * self.slowdown
-        return np.zeros((len(batch), 2), np.float32)
-
-
-def adaptive(budget_ms, **kwargs):
-    session = SimulatedSession()
-    return AdaptiveSession(session, budget_ms, clock=session.clock, **kwargs), session
-
-
-@pytest.fixture
-def slow_reading(monkeypatch):
-    """Sessions expect 0.1 us for a decoded pixel, and that is what it takes."""
-    monkeypatch.setattr('timm_rs_runtime.adaptive.measure_reading', lambda clock: (0., 1e-7))
-    monkeypatch.setattr(SimulatedSession, 'read', lambda self, image, resolution, read=SimulatedSession.read: (
-        setattr(self, 'per_pixel', self.per_pixel or 1e-7), read(self, image, resolution))[1])
-
-
-def encoded(width, height, form='jpeg'):
-    file = io.BytesIO()
-    Image.new('RGB', (width, height)).save(file, form)
-    return file.getvalue()
 
 
 def test_latency_is_measured_at_the_start():
@@ -167,25 +114,6 @@ def test_a_slow_spell_is_noticed_and_gone():
     assert [a.in_time for a in answers].count(False) <= 1 and answers[-1].resolution == 160
     simulated.slowdown = 1
     assert [session.predict(PHOTOGRAPH) for _ in range(60)][-1].resolution == 224
-
-
-def queue_up(session, simulated, pool, requests):
-    """Let requests stand in line behind one that is served, in this order; return the answers' futures."""
-    inside, go_on = threading.Event(), threading.Event()
-
-    def wait_once():
-        simulated.before = lambda: None
-        inside.set()
-        go_on.wait(10)
-
-    simulated.before = wait_once
-    futures = [pool.submit(session.predict, PHOTOGRAPH)]
-    assert inside.wait(10)
-    for n, image in enumerate(requests, 1):
-        futures.append(pool.submit(session.predict, image))
-        while session.stats()['queue'] < n and not futures[-1].done():
-            pass
-    return futures, go_on
 
 
 def test_a_queue_makes_it_go_down():
@@ -329,76 +257,6 @@ def test_a_failure_of_the_runtime_leaves_the_line():
     with pytest.raises(RuntimeError, match='Cannot run'):
         session.predict(PHOTOGRAPH)
     assert session.predict(PHOTOGRAPH).in_time and session.stats()['failed'] == 1
-
-
-def patient(budget_ms=22000., **kwargs):
-    """Return a session that refuses, and its clock, on which the sizes take 16, 8 and 4 s: nobody waits so long."""
-    session = SimulatedSession()
-    session.slowdown = 1000
-    return AdaptiveSession(session, budget_ms, refuse_late=True, clock=session.clock, **kwargs), session
-
-
-def test_what_even_the_floor_cannot_carry_is_refused_at_once():
-    """16 s until the first is served, 4 for the next: a third would be done after 24 of its 22 s."""
-    session, simulated = patient()
-    with ThreadPoolExecutor(8) as pool:
-        futures, go_on = queue_up(session, simulated, pool, [PHOTOGRAPH] * 2)
-        error = futures[2].exception(10)
-        assert isinstance(error, QueueFullError) and error.retry_after == pytest.approx(2)
-        assert str(error) == '2 requests are being served or waiting, one more would be late; try again later.'
-        go_on.set()
-        answers = [f.result(10) for f in futures[:2]]
-    assert [(a.resolution, a.in_time) for a in answers] == [(224, True), (96, True)]
-    stats = session.stats()
-    assert (stats['rejected'], stats['failed'], stats['misses']) == (1, 0, 0)
-
-
-def test_what_has_become_too_late_is_not_served():
-    session, simulated = patient()
-    with ThreadPoolExecutor(8) as pool:
-        futures, go_on = queue_up(session, simulated, pool, [PHOTOGRAPH])
-        simulated.now += 10
-        go_on.set()
-        assert not futures[0].result(10).in_time
-        with pytest.raises(QueueFullError, match='The requests before took too long') as e:
-            futures[1].result(10)
-    assert e.value.retry_after > 0 and session.stats()['rejected'] == 1
-
-
-def test_a_request_does_not_wait_beyond_its_deadline():
-    session, simulated = patient(budget_ms=16050.)  # so 50 ms are to spare, and pass on the real clock
-    with ThreadPoolExecutor(8) as pool:
-        futures, go_on = queue_up(session, simulated, pool, [])
-        simulated.now += 15.99  # 10 ms until it should be served
-        with pytest.raises(QueueFullError, match='took too long'):
-            session.predict(PHOTOGRAPH, budget_ms=4050.)
-        go_on.set()
-        futures[0].result(10)
-
-
-@pytest.mark.filterwarnings('ignore:A budget of')
-def test_a_machine_that_was_slow_at_the_start_is_found_out():
-    """Requests that seem to be late are tried for a tenth of the time, while nobody waits."""
-    session = SimulatedSession()
-    session.slowdown = 10000
-    adaptive, session.slowdown = AdaptiveSession(session, 22000., refuse_late=True, clock=session.clock), 1000
-    late = []
-    for _ in range(1000):
-        try:
-            late.append(not adaptive.predict(PHOTOGRAPH).in_time)
-        except UserError as e:
-            assert 'take 40000.0 ms even at 96 px, the budget is 22000 ms' in str(e)
-        session.now += 1
-    assert len(late) > 100 and not any(late) and adaptive.predict(PHOTOGRAPH).resolution == 224
-
-
-def test_images_that_take_longer_than_the_budget(slow_reading):
-    """2560 x 2560 pixels of a PNG take 655 ms; the first is tried."""
-    session, _ = adaptive(100, refuse_late=True)
-    assert not session.predict(encoded(2560, 2560, 'png')).in_time
-    with pytest.raises(UserError, match='The images take 659.4 ms even at 96 px, the budget is 100 ms'):
-        session.predict(encoded(2560, 2560, 'png'))
-    assert session.predict(PHOTOGRAPH).in_time
 
 
 @pytest.mark.parametrize('budget, kwargs, message', [

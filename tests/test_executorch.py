@@ -5,10 +5,9 @@ import os
 import numpy as np
 import pytest
 import torch
+from conftest import mixed_network
 from PIL import Image
-from timm.layers import BatchNormAct2d, Conv2dSame
 
-from timm_rs import make_switchable
 from timm_rs.export import ExportError, export_executorch
 from timm_rs_cli import main
 from timm_rs_runtime.errors import UserError
@@ -19,14 +18,8 @@ SIZES = (16, 12)
 
 @pytest.fixture(scope='module')
 def small():
-    """Layers of several kinds, the convolution most of a file, and BatchNorms of other signs at the smaller size."""
-    network = torch.nn.Sequential(
-        Conv2dSame(3, 64, 3, 2, bias=False), torch.nn.BatchNorm2d(64), torch.nn.ReLU(),
-        torch.nn.Conv2d(64, 64, 3, groups=64, bias=False), torch.nn.Conv2d(64, 96, 3, bias=False), BatchNormAct2d(96),
-        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(96, 5))
-    network.num_classes = 5
-    network.pretrained_cfg = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
-    model = make_switchable(network.eval(), SIZES)
+    """With BatchNorms of other signs at the smaller size."""
+    model = mixed_network(SIZES)
     for private in (model[1], model[5]):
         for resolution in SIZES:
             private[resolution].weight.data.uniform_(0.5, 1.5)

@@ -22,7 +22,7 @@ try:
     import ray.data
     from pyarrow.fs import FileSelector, FileSystem, FileType
 except ImportError as e:
-    raise ImportError("Batches on Ray needs the packages of: pip install './runtime[ray]'.") from e
+    raise ImportError("Batches on Ray need the packages of: pip install './runtime[ray]'.") from e
 
 __all__ = ['Worker', 'predict']
 

@@ -168,7 +168,7 @@ def serve(
         logging.getLogger('ray.serve').setLevel(logging.ERROR)
         ray_serve.start(proxy_location='Disabled')
         name = f'timm_rs-{socket.gethostname()}-{port}'
-        door = Replicas(_deploy(name, application))
+        front = Replicas(_deploy(name, application))
 
         def update() -> None:
             try:
@@ -178,7 +178,7 @@ def serve(
                 print(f'{path} is not opened again: {one_line(e)}', file=sys.stderr, flush=True)
 
         signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=update, daemon=True).start())
-        app = create_app(door.predict, door.stats, budget_ms, max_bytes)
+        app = create_app(front.predict, front.stats, budget_ms, max_bytes)
         print(f'{path}: http://{host}:{port}/predict', flush=True)
         uvicorn.Server(uvicorn.Config(app, log_level='error', access_log=False)).run([listener])
         ray_serve.delete(name)

@@ -199,7 +199,7 @@ def create_app(
 
     @app.get('/metrics', response_class=Response, responses={200: {'content': {'text/plain': {}}}})
     async def metrics() -> Response:
-        """Show the statistics of this door and of the replicas in the format of Prometheus."""
+        """Show the statistics of this process and of the replicas in the format of Prometheus."""
         found = await stats()
         replicas = CollectorRegistry()
         replicas.register(Collector(lambda: found))
