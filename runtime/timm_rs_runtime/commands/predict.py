@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--top', type=int, default=5, metavar='K', help='classes to print (default: %(default)s)')
     add('--json', action='store_true', help='print a line of JSON for each image')
     add('--ray', nargs='?', const='', metavar='ADDRESS',
-        help='after IMAGE: write Parquet files with Ray Data, from a folder, a Parquet file or WebDataset shards; on the '
-             'cluster at ADDRESS, auto for the one that runs here (default: start one)')
+        help='after IMAGE: write Parquet files with Ray Data, from a folder, a Parquet file or WebDataset shards; on '
+             'the cluster at ADDRESS, auto for the one that runs here (default: start one)')
     add('-o', '--output', metavar='DIR', help='folder of --ray; it goes on where it stopped')
     add('--workers', type=int, metavar='N', help='processes of --ray, each on a core (default: all but one)')
 
