@@ -35,6 +35,7 @@ def test_fp16(tiny, exported, tmp_path):
     assert list(errors) == list(RESOLUTIONS) and all(1e-5 < error < 0.1 for error in errors.values())
     export_switchable(tiny, str(tmp_path / 'float32.onnx'))
     model, full = onnx.load(path), onnx.load(tmp_path / 'float32.onnx')
+    onnx.checker.check_model(model, full_check=True)  # the nodes in their order: not every runtime sorts them
     weights = [[t for t in m.graph.initializer if len(t.dims) == 4] for m in (model, full)]
     assert len(weights[0]) == len(weights[1])
     assert {t.data_type for t in weights[0]} == {onnx.TensorProto.FLOAT16}

@@ -340,12 +340,17 @@ def _trace_all(
 
 def _save_onnx(model: Any, metadata: Dict[str, Any], path: str) -> Run:
     """Write an ONNX model in the precision of its metadata, and return what runs it."""
+    import onnx
+
     if metadata['precision'] == 'fp16':
         from onnxruntime.transformers.float16 import convert_float_to_float16  # needs onnx
+        from onnxruntime.transformers.onnx_model import OnnxModel
 
         with quiet():  # about weights that are too small
             model = convert_float_to_float16(model, keep_io_types=True)
+        OnnxModel.graph_topological_sort(model.graph)  # the Cast of the images is at the end
     set_metadata(model, metadata)
+    onnx.checker.check_model(model)
     with open(path, 'wb') as f:
         f.write(model.SerializeToString())
     session = open_onnx(path, threads=torch.get_num_threads())
