@@ -16,6 +16,7 @@ import importlib
 import json
 import logging
 import math
+import os
 import sys
 import warnings
 from contextlib import nullcontext
@@ -296,7 +297,7 @@ def main(argv=None):
 
 def build_model(args, device):
     """Build the network, and take args.input_img_mode, args.task and its threshold from its checkpoint."""
-    if not args.checkpoint and ':' not in args.model and not is_model(args.model):
+    if not args.checkpoint and ':' not in args.model and not is_model(args.model) and not os.path.exists(args.model):
         raise UserError(explain_unknown_model(args.model))
     if args.fast_norm:
         set_fast_norm()

@@ -70,6 +70,13 @@ def test_convert_a_training_run(trained, tmp_path):
     assert (tmp_path / 'out').stat().st_mode & 0o777 == 0o777 & ~umask
 
 
+def test_convert_a_run_folder(trained, tmp_path):
+    model, path = trained
+    run('convert', f'local-dir:{os.path.dirname(path)}', '--output', tmp_path / 'out')
+    x = images(64)
+    assert_equal(create(tmp_path / 'out')(x), model(x))
+
+
 def test_convert_the_moving_average(trained, tmp_path):
     run('convert', trained[1], '--output', tmp_path / 'out', '--use-ema')
     assert not any(v.any() for v in create(tmp_path / 'out').state_dict().values())

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from timm.utils import setup_default_logging
 
 import train_rs
 from timm_rs.records import read_summary
-from timm_rs.train.resume import find_whole, hold_folder
+from timm_rs.train.options import parse_args
+from timm_rs.train.resume import claim_output, find_whole, hold_folder
 from timm_rs_runtime.errors import UserError
 
 CONTEXT = multiprocessing.get_context('fork')  # the children need not import torch again
@@ -233,6 +235,25 @@ def test_a_damaged_file_to_resume_is_named(images, tmp_path, finished, capfd):
     with pytest.raises(SystemExit):
         train_rs.main([str(images), *FLAGS, '--output', str(tmp_path), '--experiment', 'b', '--resume', str(path)])
     assert f'train_rs.py: error: {path} is damaged' in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_a_folder_to_resume_gives_its_furthest_whole_checkpoint(tmp_path, finished):
+    folder = copy_run(finished, tmp_path)
+    truncate(folder / 'last.pth.tar')
+    args = parse_args(['--output', str(tmp_path), '--experiment', 'b', '--resume', str(folder)])
+    args.distributed, args.rank = False, 0
+    with ExitStack() as held:
+        assert claim_output(args, held).resume == find_whole(str(folder))[0][0]
+    args.resume = str(tmp_path)
+    with ExitStack() as held, pytest.raises(UserError, match='the folder holds no whole checkpoint'):
+        claim_output(args, held)
+
+
+def test_a_path_is_not_the_name_of_a_model(tmp_path):
+    args = parse_args(['--output', str(tmp_path), '--model', 'user/name'])
+    args.distributed, args.rank = False, 0
+    with ExitStack() as held, pytest.raises(UserError, match='--model user/name: .*hf-hub:user/name'):
+        claim_output(args, held)
 
 
 def test_no_flipped_byte_goes_unnoticed(tmp_path):

@@ -1,4 +1,5 @@
 """Fixed teachers: their loss in closed form, their images, and the flags"""
+import argparse
 import math
 
 import pytest
@@ -112,17 +113,26 @@ def test_flags(tmp_path):
     assert_equal(own(x), model.at(64).eval()(x))
     assert task.teachers.temperature == 4 and not task.teachers.label_free
     assert build(*weights)[1].teachers is None
+    run = tmp_path / 'run'
+    run.mkdir()
+    args = argparse.Namespace(model='rs_resnet10t', resolutions=[64, 32], num_classes=3)
+    torch.save(dict(state_dict=model.state_dict(), args=args), run / 'last.pth.tar')
+    for name in str(run), f'local-dir:{run}', str(run / 'last.pth.tar'), str(tmp_path / 'rs'):
+        _, task = build('--kd-model-name', name)
+        assert_equal(task.teachers.teachers[0](x), model.at(64).eval()(x))
 
 
 @pytest.mark.parametrize('flags, message', [
     (['--self-teacher'], '--self-teacher needs trained weights with their classifier for 3 classes'),
     (['--pretrained-path', 'RS', '--self-teacher'], '--self-teacher needs trained weights with their classifier'),
     (['--kd-model-name', 'local-dir:PLAIN'], 'has 5 classes, expected 3'),
+    (['--kd-model-name', 'resnet18000'], 'resnet18000 does not exist, expected a checkpoint'),
+    (['--model', 'local-dir:EMPTY'], 'holds no config.json: timm-rs convert makes a folder with one'),
 ])
 def test_unusable_teachers(flags, message, tmp_path):
     save_model(timm.create_model('rs_resnet10t', resolutions=(64, 32), num_classes=3), str(tmp_path / 'rs'))
     save_model(timm.create_model('resnet10t', num_classes=5), str(tmp_path / 'plain'))
-    places = dict(RS=str(tmp_path / 'rs'), PLAIN=str(tmp_path / 'plain'))
+    places = dict(RS=str(tmp_path / 'rs'), PLAIN=str(tmp_path / 'plain'), EMPTY=str(tmp_path))
     with pytest.raises(UserError, match=message):
         build(*[next((f.replace(k, v) for k, v in places.items() if k in f), f) for f in flags])
 

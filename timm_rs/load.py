@@ -77,8 +77,8 @@ def load_model(
 
     Args:
         source: A file of train_rs.py, of timm (weights or training checkpoint, plain or switchable), of the authors'
-            code or of EfficientNet-PyTorch; the output folder of a run; a folder with config.json, or a name for
-            timm.create_model such as hf-hub:user/name or that of a pretrained model.
+            code or of EfficientNet-PyTorch; the output folder of a run or a folder with config.json, also as
+            local-dir:<folder>; or a name for timm.create_model such as hf-hub:user/name or that of a pretrained model.
         name: Name of an rs_* model, or the plain architecture of a plain checkpoint.
         resolutions: Input sizes in pixels. Those of a switchable checkpoint are taken from it, others start from the
             nearest; the authors' checkpoints need as many as they hold.
@@ -93,6 +93,7 @@ def load_model(
         UserError: The checkpoint cannot be read or does not fit the model.
     """
     data_config, kwargs = data_config or {}, dict(model_kwargs or {})
+    source = source.removeprefix('local-dir:')
     is_folder = is_model_folder(source)
     is_known = ':' in source or is_model(source.split('.')[0]) and (keep_plain or source.startswith(PREFIX))
     if is_folder or is_known and not os.path.exists(source):
@@ -217,6 +218,10 @@ def read_source(name: str, pretrained: bool = True) -> Tuple[str, Dict[str, Any]
 
 def _find_config(kind: str, place: str) -> str:
     """Return the file config.json of a folder ('local-dir') or repository ('hf-hub')."""
+    if kind == 'local-dir' and not is_model_folder(place):
+        raise UserError(
+            f'{place} holds no config.json: timm-rs convert makes a folder with one, and --initial-checkpoint takes '
+            'the weights of a run.')
     return download_from_hf(place, 'config.json') if kind == 'hf-hub' else os.path.join(place, 'config.json')
 
 

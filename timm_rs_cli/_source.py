@@ -8,7 +8,7 @@ from timm_rs_runtime.errors import KeyValues
 
 def add_source(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say where a network comes from."""
-    parser.add_argument('checkpoint', metavar='CHECKPOINT',
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', type=lambda name: name.removeprefix('local-dir:'),
         help="run folder or file of train_rs.py, file of timm, of the authors' code or of EfficientNet-PyTorch, folder "
              'with config.json, hf-hub:user/name, or name of a pretrained rs_* model')
     add = parser.add_argument_group('what the checkpoint does not record').add_argument

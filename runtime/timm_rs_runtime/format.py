@@ -58,7 +58,8 @@ def preprocessing_of(metadata: Dict[str, Any], decode: str = 'exact') -> Preproc
 def read_metadata(path: str) -> Dict[str, Any]:
     """Return what a file of timm-rs export records about itself, see parse_metadata."""
     if not os.path.isfile(path):
-        raise UserError(f'{path} does not exist, expected a file of timm-rs export.')
+        found = 'is a folder' if os.path.isdir(path) else 'does not exist'
+        raise UserError(f'{path} {found}, expected a file of timm-rs export.')
     if _refers_to_files(path):
         raise UserError(f'{path} keeps tensors in other files, expected one file of timm-rs export.')
     session = open_onnx(path, threads=1, optimize=False)

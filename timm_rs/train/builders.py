@@ -44,7 +44,7 @@ from ..data.datasets import (
 )
 from ..data.readers import ReadableDataset, skip_unreadable
 from ..evaluate import ENSEMBLE, count_madds, create_evaluator
-from ..load import create, load_weights, read_source
+from ..load import load_model, load_weights, read_source
 from ..models.rs_models import PREFIX, explain_unknown_model
 from ..private_bn import tie_affine
 from ..records import find_checkpoint
@@ -64,6 +64,7 @@ __all__ = [
     'build_model',
     'build_optimizer',
     'build_task',
+    'name_flags',
     'select_device',
 ]
 
@@ -496,8 +497,7 @@ def _build_teachers(args: argparse.Namespace, model: nn.Module, device: torch.de
                 '--initial-checkpoint, or --pretrained with the classes of the weights.')
         networks.append(copy.deepcopy(model.at(args.resolutions[0])))
     if args.kd_model_name:
-        name, kwargs = read_source(args.kd_model_name)
-        network = create(args.kd_model_name, name, pretrained=True, **kwargs).to(device)
+        network = load_model(args.kd_model_name, use_ema=None, keep_plain=True).model.to(device)
         if network.num_classes != args.num_classes:
             raise UserError(
                 f'--kd-model-name {args.kd_model_name} has {network.num_classes} classes, expected {args.num_classes}.')

@@ -118,7 +118,8 @@ def create_parser() -> argparse.ArgumentParser:
     add('--self-teacher', action='store_true',
         help='let the network as it is at the start, at its largest size, teach all sizes; not with a new classifier')
     add('--kd-model-name', default=None, metavar='NAME',
-        help='let this network of timm teach all sizes, e.g. local-dir:FOLDER; with --self-teacher their mean does')
+        help='let a trained network teach all sizes: a run folder, a checkpoint, or a name of timm such as '
+             'hf-hub:user/name; with --self-teacher their mean does')
     add('--kd-temperature', type=float, default=4.0, metavar='T', help='temperature of the teachers (default: 4)')
     add('--task-loss-weight', type=float, default=None, metavar='W', help='weight of all other losses (default: 1)')
     add('--distill-loss-weight', type=float, default=None, metavar='W',

@@ -21,6 +21,7 @@ from timm_rs_runtime.errors import UserError, one_line
 
 from ..checkpoint import check_archive
 from ..records import read_summary
+from .builders import name_flags
 from .saver import Progress
 from .task import MultiResolutionTask
 
@@ -83,11 +84,16 @@ def _find_output(args: argparse.Namespace) -> Output:
     root = args.output or os.path.join('output', 'train')
     name = args.experiment or '-'.join([
         datetime.now().strftime('%Y%m%d-%H%M%S'),
-        safe_model_name(args.model),
+        name_flags(args, 'model')(safe_model_name)(args.model),
         str(max(args.resolutions)) if args.resolutions else 'default',
     ])
     folder = os.path.join(root, name)
     resume = args.resume if args.resume != 'auto' else ''
+    if os.path.isdir(resume):  # of another run, or of this one
+        whole, _ = find_whole(resume)
+        if not whole:
+            raise UserError(f'--resume {resume}: the folder holds no whole checkpoint.')
+        resume = whole[0]
     if resume and not os.path.isfile(resume):
         raise UserError(f'--resume {resume}: there is no such checkpoint.')
     if resume and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(folder):
