@@ -108,7 +108,23 @@ def test_divergence_and_accuracy_are_reported(caplog):
     first, second, accuracy = caplog.messages
     assert first.startswith('Tuned 40 px, epoch 1 of 2: KL divergence from the answers at 64 px 0.')
     assert float(second.split()[-3]) < float(first.split()[-3])
-    assert accuracy == f'Top-1 at 40 px: {100 * 5 / 7:.2f} before, {100 * after:.2f} after.'
+    assert accuracy == f'Acc@1 at 40 px: {100 * 5 / 7:.2f} before, {100 * after:.2f} after.'
+
+
+def test_several_labels_are_taught_one_by_one(caplog):
+    """With one label, what a softmax would teach is nothing."""
+    caplog.set_level('INFO')
+    model, x = rs_model(resolutions=(64,), num_classes=1), images(64, n=8)
+    model.multilabel_threshold = 0.5
+    with torch.no_grad():
+        z = model.at(64)(downscale(x, 40))[:, 0]
+    labels = torch.zeros(8, 1)
+    labels[z.argsort(descending=True)[[0, 2]]] = 1.  # found first and third: precision 1 and 2 / 3
+    labels[z.argmin()] = UNREADABLE
+    add_resolution(model, 40, loader(64), epochs=2, lr=0.05, test_loader=[(x[:5], labels[:5]), (x[5:], labels[5:])])
+    first, second, precision = caplog.messages
+    assert 0 < float(second.split()[-3]) < float(first.split()[-3])
+    assert precision.startswith(f'mAP at 40 px: {100 * (1 + 2 / 3) / 2:.2f} before, ')
 
 
 @pytest.mark.parametrize('method', [m for m in METHODS if m != 'copy'])

@@ -171,7 +171,7 @@ def test_calibrate_reports_the_accuracy(tmp_path, capsys, caplog):
     save_model(rs_model(in_chans=1), str(tmp_path / 'model'))
     argv = ['calibrate', tmp_path / 'model', '--resolution', 40, '--dataset', 'digits', '--images', 64, '--workers', 0]
     run(*argv, '--test-split', 'val', '--output', tmp_path / 'out')
-    assert 'Tuned 40 px, epoch 2 of 2: KL divergence' in caplog.text and 'Top-1 at 40 px: ' in caplog.text
+    assert 'Tuned 40 px, epoch 2 of 2: KL divergence' in caplog.text and 'Acc@1 at 40 px: ' in caplog.text
     save_model(rs_model(in_chans=1, num_classes=9), str(tmp_path / 'nine'))
     with pytest.raises(SystemExit):
         run('calibrate', tmp_path / 'nine', *argv[2:], '--test-split', 'val', '--output', tmp_path / 'none')

@@ -20,8 +20,8 @@ FLOORS = (
     ('timm_rs.private_bn', 'timm_rs.checkpoint'),
     ('timm_rs.switchable',),
     ('timm_rs.quant', 'timm_rs.data'),
-    ('timm_rs.models', 'timm_rs.evaluate', 'timm_rs.calibrate'),
-    ('timm_rs.load',),
+    ('timm_rs.models', 'timm_rs.evaluate'),
+    ('timm_rs.load', 'timm_rs.calibrate'),
     ('timm_rs.train', 'timm_rs.export', 'timm_rs.plot'),
     ('timm_rs.hub',),
     ('timm_rs',),  # the list of what is public

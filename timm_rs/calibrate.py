@@ -12,12 +12,14 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.task.evaluator import ClassificationEvaluator
 from tqdm import tqdm
 
 from timm_rs_runtime.errors import UserError
 
 from .data.readers import UNREADABLE
 from .data.resample import INTERPOLATIONS, downscale
+from .evaluate import METRICS, create_evaluator
 from .private_bn import PrivateBN, interpolate
 from .resolutions import nearest_resolution, neighbours
 from .switchable import SwitchableMixin
@@ -47,8 +49,9 @@ def add_resolution(
     - 'copy': nothing; no images are needed;
     - 'statistics': running mean and variance are re-estimated on the images (as in fvcore's precise BN);
     - 'tune_bn': the network at its largest resolution teaches the new one without labels, by the KL divergence of the
-      logits; only the affine parameters of the new BN layers learn, and the running statistics stay: those of the
-      new size's images ruin some networks (EfficientNet and MobileNet of TensorFlow);
+      answers, label by label if there are several per image; only the affine parameters of the new BN layers learn, and
+      the running statistics stay: those of the new size's images ruin some networks (EfficientNet and MobileNet of
+      TensorFlow);
     - 'tune_bn_head': the classifier learns too. It is shared, so the other resolutions change: only for a network that
       serves nothing but the new resolution.
 
@@ -68,7 +71,8 @@ def add_resolution(
         lr: Learning rate of tuning, AdamW with a cosine schedule.
         min_images: Fewer images than this are refused.
         test_loader: Gives batches (images, labels), the images as those of loader; the log then reports the accuracy at
-            the new size before and after.
+            the new size before and after, or with several labels per image, as vectors of 0 and 1, the mean average
+            precision.
 
     Returns:
         The same network, with the new resolution among its resolutions.
@@ -90,8 +94,6 @@ def add_resolution(
         raise UserError(f'Unknown method {method!r}, expected one of {", ".join(METHODS)}.')
     if not isinstance(resolution, int) or resolution <= 0 or resolution in model.resolutions:
         raise UserError(f'Cannot add resolution {resolution!r} to {model.resolutions}, expected a new size in pixels.')
-    if method.startswith('tune') and getattr(model, 'multilabel_threshold', None) is not None:
-        raise UserError(f'Method {method} teaches one label per image, take statistics or copy for several.')
     if method == 'tune_bn_head' and not hasattr(model, 'get_classifier'):
         raise UserError(f'{type(model).__name__} has no classifier to teach (get_classifier), take method tune_bn.')
     if method.startswith('tune') and epochs < 1:
@@ -102,25 +104,36 @@ def add_resolution(
     with _restored(model, method == 'tune_bn_head'):
         _insert(model, resolution)
         model.eval()
-        before = None if test_loader is None else _top1(model, resolution, test_loader)
+        before = None if test_loader is None else _score(model, resolution, test_loader)
         if method == 'statistics':
             measure_statistics(model, resolution, loader)
         if method.startswith('tune'):
             tune(model, resolution, loader, head=method == 'tune_bn_head', epochs=epochs, lr=lr)
         if before is not None:
-            after = _top1(model, resolution, test_loader)
-            _logger.info(f'Top-1 at {resolution} px: {before:.2f} before, {after:.2f} after.')
+            after = _score(model, resolution, test_loader)
+            name = METRICS[_evaluator(model).default_metric]
+            _logger.info(f'{name} at {resolution} px: {before:.2f} before, {after:.2f} after.')
     return model
 
 
+def _has_several_labels(model: nn.Module) -> bool:
+    return getattr(model, 'multilabel_threshold', None) is not None
+
+
+def _evaluator(model: nn.Module) -> ClassificationEvaluator:
+    return create_evaluator('multilabel' if _has_several_labels(model) else 'classification', model.alpha.device)
+
+
 @torch.no_grad()
-def _top1(model: nn.Module, resolution: int, loader: Iterable) -> float:
-    """Return the top-1 accuracy in percent."""
-    right = []
+def _score(model: nn.Module, resolution: int, loader: Iterable) -> float:
+    """Return the top-1 accuracy, or the mean average precision with several labels per image, in percent."""
+    evaluator = _evaluator(model)
     for images, target in loader:
         (images,) = next(_batches(model, [images], resolution))
-        right.append((model(images).argmax(1).cpu() == target.cpu())[target.cpu() != UNREADABLE])
-    return 100 * torch.cat(right).double().mean().item()
+        target = target.to(images.device)
+        counted = (target if target.ndim == 1 else target[:, 0]) != UNREADABLE
+        evaluator.update(model(images)[counted].float(), target[counted])
+    return evaluator.compute()[evaluator.default_metric]
 
 
 @contextmanager
@@ -222,7 +235,10 @@ def tune(
                 if not isinstance(logits, torch.Tensor):
                     name = type(model).__name__
                     raise UserError(f'{name} returns a {type(logits).__name__}, expected logits to teach.')
-                target, log_p = (F.log_softmax(z.float(), dim=-1) for z in (target, logits))
+                if _has_several_labels(model):  # both answers to each of them
+                    target, log_p = (F.logsigmoid(torch.stack([z, -z], -1).float()) for z in (target, logits))
+                else:
+                    target, log_p = (F.log_softmax(z.float(), dim=-1) for z in (target, logits))
                 loss = F.kl_div(log_p, target, reduction='batchmean', log_target=True)
                 for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
                     parameter.grad = gradient  # only of these, whatever gradients the others hold

@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_images(parser, 'images to calibrate on; labels are not used', 'train', 5000)
     add('--test-split', default='', metavar='NAME', help='labelled split to measure the accuracy on, before and after')
     add('--dataset', default='', metavar='NAME', help='kind of data set: "", "digits", or <type>/<name> as in timm')
+    add('--input-key', metavar='KEY', help='field of the image in a data set hfds/...')
+    add('--target-key', metavar='KEY', help='field of the label, or of the labels of a network of several')
+    add('--target-format', choices=('indices', 'multihot'), help='of several labels (default: indices)')
     add('--method', default='tune_bn', choices=METHODS, help='default: %(default)s')
     add('--epochs', type=int, default=2, metavar='N', help='passes over the images (default: %(default)s)')
     add('--lr', type=float, default=1e-3, metavar='LR', help='learning rate (default: %(default)s)')
@@ -36,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     from timm.data.model_config import resolve_input_data_config
 
     from timm_rs.calibrate import add_resolution
-    from timm_rs.data.datasets import choose_img_mode, count_classes, create_dataset
+    from timm_rs.data.datasets import choose_img_mode, count_classes, create_dataset, encode_labels
     from timm_rs.data.readers import CheckedLoader, ReadableDataset
     from timm_rs.hub.convert import save_model
     from timm_rs_runtime.unreadable import ReadErrors
@@ -49,9 +52,14 @@ def run(args: argparse.Namespace) -> None:
     config = resolve_input_data_config(model)
     size = max(args.resolution, model.resolutions[0])
     channels = config.pop('input_size')[0]
+    has_several_labels = model.multilabel_threshold is not None
 
     def open_images(split, most, then, stand_in):
-        dataset = create_dataset(args.dataset, args.data_dir, split, input_img_mode=choose_img_mode(channels))
+        dataset = create_dataset(
+            args.dataset, args.data_dir, split, input_img_mode=choose_img_mode(channels), input_key=args.input_key,
+            target_key=args.target_key, target_format=args.target_format)
+        if has_several_labels and (args.dataset or split == args.test_split):
+            encode_labels(dataset, model.num_classes, args.target_format)
         dataset.transform = create_transform((channels, size, size), is_training=False, **config)
         if isinstance(dataset, torch.utils.data.IterableDataset):
             raise UserError(f'--dataset {args.dataset} is a stream, expected a folder, digits or hfds/...')
@@ -65,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         dataset, loader = open_images(args.split, args.images, 'another one stands in for it', True)
     if args.test_split:
         test_set, test_loader = open_images(args.test_split, None, 'it is left out', False)
-        if count_classes(test_set) != model.num_classes:
+        if not has_several_labels and count_classes(test_set) != model.num_classes:
             raise UserError(
                 f'--test-split {args.test_split} has {count_classes(test_set) or "no"} classes, the model has '
                 f'{model.num_classes}.')

@@ -152,8 +152,8 @@ def encode_labels(dataset: Dataset, num_classes: int, target_format: Optional[st
     """
     if not isinstance(dataset, (ImageDataset, StreamDataset)) or isinstance(dataset.reader, ReaderImageFolder):
         raise UserError(
-            f'{dataset.source} has one label per image; --task multilabel takes a data set hfds/, hfids/, wds/ or '
-            'tfds/ with lists of labels.')
+            f'{dataset.source} has one label per image, expected lists of labels as in a data set hfds/, hfids/, '
+            'wds/ or tfds/.')
     dataset.target_transform = MultiLabelTarget(num_classes, dense=target_format == 'multihot')
 
 
