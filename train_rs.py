@@ -33,16 +33,10 @@ from timm_rs.evaluate import choose_amp
 from timm_rs.hub.push import TrainingPush
 from timm_rs.records import write_label_names
 from timm_rs.train import MultiResolutionTask
-from timm_rs.train.builders import (
-    Loaders,
-    build_datasets,
-    build_loaders,
-    build_model,
-    build_optimizer,
-    build_task,
-    select_device,
-)
+from timm_rs.train.builders import build_optimizer, build_task, select_device
+from timm_rs.train.loaders import Loaders, build_datasets, build_loaders
 from timm_rs.train.loop import ensemble_weights, train_one_epoch, validate
+from timm_rs.train.model import build_model
 from timm_rs.train.options import parse_args
 from timm_rs.train.preemption import Preempted, Preemption
 from timm_rs.train.resume import claim_output, resume_run

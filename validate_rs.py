@@ -62,7 +62,7 @@ from timm_rs.evaluate import (
 from timm_rs.load import load_model
 from timm_rs.records import labels_beside, read_label_names
 from timm_rs.resolutions import check_resolutions, neighbours
-from timm_rs.train.options import add_refused
+from timm_rs.train.refused import add_refused
 from timm_rs_runtime.errors import KeyValues, OneLineParser, UserError, one_line, one_line_errors
 from timm_rs_runtime.fields import array, check_argument, check_counts, integer, read_json, read_text
 from timm_rs_runtime.files import atomic_write, check_new_file

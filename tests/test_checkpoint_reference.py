@@ -10,7 +10,7 @@ from conftest import RESOLUTIONS, images, randomize_bn
 
 from timm_rs.checkpoint import adapt_reference, is_reference
 from timm_rs.load import load_model
-from timm_rs.train.builders import build_model
+from timm_rs.train.model import build_model
 from timm_rs.train.options import parse_args
 from timm_rs_cli import main
 

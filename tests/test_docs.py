@@ -42,6 +42,14 @@ def test_relative_links_resolve(page):
             assert anchor in anchors(path.read_text(encoding='utf-8')), target
 
 
+def test_tree_names_every_file_and_no_other():
+    tree = re.search(r'```\n(timm_rs/.*?)```', TEXT[ROOT / 'CONTRIBUTING.md'], re.S)[1]
+    named = set(re.findall(r'\w+\.py', tree))
+    found = {path.name for folder in ('timm_rs', 'runtime/timm_rs_runtime') for path in (ROOT / folder).glob('*.py')}
+    assert found - named == {'__init__.py', '__main__.py', 'version.py'}
+    assert named - found == {'train_rs.py', 'validate_rs.py'}
+
+
 def test_named_results_exist_and_others_are_gone():
     cited = {name.rstrip('.,') for text in TEXT.values() for name in re.findall(r'results/([\w.-]+)', text)}
     assert [name for name in sorted(cited) if not (ROOT / 'results' / name).exists()] == []

@@ -15,8 +15,8 @@ import train_rs
 from timm_rs.hub.convert import save_model
 from timm_rs.records import LABEL_FILE
 from timm_rs.train import MultiResolutionTask, loop
-from timm_rs.train.builders import build_model
 from timm_rs.train.loop import choose_levels
+from timm_rs.train.model import build_model
 from timm_rs.train.options import parse_args
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,8 @@ from torch.testing import assert_close
 from timm_rs import EnsembleDistillationLoss
 from timm_rs.hub.convert import save_model
 from timm_rs.train import MultiResolutionTask
-from timm_rs.train.builders import build_model, build_task
+from timm_rs.train.builders import build_task
+from timm_rs.train.model import build_model
 from timm_rs.train.options import parse_args
 from timm_rs.train.teacher import FixedTeachers
 from timm_rs_runtime.errors import UserError

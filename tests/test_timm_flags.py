@@ -8,7 +8,7 @@ import torch
 import yaml
 
 import validate_rs
-from timm_rs.train.builders import build_model
+from timm_rs.train.model import build_model
 from timm_rs.train.options import create_parser, parse_args
 
 CPU = torch.device('cpu')

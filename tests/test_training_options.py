@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from timm_rs.train import loop
-from timm_rs.train.builders import Loaders, build_optimizer, build_task
+from timm_rs.train.builders import build_optimizer, build_task
+from timm_rs.train.loaders import Loaders
 from timm_rs.train.loop import train_one_epoch
 from timm_rs.train.options import parse_args
 from timm_rs.train.preemption import Preemption

@@ -9,8 +9,8 @@ from conftest import assert_equal, images, randomize_bn
 
 from timm_rs.hub.convert import save_model
 from timm_rs.train import MultiResolutionTask
-from timm_rs.train.builders import build_model
 from timm_rs.train.loop import choose_statistics
+from timm_rs.train.model import build_model
 from timm_rs.train.options import parse_args
 
 RESOLUTIONS = (64, 48, 32)

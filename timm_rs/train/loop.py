@@ -18,8 +18,8 @@ from tqdm import tqdm
 from timm_rs_runtime.unreadable import ReadErrors
 
 from ..evaluate import METRICS, average, check_images, create_evaluator, evaluate, format_scores
-from .builders import Loaders
 from .faults import TrainingFault
+from .loaders import Loaders
 from .preemption import Preempted, Preemption
 from .saver import AtomicCheckpointSaver, Progress
 from .seeding import mix_seed, seed_all
