@@ -20,7 +20,7 @@ def test_examples(name):
     try:
         module = importlib.import_module(name)
     except ImportError as e:
-        if 'needs the packages of' in str(e):  # an extra that is not installed
+        if 'the packages of: pip install' in str(e):  # an extra that is not installed
             pytest.skip(str(e))
         raise
     assert doctest.testmod(module, optionflags=flags, extraglobs=dict(torch=torch)).failed == 0

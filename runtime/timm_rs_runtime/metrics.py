@@ -4,7 +4,7 @@ from typing import Any, Callable, Dict, Iterator, Mapping
 try:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 except ImportError as e:
-    raise ImportError('Metrics for Prometheus need: pip install prometheus_client.') from e
+    raise ImportError('Metrics for Prometheus need the packages of: pip install prometheus_client.') from e
 
 __all__ = ['Collector']
 
