@@ -21,7 +21,7 @@ from timm_rs_runtime.errors import UserError, one_line
 
 from ..checkpoint import check_archive
 from ..records import read_summary
-from .builders import name_flags
+from .faults import name_flags
 from .saver import Progress
 from .task import MultiResolutionTask
 
