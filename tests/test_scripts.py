@@ -348,7 +348,7 @@ def test_missing_package_leaves_nothing_behind(images, tmp_path, capfd, monkeypa
     (['--jsd-loss'], '--jsd-loss is not supported'),
     (['--torchscript'], '--torchscript is not supported'),
     (['--naflex-loader'], '--naflex-loader is not supported'),
-    (['--task', 'multilabel'], 'has one label per image; --task multilabel takes a data set hfds/'),
+    (['--task', 'multilabel'], 'has one label per image, expected lists of labels as in a data set hfds/'),
     (['--resume', 'nowhere.pth.tar'], 'nowhere.pth.tar: there is no such checkpoint'),
     (['--resume', 'auto'], 'needs --experiment'),
     (['--initial-checkpoint', 'nowhere.pth'], 'nowhere.pth'),
