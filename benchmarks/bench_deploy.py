@@ -35,6 +35,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 
 import numpy as np
 import timm
@@ -77,12 +78,14 @@ def main():
     add_timing_arguments(parser, builds=3, rounds=20)
     parser.add_argument('--models', nargs='+', default=['resnet18', 'resnet50', 'mobilenetv2_100'], metavar='NAME',
                         help='timm models (default: resnet18 resnet50 mobilenetv2_100)')
+    parser.add_argument('--kinds', nargs='+', default=list(KINDS), choices=KINDS, metavar='NAME',
+                        help='what to run in ONNX Runtime (default: all)')
     parser.add_argument('--openvino', action='store_true', help='run the files in OpenVINO too')
     args = parser.parse_args()
     latency, files, memory = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models:
-            resolutions = export_all(name, folder)
+            resolutions = export_all(args, name, folder)
             latency += compare_latency(args, name, folder, resolutions)
             files += compare_files(name, folder)
             memory += measure_memory(args, name, folder, resolutions)
@@ -93,7 +96,7 @@ def main():
         print()
 
 
-def export_all(name, folder):
+def export_all(args, name, folder):
     """Write the files of a network and return its resolutions."""
     torch.manual_seed(0)
     model = timm.create_model(f'rs_{name}').eval()
@@ -106,7 +109,8 @@ def export_all(name, folder):
     export_switchable(model, f'{folder}/{name}.onnx')
     export_switchable(model, f'{folder}/{name}-fp16.onnx', precision='fp16')
     export_int8(model, f'{folder}/{name}-int8.onnx', images)
-    export_int8(model, f'{folder}/{name}-qoperator.onnx', images, int8_format='qoperator')
+    if '-qoperator' in [KINDS[kind][0] for kind in args.kinds]:
+        export_int8(model, f'{folder}/{name}-qoperator.onnx', images, int8_format='qoperator')
     for resolution in model.resolutions:
         export_resolution(model, resolution, f'{folder}/{name}-{resolution}.onnx')
     single = timm.create_model(f'rs_{name}', resolutions=model.resolutions[:1]).eval()
@@ -116,30 +120,27 @@ def export_all(name, folder):
 
 def compare_latency(args, name, folder, resolutions):
     """Return the rows of a network."""
-    def build():
-        sessions = {kind: Session(f'{folder}/{name}{end}.onnx', args.threads, mode)
-                    for kind, (end, mode) in KINDS.items()}
+    def build(resolution):
+        x = np.random.default_rng(0).standard_normal((1, 3, resolution, resolution), np.float32)
+        files = dict.fromkeys(('plain', 'control'), (f'-{resolution}', 'fast'))
+        files.update({kind: KINDS[kind] for kind in args.kinds})
         contenders = {}
-        for resolution in resolutions:
-            x = np.random.default_rng(0).standard_normal((1, 3, resolution, resolution), np.float32)
-            plain = {k: Session(f'{folder}/{name}-{resolution}.onnx', args.threads) for k in ('plain', 'control')}
-            for kind, session in {**plain, **sessions}.items():
-                contenders[f'{kind} {resolution}'] = lambda s=session, x=x: s.predict(x)
-            if args.openvino:
-                for kind, end in dict(openvino_plain=f'-{resolution}', **OPENVINO).items():
-                    run = open_openvino(f'{folder}/{name}{end}.onnx', resolution, args.threads)
-                    contenders[f'{kind} {resolution}'] = lambda run=run, x=x: run([x])
+        for kind, (end, mode) in files.items():
+            session = Session(f'{folder}/{name}{end}.onnx', args.threads, mode, warm_up=False)
+            contenders[kind] = lambda s=session: s.predict(x)
+        for kind, end in dict(openvino_plain=f'-{resolution}', **OPENVINO).items() if args.openvino else ():
+            run = open_openvino(f'{folder}/{name}{end}.onnx', resolution, args.threads)
+            contenders[kind] = lambda run=run: run([x])
         return contenders
 
-    runs = measure(build, args)
     rows = []
     for resolution in resolutions:
-        row = dict(case=f'{name} at {resolution}', plain_ms=median(runs, f'plain {resolution}'))
+        runs = measure(partial(build, resolution), args)
+        row = dict(case=f'{name} at {resolution}', plain_ms=median(runs, 'plain'))
         if args.openvino:
-            row['openvino_plain_ms'] = median(runs, f'openvino_plain {resolution}')
-        for key in ('control', *KINDS, *(OPENVINO if args.openvino else ())):
-            scale = 'openvino_plain' if key in OPENVINO else 'plain'
-            found = ratio(runs, f'{key} {resolution}', f'{scale} {resolution}')
+            row['openvino_plain_ms'] = median(runs, 'openvino_plain')
+        for key in ('control', *args.kinds, *(OPENVINO if args.openvino else ())):
+            found = ratio(runs, key, 'openvino_plain' if key in OPENVINO else 'plain')
             row.update({key: found['ratio'], f'{key}_range': found['range']})
         rows.append(dict(row, wanted=WANTED, n=f'{args.builds} x {args.rounds}'))
     print_table([key for key in rows[0] if not key.endswith('_range') and key not in ('wanted', 'n')], rows)
@@ -178,7 +179,7 @@ def compare_files(name, folder):
 
 def measure_memory(args, name, folder, resolutions):
     cases = [('plain file of one size', f'{name}-{resolutions[0]}', 'fast')]
-    cases += [(kind, name + end, mode) for kind, (end, mode) in KINDS.items()]
+    cases += [(kind, name + KINDS[kind][0], KINDS[kind][1]) for kind in args.kinds]
     rows = []
     for case, file, mode in cases:
         command = [sys.executable, '-c', PROGRAM, f'{folder}/{file}.onnx', mode, str(args.threads)]
