@@ -33,16 +33,17 @@ COLUMNS = ('case', 'one_megabytes', 'size_ratio', 'one_ms', 'latency_ratio', 'la
 def main():
     parser = create_parser(__doc__)
     add_timing_arguments(parser, builds=3, rounds=20)
-    parser.add_argument('--models', nargs='+', default=['resnet18', 'mobilenetv2_100'], metavar='NAME',
-                        help='timm models (default: resnet18 mobilenetv2_100)')
+    parser.add_argument('--models', nargs='+', default=['resnet18', 'resnet50', 'mobilenetv2_100'], metavar='NAME',
+                        help='timm models (default: resnet18 resnet50 mobilenetv2_100)')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models:
             rows += compare(args, name, folder)
-            if find_spec('coremltools'):
-                rows += compare_packages(name, folder)
+            write_results(args, rows)
+        for name in args.models if find_spec('coremltools') else ():
+            rows += compare_packages(name, folder)
             write_results(args, rows)
     print_table(COLUMNS, rows)
 
