@@ -1,0 +1,123 @@
+"""What train_rs.py refuses, in one line and before it writes anything"""
+import sys
+
+import pytest
+import timm
+from command_lines import MODEL, TINY, fails, images  # noqa: F401
+
+import train_rs
+from timm_rs.hub.convert import save_model
+from timm_rs.train.options import parse_args
+
+
+@pytest.mark.parametrize('flags', [[], ['--resolutions', '32', '16']])
+def test_folder_of_a_plain_network(images, tmp_path, capfd, flags):
+    save_model(timm.create_model(MODEL[3:], num_classes=2), tmp_path / 'plain')
+    argv = [images, '--model', f"local-dir:{tmp_path / 'plain'}", '--device', 'cpu', '--output', tmp_path / 'out',
+            '--batch-size', '4', *flags]
+    assert 'is a plain network, expected a switchable one' in fails(train_rs.main, argv, capfd)
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('package,flag', [('wandb', '--log-wandb'), ('torch.utils.tensorboard', '--log-tensorboard')])
+def test_missing_package_leaves_nothing_behind(images, tmp_path, capfd, monkeypatch, package, flag):
+    monkeypatch.setitem(sys.modules, package, None)
+    argv = [images, *TINY, '--epochs', '1', '--output', tmp_path / 'out', flag]
+    assert f'{flag} needs the package' in fails(train_rs.main, argv, capfd)
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('flags,message', [
+    (['--model', 'rs_resnet1O'], "Unknown model 'rs_resnet1O', did you mean rs_resnet1"),
+    (['--model', 'resnet10t'], 'did you mean rs_resnet10t?'),
+    (['--resolutions', '32', '32'], 'names 32 twice'),
+    (['--resolutions', '32', '0'], 'expected positive integers'),
+    (['--num-classes', '3'], 'has 2 classes, expected 3'),
+    (['--batch-size', '100'], '--batch-size 100'),
+    (['--img-size', '64'], '--img-size 64: the training sizes are --resolutions'),
+    (['--kd-distill-type', 'feature'], '--kd-distill-type is not supported'),
+    (['--split-bn'], '--split-bn is not supported'),
+    (['--aug-splits', '3'], '--aug-splits is not supported'),
+    (['--jsd-loss'], '--jsd-loss is not supported'),
+    (['--torchscript'], '--torchscript is not supported'),
+    (['--naflex-loader'], '--naflex-loader is not supported'),
+    (['--task', 'multilabel'], 'has one label per image, expected lists of labels as in a data set hfds/'),
+    (['--resume', 'nowhere.pth.tar'], 'nowhere.pth.tar: there is no such checkpoint'),
+    (['--resume', 'auto'], 'needs --experiment'),
+    (['--initial-checkpoint', 'nowhere.pth'], 'nowhere.pth'),
+    (['--distill', 'both'], "invalid choice: 'both'"),
+    (['--small-steps', '1'], '--small-steps is 1, expected a share of the updates'),
+    (['--small-steps', '0.5', '--sizes-per-update', '1'], '--small-steps does not go with --sizes-per-update'),
+    (['--private', 'statistics', '--model-ema'], '--private statistics does not go with --model-ema'),
+    (['--mixup', '0.2', '--batch-size', '3'], '--batch-size is 3, expected an even one'),
+    (['--scale', '0.5'], '--scale is [0.5], expected 2 numbers'),
+    (['--opt', 'adamw', '--opt-betas', '0.9'], '--opt-betas is [0.9], expected 2 or 3 numbers'),
+    (['--train-interpolation', 'cubic'], "invalid choice: 'cubic'"),
+    (['--sync-bn'], '--sync-bn needs GPUs'),
+    (['--config', 'nowhere.yaml'], 'nowhere.yaml does not exist'),
+    (['--epochs', '0'], '--epochs is 0'),
+    (['--eval-metric', 'top2'], "--eval-metric 'top2'"),
+    (['--opt', 'sgdd'], '--opt sgdd: Optimizer sgdd not found in registry'),
+    (['--opt', 'adamw', '--opt-kwargs', 'caution=1', 'speed=3'], "speed': 3}: "),
+    (['--aa', 'original-x3'], '--aa original-x3 --color-jitter 0.4'),
+    (['--smoothing', '1.5'], '--smoothing 1.5: AssertionError'),
+    (['--model-kwargs', 'width'], '--model-kwargs width: expected key=value'),
+    (['--lrr', '1'], 'unknown flag --lrr, did you mean --lr?'),
+    (['--device', 'gpu'], '--device gpu: Expected one of cpu, cuda'),
+    (['--val-split', 'nothing'], "holds train, validation; expected one of them as the split instead of 'nothing'"),
+    (['--train-split', 'validation'], 'gives the same images for training and validation'),
+    (['--train-split', ''], "holds train, validation; expected one of them as the split instead of ''"),
+    (['--val-split', ''], "holds train, validation; expected one of them as the split instead of ''"),
+    (['--in-chans', '2'], 'Images of 2 channels need a PIL mode, give it by --input-img-mode'),
+    (['--input-img-mode', 'L'], '--input-img-mode L gives images of 1 channels, expected 3 as the model (--in-chans)'),
+    (['--input-img-mode', 'RBG'], '--input-img-mode RBG: expected an 8-bit mode of PIL'),
+])
+def test_bad_training_input(images, tmp_path, capfd, flags, message):
+    line = fails(train_rs.main, [images, *TINY, '--epochs', '1', '--output', tmp_path / 'out', *flags], capfd)
+    assert message in line
+    assert not (tmp_path / 'out').exists()
+
+
+def test_network_that_cannot_take_the_smallest_size(images, tmp_path, capfd):
+    argv = [images, *TINY, '--model', 'rs_vgg11_bn', '--output', tmp_path / 'out']
+    assert 'cannot take images of 16x16' in fails(train_rs.main, argv, capfd)
+
+
+def test_missing_data_folder(tmp_path, capfd):
+    assert f'{tmp_path}/nowhere does not exist' in fails(train_rs.main, [tmp_path / 'nowhere', *TINY], capfd)
+    assert 'No data' in fails(train_rs.main, TINY, capfd)
+
+
+@pytest.mark.parametrize('content,message', [
+    ('lr: fast', "lr is 'fast', expected float"),
+    ('leraning_rate: 1', "unknown flag 'leraning_rate'"),
+    ('resolutions: 32', 'expected a list'),
+    ('amp: 3', 'expected true or false'),
+    ('distill: top', 'expected one of none, ens, ens_topdown'),
+    ('split_bn: true', 'split_bn is not supported'),
+    ('lr: [', 'not valid YAML'),
+    ('lr: 2001-99-99', "lr is '2001-99-99', expected float"),
+    ('lr: .nan', 'lr is nan, expected float'),
+    ('model_kwargs: {stem_width: 10000000}', 'stem_width is 10000000, expected'),
+    ('lr: ' + '[' * 9999, 'not valid YAML'),
+    ('lr: \x00', 'not valid YAML'),
+    ('log_interval:', 'log_interval is None, expected int'),
+    ('opt:', 'opt is None, expected text'),
+    ('opt: {a: 1}', "opt is {'a': 1}, expected text"),
+    ('epochs: .inf', 'epochs is inf, expected int'),
+    ('epochs: 1.5', 'epochs is 1.5, expected int'),
+    ('epochs: true', 'epochs is True, expected int'),
+    ('mean: [0.5, null]', 'mean is [0.5, None], expected float'),
+    ('model_kwargs: 3', 'model_kwargs is 3, expected names with their values'),
+    ('opt_kwargs:', 'opt_kwargs is None, expected names with their values'),
+    ('lrr: 1', "unknown flag 'lrr', did you mean lr?"),
+    ('- lr', "the content is ['lr'], expected a dict"),
+])
+def test_bad_config(tmp_path, capfd, content, message):
+    (tmp_path / 'c.yaml').write_text(content)
+    assert message in fails(parse_args, ['--config', tmp_path / 'c.yaml'], capfd)
+
+
+def test_batch_that_is_too_small_for_batchnorm(images, tmp_path, capfd):
+    argv = [images, *TINY, '--epochs', '1', '--output', tmp_path, '--batch-size', '1']
+    assert 'BatchNorm needs more than one value per channel, --batch-size 1' in fails(train_rs.main, argv, capfd)
