@@ -13,7 +13,7 @@ import torch
 from conftest import images, rs_model
 from PIL import Image
 
-pytest.importorskip('onnx')
+onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 
 from timm_rs.export.export import export_int8, export_resolution, export_switchable  # noqa: E402
@@ -49,6 +49,18 @@ def photograph(tmp_path_factory):
 def expected(model, x):
     with torch.no_grad():
         return model.at(x.shape[-1])(x).numpy()
+
+
+def test_files_that_other_tools_have_changed(model, file, tmp_path):
+    changed = onnx.load(file)
+    changed.metadata_props.add(key='tool.notes', value='')  # as onnxsim does
+    for axis in changed.graph.input[0].type.tensor_type.shape.dim[2:]:
+        axis.dim_value = 48
+    onnx.save(changed, tmp_path / 'fixed.onnx')
+    opened = Session(tmp_path / 'fixed.onnx', threads=1)
+    assert opened.resolutions == (48,) and 'tool.notes' not in opened.metadata
+    x = images(48)
+    np.testing.assert_allclose(opened.predict(x.numpy()), expected(model, x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('mode', MODES)

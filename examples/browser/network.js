@@ -6,7 +6,9 @@ const METADATA_PROPS = 14;  // field of ModelProto in onnx.proto
 const FIXED_LENGTHS = {1: 8, 5: 4};  // bytes of a field by its wire type
 const BYTES = 2;  // the wire type of texts and messages
 
-/** Return the metadata of an ONNX file, values parsed as JSON. onnxruntime-web does not give them. */
+const REQUIRED = ['resolutions', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode'];
+
+/** Return what `timm-rs export` recorded in an ONNX file, parsed as JSON. onnxruntime-web does not give it. */
 export function readMetadata(bytes) {
   const decoder = new TextDecoder();
   const found = {};
@@ -15,9 +17,10 @@ export function readMetadata(bytes) {
     const texts = Object.fromEntries([...fields(property)].map(([f, text]) => [f, decoder.decode(text)]));
     found[texts[1]] = texts[2];
   }
-  const missing = ['resolutions', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode'].filter((k) => !(k in found));
+  const missing = REQUIRED.filter((name) => !(name in found));
   if (missing.length) throw new Error(`not a file of timm-rs export: its metadata lack ${missing.join(', ')}`);
-  return Object.fromEntries(Object.entries(found).map(([name, text]) => [name, JSON.parse(text)]));
+  const names = [...REQUIRED, 'architecture', 'class_names'];  // other tools add some of their own
+  return Object.fromEntries(names.filter((name) => name in found).map((name) => [name, JSON.parse(found[name])]));
 }
 
 /** Yield number and content of the fields of a protobuf message that have a length. */

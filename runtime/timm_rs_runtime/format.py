@@ -14,8 +14,9 @@ __all__ = ['INDEX', 'parse_metadata', 'preprocessing_of', 'read_metadata']
 INDEX = 'resolution_index'  # in the graph: int64 scalar, the row of the tables, 0 for the largest size
 
 _REQUIRED = ('resolutions', 'num_classes', *PREPROCESSING)
-_METADATA = fields.record(dict(
+_FIELDS = dict(
     PREPROCESSING,
+    timm_rs=fields.text(),
     resolutions=fields.resolutions(),
     num_classes=fields.integer(0, fields.MAX_CLASSES),
     class_names=fields.optional(fields.array(fields.text(), 0, fields.MAX_CLASSES)),
@@ -24,14 +25,14 @@ _METADATA = fields.record(dict(
     architecture=fields.text(),
     precision=fields.text(choices=('float32', 'fp16', 'int8')),
     multilabel_threshold=fields.optional(fields.number(0, 1)),  # None: one label per image
-))
+)
 
 
 def parse_metadata(texts: Mapping[str, str], path: str) -> Dict[str, Any]:
-    """Return what a file of timm-rs export records about itself, checked.
+    """Return what a file of timm-rs export records about itself, checked, without what other tools have added.
 
     Args:
-        texts: Its metadata, values as JSON.
+        texts: Its metadata; ours have values in JSON.
         path: Name of the file.
 
     Raises:
@@ -40,14 +41,14 @@ def parse_metadata(texts: Mapping[str, str], path: str) -> Dict[str, Any]:
     missing = [name for name in _REQUIRED if name not in texts]
     if missing:
         raise UserError(f"{path} is not a file of timm-rs export: its metadata lack {', '.join(missing)}.")
-    values = {name: fields.parse_json(value, f'{path}: {name}') for name, value in texts.items()}
-    found = fields.check_fields(values, _METADATA, path)
+    values = {name: fields.parse_json(texts[name], f'{path}: {name}') for name in _FIELDS if name in texts}
+    found = fields.check_fields(values, fields.record(_FIELDS), path)
     if len(found['mean']) != len(found['std']):
         raise UserError(f"{path}: mean has {len(found['mean'])} channels, but std has {len(found['std'])}.")
     for name in ('class_names', 'class_ids'):
         if found.get(name) is not None and len(found[name]) != found['num_classes']:
             raise UserError(f"{path}: there are {len(found[name])} {name}, but num_classes is {found['num_classes']}.")
-    return dict(values, **found)
+    return found
 
 
 def preprocessing_of(metadata: Dict[str, Any], decode: str = 'exact') -> Preprocessing:
@@ -56,7 +57,10 @@ def preprocessing_of(metadata: Dict[str, Any], decode: str = 'exact') -> Preproc
 
 
 def read_metadata(path: str) -> Dict[str, Any]:
-    """Return what a file of timm-rs export records about itself, see parse_metadata."""
+    """Return what a file of timm-rs export records about itself, see parse_metadata.
+
+    Its resolutions are those that the graph takes: one if a tool has fixed height and width.
+    """
     if not os.path.isfile(path):
         found = 'is a folder' if os.path.isdir(path) else 'does not exist'
         raise UserError(f'{path} {found}, expected a file of timm-rs export.')
@@ -75,7 +79,10 @@ def read_metadata(path: str) -> Dict[str, Any]:
     ):
         if isinstance(found, int) and found not in expected:
             raise UserError(f'{path}: the graph has {found}, but {name} records {expected[0]}.')
-    return metadata
+    fixed = {side for side in sides if isinstance(side, int)}
+    if len(fixed) > 1:
+        raise UserError(f'{path} takes images of {sides[0]}x{sides[1]}, expected squares.')
+    return dict(metadata, resolutions=tuple(fixed) or metadata['resolutions'])
 
 
 def _refers_to_files(path: str) -> bool:
