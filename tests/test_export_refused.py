@@ -37,6 +37,19 @@ def test_a_file_that_differs_is_not_written(tiny, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ['all.onnx']
 
 
+def test_what_onnx_has_no_operator_for(tmp_path, capfd):
+    """A mean to 3 x 3 of 16 x 16: one line that names formats which may have it."""
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.AdaptiveAvgPool2d(3), torch.nn.Flatten())
+    network.num_classes = 36
+    network.pretrained_cfg = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
+    model = make_switchable(network.eval(), (16, 12))
+    with pytest.raises(ExportError, match='cannot be traced at 16 px: .* for one size torch-export.$') as e:
+        export_switchable(model, str(tmp_path / 'all.onnx'))
+    assert '\n' not in str(e.value) and capfd.readouterr() == ('', '') and os.listdir(tmp_path) == []
+    assert export_resolution(model, 16, str(tmp_path / 'one.pt2'), 'torch-export') < 1e-5
+
+
 def amplify(model, factor):
     """Make each BatchNorm's output larger, as in trained networks whose logits are."""
     for module in model.modules():

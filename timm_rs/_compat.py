@@ -1,5 +1,6 @@
 """Private names of timm and torch, each with the reason why there is no public one"""
-from typing import Any, Callable, Dict
+from typing import Any, Callable, ContextManager, Dict
+from unittest import mock
 
 import torch
 from timm.models import _registry as registry  # models with tags, and those that are registered to say why not
@@ -37,6 +38,7 @@ __all__ = [
     'tree_leaves',
     'tree_unflatten',
     'wds_decoder',
+    'without_onnx_log',
 ]
 
 NO_GRAPH_TASK = -1
@@ -57,3 +59,8 @@ def wds_decoder() -> Callable[..., Dict[str, Any]]:
     from timm.data.readers.reader_wds import _decode
 
     return _decode
+
+
+def without_onnx_log() -> ContextManager[Any]:
+    """Keep torch.onnx from printing the graph of what it cannot trace, which torch 2.14 does even if not `verbose`."""
+    return mock.patch.object(torch._C, '_jit_onnx_log')

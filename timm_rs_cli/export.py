@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('-o', '--output', required=True, metavar='FILE', help='file to write')
     add('--overwrite', action='store_true', help='replace a file of this name')
     add('--format', choices=sorted(SUFFIXES.values()),
-        help=f"default: that of FILE's suffix, {', '.join(SUFFIXES)}, else onnx")
+        help=f"default: that of FILE's suffix, {', '.join(SUFFIXES)}; without one onnx")
     add('--resolution', type=int, metavar='N',
         help='take this resolution out (default: one file for all of them, ONNX, ExecuTorch or Core ML)')
     batch = parser.add_mutually_exclusive_group()
@@ -58,7 +58,9 @@ def run(args: argparse.Namespace) -> None:
     from timm_rs_runtime.unreadable import ReadErrors
 
     suffix = os.path.splitext(args.output)[1].lower()
-    args.format = args.format or SUFFIXES.get(suffix, 'onnx')
+    args.format = args.format or SUFFIXES.get(suffix or '.onnx')
+    if args.format is None:
+        raise UserError(f"--output {args.output}: unknown suffix, expected {', '.join(SUFFIXES)}, or --format.")
     if SUFFIXES.get(suffix, args.format) != args.format:
         raise UserError(f'--output {args.output}: {suffix} is for --format {SUFFIXES[suffix]}, not {args.format}.')
     is_program, is_package = (args.format == name for name in PHONES)
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     if args.quantize and args.resolution is not None:
         raise UserError('--quantize int8 writes all resolutions, leave --resolution out.')
     if args.precision != 'float32' and (args.quantize or args.format not in ('onnx', 'coreml')):
-        what = '--quantize int8' if args.quantize else f'--format {args.format}'
+        what = '--quantize int8' if args.quantize else f'--format {args.format}, only with onnx and coreml'
         raise UserError(f'--precision {args.precision} does not go with {what}.')
     if args.int8_format and (not args.quantize or is_program):
         raise UserError('--int8-format needs --quantize int8 and --format onnx.')

@@ -335,7 +335,9 @@ def _trace_all(
     try:
         return merge(models, tuple(plain))
     except MergeError as e:
-        raise ExportError(f'{name} has no graph that serves all sizes: {e}') from e
+        raise ExportError(
+            f'{name} has no graph that serves all sizes: {e} Write one size (--resolution), or a function for each '
+            '(executorch, coreml).') from e
 
 
 def _save_onnx(model: Any, metadata: Dict[str, Any], path: str) -> Run:

@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from timm_rs_runtime.errors import UserError, one_line
 
-from .._compat import get_model_input_config
+from .._compat import get_model_input_config, without_onnx_log
 from .batch_norm import fuse_batch_norms
 
 __all__ = [
@@ -42,7 +42,8 @@ def trace_onnx(network: nn.Module, resolution: int, batch_size: Optional[int] = 
     file = io.BytesIO()
     mode = torch.onnx.TrainingMode.EVAL if fuse else torch.onnx.TrainingMode.PRESERVE  # the latter fuses nothing
     options = {} if batch_size else dict(dynamic_axes={'images': {0: 'batch'}, 'logits': {0: 'batch'}})
-    with tracing(network, resolution):
+    others = 'Formats that do not need ONNX may hold it: executorch, coreml, and for one size torch-export.'
+    with tracing(network, resolution, others), without_onnx_log():
         # The exporter of torch.export writes a BatchNorm's parts in as many nodes, and takes ten times as long.
         torch.onnx.export(
             network, (example_images(network, resolution, batch_size or 2),), file, dynamo=False, training=mode,
@@ -99,10 +100,11 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def tracing(network: nn.Module, resolution: int) -> Iterator[None]:
-    """Trace quietly; what tracers raise, which has no common class, becomes an ExportError."""
+def tracing(network: nn.Module, resolution: int, hint: str = '') -> Iterator[None]:
+    """Trace quietly; what tracers raise, which has no common class, becomes an ExportError that ends with a hint."""
     try:
         with quiet():
             yield
     except Exception as e:
-        raise ExportError(f'{type(network).__name__} cannot be traced at {resolution} px: {one_line(e, 300)}') from e
+        message = f'{type(network).__name__} cannot be traced at {resolution} px: {one_line(e, 300)} {hint}'
+        raise ExportError(message.rstrip()) from e
