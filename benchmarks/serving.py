@@ -15,8 +15,10 @@ has --budget-ms; 256 may wait.
 
 Loads, in parts of what the largest size carries, n: 3 seeds of --seconds each: steady, Poisson at 1.2; bursts, a
 Poisson process of two states, 0.4 and 2.0, that last 5 s in the mean (Markov-modulated); flood, the same with 0.4 and
-6.0, more than the smallest size carries; day, Poisson from 0.2 to 1.8 and back over the seconds. `bound` is the most
-that any rule can reach: in each second the best mixture of sizes whose mean time fits.
+6.0, more than the smallest size carries; day, Poisson from 0.2 to 1.8 and back over the seconds. With --trace instead,
+the times in the first column of a table, all divided by one number, so that their mean rate is what the largest size
+carries; the seeds choose the images. `bound` is the most that any rule can reach: in each second the best mixture of
+sizes whose mean time fits.
 
 Wanted: refusing has at least 99 % in time where the largest size has at most 60 %, and what is right in time is above
 that of adaptive, or near the bound.
@@ -54,6 +56,7 @@ def main():
     add = parser.add_argument
     add('--budget-ms', type=float, default=200., metavar='T')
     add('--seconds', type=float, default=60., metavar='T', help='simulated for each seed (default: %(default)s)')
+    add('--trace', nargs='+', metavar='FILE.csv', help='times of requests, instead of the loads')
     args = parser.parse_args()
     rows = measure(args)
     print_table(list(rows[0]), rows)
@@ -167,6 +170,15 @@ def simulate(policy, arrivals, costs, replicas, budget):
     return sorted(found, key=lambda row: row[0])
 
 
+def replayed(path, rate, budget, images, seed):
+    """Return the requests of a trace in which `rate` come in a second in the mean."""
+    random = np.random.default_rng(seed)
+    times = np.loadtxt(path, 'datetime64[ns]', delimiter=',', skiprows=1, usecols=0)
+    times = np.sort((times - times.min()) / np.timedelta64(1, 's'))
+    times *= len(times) / rate / times[-1]
+    return [Request(time, int(random.integers(images)), time + budget) for time in times.tolist()]
+
+
 def arrivals_of(load, rate, seconds, budget, images, seed):
     """Return the requests of a load; `rate` a second is all that the largest size carries."""
     random = np.random.default_rng(seed)
@@ -187,10 +199,10 @@ def arrivals_of(load, rate, seconds, budget, images, seed):
     return requests
 
 
-def bound_of(arrivals, costs, replicas, seconds):
+def bound_of(arrivals, costs, replicas):
     """Return the most requests in a hundred that can be right in time."""
     times, right = costs.total.mean(0), costs.right.mean(0)
-    counts, _ = np.histogram([r.arrival for r in arrivals], np.arange(0, seconds + 1))
+    counts = np.bincount([int(r.arrival) for r in arrivals])
     total = 0.
     for count in counts[counts > 0]:
         time_each = replicas / count
@@ -207,13 +219,15 @@ def measure(args):
     costs, budget, rows, shown = Costs(args), args.budget_ms / 1e3, [], {}
     means = {r: round(1e3 * float(t), 2) for r, t in zip(costs.resolutions, costs.total.mean(0))}
     print(f'ms of an image: {means}', flush=True)
-    for load, replicas in itertools.product(LOADS, (1, 2)):
-        traces = [arrivals_of(load, replicas * costs.rate, args.seconds, budget, len(costs.right), seed)
-                  for seed in range(SEEDS)]
-        bound = float(np.mean([bound_of(trace, costs, replicas, args.seconds) for trace in traces]))
+    for load, replicas in itertools.product(args.trace or LOADS, (1, 2)):
+        rate, images = replicas * costs.rate, len(costs.right)
+        traces = [
+            replayed(load, rate, budget, images, seed) if args.trace
+            else arrivals_of(load, rate, args.seconds, budget, images, seed) for seed in range(SEEDS)]
+        bound = float(np.mean([bound_of(trace, costs, replicas) for trace in traces]))
         for policy in POLICIES:
             runs = [simulate(policy, trace, costs, replicas, budget) for trace in traces]
-            if load == 'bursts' and replicas == 1:
+            if load in ('bursts', *(args.trace or ())) and replicas == 1:
                 shown[policy] = runs[0]
             rows.append(dict(
                 load=load, replicas=replicas, policy=policy, **summarize(runs, budget), bound=round(bound, 1)))

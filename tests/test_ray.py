@@ -1,8 +1,11 @@
 """Batches and replicas on Ray: one small cluster for all tests"""
 import asyncio
+import http.client
 import io
+import json
 import os
 import signal
+import socket
 import tarfile
 import time
 
@@ -24,7 +27,7 @@ from timm_rs.export.export import export_switchable  # noqa: E402
 from timm_rs_runtime import Session, UserError, replicas  # noqa: E402
 from timm_rs_runtime.cascade import softmax  # noqa: E402
 from timm_rs_runtime.ray import Worker, predict  # noqa: E402
-from timm_rs_runtime.replicas import Replicas, connect, serve  # noqa: E402
+from timm_rs_runtime.replicas import Replicas, Settings, connect, serve  # noqa: E402
 
 NAMES = [f'{i:02}.png' for i in range(12)]
 
@@ -66,6 +69,15 @@ def cluster():
     connect(None, num_cpus=3)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope='module')
+def port(cluster):
+    """Where Ray Serve listens."""
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        port = server.getsockname()[1]
+    ray_serve.start(proxy_location='HeadOnly', http_options=dict(port=port))
+    return port
 
 
 def rows_of(output):
@@ -137,11 +149,27 @@ def test_unusable_batches(cluster, model, tmp_path, source, output, kwargs, mess
         predict(str(tmp_path / source), model, str(tmp_path / output), **kwargs)
 
 
-def test_a_replica_that_is_killed_and_one_that_is_replaced(cluster, model):
+def test_a_configuration_for_serve_deploy(port, model):
+    """Its import_path and args: Ray Serve's proxy, the door, a replica."""
+    settings = Settings(path=model, budget_ms=20000, max_bytes=20000, k=1)
+    ray_serve.run(replicas.app(settings), name='configured', route_prefix='/')
+    connection = http.client.HTTPConnection('127.0.0.1', port, timeout=30)
+    try:
+        for method, path, body, status, key in (
+                ('POST', '/predict', encoded(0), 200, 'top'), ('POST', '/predict', b'text', 422, 'error'),
+                ('POST', '/predict', bytes(20001), 413, 'error'), ('GET', '/predict', None, 405, 'error'),
+                ('GET', '/healthz', None, 200, 'replicas')):
+            connection.request(method, path, body)
+            response = connection.getresponse()
+            assert (response.status, next(iter(json.load(response)))) == (status, key)
+    finally:
+        ray_serve.delete('configured')
+
+
+def test_a_replica_that_is_killed_and_one_that_is_replaced(port, model):
     """Every request has its answer or error within the budget; the new replica is there before the old one ends."""
     budget_ms = 20000.
-    ray_serve.start(proxy_location='Disabled')
-    application = replicas._application(model, budget_ms, (1, 1), 1, 10 ** 6, dict(threads=1))
+    application = replicas._replicas(Settings(path=model, budget_ms=budget_ms))
     handle = replicas._deploy('test', application)
 
     async def ask(door, seconds=0.):
@@ -234,10 +262,15 @@ def test_the_window():
 def test_unusable_services(model):
     with pytest.raises(UserError, match='No Ray cluster answers at 127.0.0.1:1: '):
         connect('127.0.0.1:1')
-    for kwargs, message in (
+    for values, message in (
             (dict(replicas=0), 'replicas is 0'), (dict(min_replicas=2), 'min_replicas is 2'),
-            (dict(port=0), 'port is 0'), (dict(max_bytes=0), 'max_bytes is 0'),
-            (dict(budget_ms=1e-3), 'The smallest size of .* takes .* ms here'),
-            (dict(host='192.0.2.77'), 'Cannot listen at 192.0.2.77, port 8000')):
+            (dict(max_bytes=0), 'max_bytes is 0'), (dict(path=f'{model}.none'), 'm.onnx.none'),
+            (dict(budget_ms=1e-3), 'The smallest size of .* takes .* ms here')):
+        settings = Settings(**dict(dict(path=model, budget_ms=1000.), **values))
+        for start in (serve, replicas.app):
+            with pytest.raises(UserError, match=message):
+                start(settings)
+    for kwargs, message in (
+            (dict(port=0), 'port is 0'), (dict(host='192.0.2.77'), 'Cannot listen at 192.0.2.77, port 8000')):
         with pytest.raises(UserError, match=message):
-            serve(model, **dict(dict(budget_ms=1000.), **kwargs))
+            serve(Settings(path=model, budget_ms=1000.), **kwargs)

@@ -1,24 +1,28 @@
 """Replicas of an AdaptiveSession behind an HTTP service: sizes bend with the load, Ray Serve adds replicas
 
-This process reads uploads, keeps deadlines and answers in JSON (see `service`). Replicas, which Ray Serve runs on any
-machine of its cluster, answer images, and refuse those that they cannot answer in time.
+A process reads uploads, keeps deadlines and answers in JSON (see `service`): that of `serve`, or a Door. Replicas,
+which Ray Serve runs on any machine of its cluster, answer images, and refuse those that they cannot answer in time.
 """
 import asyncio
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
 import threading
 import time
 import warnings
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Optional
 
 os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
+os.environ.setdefault('RAY_SERVE_USE_GRPC_BY_DEFAULT', '1')  # straight to a replica, some ms less than a task of Ray
 
 try:
     import ray
     import uvicorn
+    from fastapi import FastAPI
+    from pydantic import BaseModel
     from ray import serve as ray_serve
     from ray.exceptions import RayActorError
     from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -32,7 +36,7 @@ from .fields import check_argument, integer
 from .images import MAX_BYTES, MAX_PIXELS
 from .service import MAX_ONGOING, MAX_UPLOAD, Answer, Replica, create_app
 
-__all__ = ['Replicas', 'serve']
+__all__ = ['Replicas', 'Settings', 'app', 'serve']
 
 STATS_SECONDS = 2.
 TARGET_ONGOING = 2.  # requests in a replica, in the mean, above which Ray Serve starts another one ...
@@ -50,6 +54,8 @@ def connect(address: Optional[str], **options: Any) -> None:
         if host and port.isdigit():
             socket.create_connection((host, int(port)), timeout=10).close()  # Ray would try for minutes
         os.environ.setdefault('RAY_worker_niceness', '0')  # otherwise 15
+        if not address:  # otherwise Ray writes one that all users of this machine can read
+            os.environ.setdefault('RAY_AUTH_TOKEN', secrets.token_hex(32))
         ray.init(
             address or 'local', log_to_driver=False, logging_level='ERROR',
             **({} if address else dict(options, include_dashboard=False)))
@@ -118,20 +124,8 @@ class Replicas:
         return dict(row for row in found if isinstance(row, tuple))
 
 
-def serve(
-        path: str,
-        budget_ms: float,
-        replicas: int = 1,
-        min_replicas: int = 1,
-        address: Optional[str] = None,
-        host: str = '127.0.0.1',
-        port: int = 8000,
-        k: int = 5,
-        max_bytes: int = MAX_UPLOAD,
-        max_pixels: int = MAX_PIXELS,
-        **options: Any,
-) -> None:
-    """Serve a file until SIGTERM or Ctrl-C. SIGHUP opens the file again, replica by replica.
+class Settings(BaseModel):
+    """What to serve, and how.
 
     `min_replicas` start. More follow, up to `replicas`, while more than TARGET_ONGOING requests are in each for
     SCALE_SECONDS: the sizes bend first.
@@ -141,29 +135,57 @@ def serve(
         budget_ms: Milliseconds from the end of an upload to its answer.
         replicas: Most replicas, each with a core.
         min_replicas: Fewest; with two or more, requests go to the others when one dies.
-        address: Address of a Ray cluster, 'auto' for the one that runs here; if None one is started for this process.
-        host: Address to listen at, by default only that of this machine.
-        port: Port to listen at.
         k: Classes of an answer.
         max_bytes: Bytes of a request.
         max_pixels: Pixels of an image.
-        **options: Arguments of AdaptiveSession.
+    """
+
+    path: str
+    budget_ms: float
+    replicas: int = 1
+    min_replicas: int = 1
+    k: int = 5
+    max_bytes: int = MAX_UPLOAD
+    max_pixels: int = MAX_PIXELS
+
+
+@ray_serve.ingress()
+class Door:
+    """What uploads go through where the proxies of Ray Serve listen."""
+
+    def __init__(self, handle: Any, settings: Settings):
+        self._front, self._settings = Replicas(handle), settings
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return _app_of(self._front, self._settings)
+
+
+def app(args: Settings) -> Any:
+    """Return what a configuration of Ray Serve starts: its `import_path` is timm_rs_runtime.replicas:app."""
+    return ray_serve.deployment(Door).options(max_ongoing_requests=2 * MAX_ONGOING).bind(_replicas(args), args)
+
+
+def serve(settings: Settings, address: Optional[str] = None, host: str = '127.0.0.1', port: int = 8000) -> None:
+    """Serve a file until SIGTERM or Ctrl-C. SIGHUP opens the file again, replica by replica.
+
+    Args:
+        settings: What to serve.
+        address: Address of a Ray cluster, 'auto' for the one that runs here; if None one is started for this process.
+        host: Address to listen at, by default only that of this machine.
+        port: Port to listen at.
 
     Raises:
-        UserError: The file is not an export of timm_rs, no size keeps the budget, or an argument is not usable.
-        OSError: The port is taken.
+        UserError: The file is not an export of timm_rs, no size keeps the budget, the port is taken, or an argument is
+            not usable.
     """
-    for name, value, most in (
-            ('replicas', replicas, 10 ** 4), ('min_replicas', min_replicas, replicas), ('port', port, 65535),
-            ('k', k, 1000), ('max_bytes', max_bytes, MAX_BYTES), ('max_pixels', max_pixels, MAX_PIXELS)):
-        check_argument(name, value, integer(1, most))
-    path, options = os.path.abspath(path), dict(options, threads=1)
-    application = _application(path, budget_ms, (min_replicas, replicas), k, max_pixels, options)
+    check_argument('port', port, integer(1, 65535))
+    settings.path = os.path.abspath(settings.path)
+    application = _replicas(settings)
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)
     except OSError as e:
         raise UserError(f'Cannot listen at {host}, port {port}: {e.strerror or e}.') from None
-    connect(address, num_cpus=replicas + 1)  # one more for an update
+    connect(address, num_cpus=settings.replicas + 1)  # one more for an update
     try:
         logging.getLogger('ray.serve').setLevel(logging.ERROR)
         ray_serve.start(proxy_location='Disabled')
@@ -172,42 +194,48 @@ def serve(
 
         def update() -> None:
             try:
-                _deploy(name, _application(path, budget_ms, (min_replicas, replicas), k, max_pixels, options))
-                print(f'{path}: opened again', flush=True)
+                _deploy(name, _replicas(settings))
+                print(f'{settings.path}: opened again', flush=True)
             except (RuntimeError, UserError) as e:
-                print(f'{path} is not opened again: {one_line(e)}', file=sys.stderr, flush=True)
+                print(f'{settings.path} is not opened again: {one_line(e)}', file=sys.stderr, flush=True)
 
         signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=update, daemon=True).start())
-        app = create_app(front.predict, front.stats, budget_ms, max_bytes)
-        print(f'{path}: http://{host}:{port}/predict', flush=True)
-        uvicorn.Server(uvicorn.Config(app, log_level='error', access_log=False)).run([listener])
-        ray_serve.delete(name)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # uvicorn raises it again at the end
+        print(f'{settings.path}: http://{host}:{port}/predict', flush=True)
+        try:
+            uvicorn.Server(uvicorn.Config(
+                _app_of(front, settings), log_level='error', access_log=False)).run([listener])
+        finally:
+            ray_serve.delete(name)
     finally:
         ray.shutdown()
 
 
-def _application(
-        path: str,
-        budget_ms: float,
-        replicas: Tuple[int, int],
-        k: int,
-        max_pixels: int,
-        options: Dict[str, Any],
-) -> Any:
-    """Return what Ray Serve runs for a file, which is checked."""
+def _app_of(front: Replicas, settings: Settings) -> FastAPI:
+    return create_app(front.predict, front.stats, settings.budget_ms, settings.max_bytes)
+
+
+def _replicas(settings: Settings) -> Any:
+    """Return the replicas as Ray Serve takes them; the settings and the file are checked."""
+    for name, most in (
+            ('replicas', 10 ** 4), ('min_replicas', settings.replicas), ('k', 1000), ('max_bytes', MAX_BYTES),
+            ('max_pixels', MAX_PIXELS)):
+        check_argument(name, getattr(settings, name), integer(1, most))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', RuntimeWarning)  # an error here
-        with AdaptiveSession(path, budget_ms, **options) as session:
+        with AdaptiveSession(settings.path, settings.budget_ms, threads=1) as session:
             smallest_ms = min(session.stats()['expected_ms'].values())
     if not session.feasible:
-        raise UserError(f'The smallest size of {path} takes {smallest_ms:.1f} ms here, expected at most the budget.')
-    fewest, most = replicas
+        raise UserError(
+            f'The smallest size of {settings.path} takes {smallest_ms:.1f} ms here, expected at most the budget.')
+    fewest, most = settings.min_replicas, settings.replicas
     scaling = dict(num_replicas=most) if fewest == most else dict(autoscaling_config=dict(
         min_replicas=fewest, max_replicas=most, target_ongoing_requests=TARGET_ONGOING, upscale_delay_s=SCALE_SECONDS,
         look_back_period_s=SCALE_SECONDS))
     return ray_serve.deployment(Replica).options(
         max_ongoing_requests=MAX_ONGOING, max_queued_requests=MAX_ONGOING, max_surge_percent=10,
-        health_check_period_s=2, **scaling).bind(path, budget_ms, k, max_pixels, **options)
+        health_check_period_s=2, **scaling).bind(
+            settings.path, settings.budget_ms, settings.k, settings.max_pixels, threads=1)
 
 
 def _deploy(name: str, application: Any) -> Any:

@@ -22,8 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..replicas import serve
+    from ..replicas import Settings, serve
 
-    serve(
-        args.file, args.budget_ms, args.replicas, args.min_replicas, args.ray, args.host, args.port, args.top,
-        args.max_bytes, args.max_pixels)
+    settings = Settings(
+        path=args.file, budget_ms=args.budget_ms, replicas=args.replicas, min_replicas=args.min_replicas, k=args.top,
+        max_bytes=args.max_bytes, max_pixels=args.max_pixels)
+    serve(settings, args.ray, args.host, args.port)
