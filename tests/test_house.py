@@ -30,7 +30,7 @@ FLOORS = (
 # What a room takes from outside, of those that are to stay light.
 LIGHT = {
     'timm_rs_runtime': {
-        'PIL', 'fastapi', 'gradio', 'numpy', 'onnxruntime', 'prometheus_client', 'pyarrow', 'ray',
+        'PIL', 'fastapi', 'gradio', 'numpy', 'onnxruntime', 'prometheus_client', 'pyarrow', 'pydantic', 'ray',
         'starlette', 'uvicorn'},
     'timm_rs_cli': {'huggingface_hub', 'timm', 'torch'},  # inside run()
 }
