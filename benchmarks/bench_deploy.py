@@ -27,9 +27,9 @@ control: its ratio to the first, ideally 1, shows what the machine can tell apar
 
     python benchmarks/bench_deploy.py
     python benchmarks/bench_deploy.py --threads 2 --output results/bench_deploy_2threads.json
-    python benchmarks/bench_deploy.py --openvino --output results/bench_deploy_openvino.json
+    python benchmarks/bench_deploy.py --openvino --kinds fast int8 fp16 --output results/bench_deploy_openvino.json
 
-One run takes about five minutes. Needs Linux for the memory.
+One run takes about ten minutes. Needs Linux for the memory.
 """
 import os
 import subprocess
