@@ -267,18 +267,19 @@ def plot(runs, args):
     for policy, run in runs.items():
         times = [row[0] for row in run]
         count = np.maximum(np.histogram(times, edges)[0], 1)
+        line = dict(label=policy, linestyle='--' if policy == 'refusing' else '-')  # it often lies on adaptive
         if policy == 'largest':
             load.stairs(np.histogram(times, edges)[0], edges, color='black')
         served = np.array([(row[0], row[2]) for row in run if row[2]])
         sums = np.histogram(served[:, 0], edges, weights=served[:, 1])[0]
-        size.plot(edges[:-1] + 0.5, sums / np.maximum(np.histogram(served[:, 0], edges)[0], 1), label=policy)
+        size.plot(edges[:-1] + 0.5, sums / np.maximum(np.histogram(served[:, 0], edges)[0], 1), **line)
         in_time = [float(row[3] and row[1] <= args.budget_ms / 1e3) for row in run]
         good = np.histogram(times, edges, weights=in_time)[0]
-        right.plot(edges[:-1] + 0.5, 100 * good / count, label=policy)
+        right.plot(edges[:-1] + 0.5, 100 * good / count, **line)
     load.set_ylabel('arrivals a second')
     size.set_ylabel('mean size (px)')
     right.set(ylabel='right in time (%)', xlabel='time (s)')
-    size.legend(loc='upper right', fontsize='small', ncols=2)
+    figure.legend(*size.get_legend_handles_labels(), loc='outside upper center', ncols=len(runs))
     for axis in (load, size, right):
         axis.grid(alpha=0.3)
     figure.savefig(args.output.with_suffix('.png'), dpi=150)
