@@ -3,8 +3,10 @@
 
 A MobileNetV2 of 96 px (random weights), one thread, answers a JPEG of 224 x 224 and about 12 KB.
 
-- hop: milliseconds of AdaptiveSession.predict in this process, and of POST /predict to timm-rs serve with one replica
-  over one connection, in turns, on the wall. n: --requests of each, after 50.
+- hop: milliseconds of AdaptiveSession.predict in this process, and of POST /predict over one connection: to the same
+  application around a session, without Ray (http); to timm-rs serve with one replica, which sends requests as tasks of
+  Ray (tasks), or straight to the replica, as it does by default (ray). In turns, on the wall. n: --requests of each,
+  after 50.
 - kills: --rate requests a second at random times (Poisson) to two replicas; every 8 s one of them is killed by SIGKILL.
   Counts answers (200), errors (503) and others, and those that came later than the budget of 1 s and than 50 ms after.
 
@@ -37,6 +39,7 @@ import numpy as np
 import pyarrow.parquet
 import timm
 import torch
+import uvicorn
 from _common import create_parser, median, print_table, ratio, write_results
 from PIL import Image
 
@@ -47,8 +50,9 @@ from timm_rs_runtime import ray as batches
 from timm_rs_runtime.images import find_images
 from timm_rs_runtime.predict import Predictor, answers
 from timm_rs_runtime.replicas import connect
+from timm_rs_runtime.service import Replica, create_app
 
-PORT = 8765
+PORT = 8765  # and the next two
 BUDGET_MS = 1000.
 
 
@@ -80,18 +84,29 @@ def main():
 class Service:
     """timm-rs serve while a with block runs."""
 
-    def __init__(self, model, replicas):
+    def __init__(self, model, replicas, port=PORT, **environment):
         self.command = [
-            sys.executable, '-m', 'timm_rs_runtime', 'serve', model, '--budget-ms', str(BUDGET_MS), '--port', str(PORT),
+            sys.executable, '-m', 'timm_rs_runtime', 'serve', model, '--budget-ms', str(BUDGET_MS), '--port', str(port),
             '--replicas', str(replicas), '--min-replicas', str(replicas)]
+        self.environment = dict(os.environ, **environment)
 
     def __enter__(self):
-        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            self.command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=self.environment)
         self.process.stdout.readline()
 
     def __exit__(self, *_):
         self.process.terminate()
         self.process.wait(60)
+
+
+def serve_alone(model):
+    """Serve without Ray."""
+    async def stats():
+        return {}
+
+    app = create_app(Replica(model, BUDGET_MS, threads=1).predict, stats, BUDGET_MS)
+    uvicorn.run(app, port=PORT + 2, log_level='error', access_log=False)
 
 
 def post(connection, content):
@@ -102,20 +117,26 @@ def post(connection, content):
 
 def measure_hop(args, model, content):
     session = AdaptiveSession(model, BUDGET_MS, threads=1)
-    times = dict(here=[], http=[])
-    with Service(model, 1):
-        connection = http.client.HTTPConnection('127.0.0.1', PORT)
-        contenders = dict(here=lambda: session.predict(content), http=lambda: post(connection, content))
+    alone = multiprocessing.get_context('spawn').Process(target=serve_alone, args=(model,))
+    alone.start()
+    times = collections.defaultdict(list)
+    with Service(model, 1), Service(model, 1, PORT + 1, RAY_SERVE_USE_GRPC_BY_DEFAULT='0'):
+        connections = {
+            name: http.client.HTTPConnection('127.0.0.1', port)
+            for name, port in (('http', PORT + 2), ('tasks', PORT + 1), ('ray', PORT))}
         for _ in range(50 + args.requests):
-            for name, call in contenders.items():
+            start = time.perf_counter()
+            session.predict(content)
+            times['here'].append(1e3 * (time.perf_counter() - start))
+            for name, connection in connections.items():
                 start = time.perf_counter()
-                call()
+                post(connection, content)
                 times[name].append(1e3 * (time.perf_counter() - start))
-    p50, p99 = ({name: np.percentile(found[50:], q) for name, found in times.items()} for q in (50, 99))
-    return dict(
-        measure='hop', bytes=len(content), requests=args.requests, here_p50=round(p50['here'], 2),
-        http_p50=round(p50['http'], 2), added_p50=round(p50['http'] - p50['here'], 2), here_p99=round(p99['here'], 2),
-        http_p99=round(p99['http'], 2))
+    alone.terminate()
+    found = {
+        f'{name}_p{q}': round(np.percentile(row[50:], q), 2) for q in (50, 99) for name, row in times.items()}
+    added = {f'added_by_{name}': round(found[f'{name}_p50'] - found['here_p50'], 2) for name in connections}
+    return dict(measure='hop', bytes=len(content), requests=args.requests, **found, **added)
 
 
 def replicas_now():
