@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import tarfile
 import time
 
@@ -164,6 +166,17 @@ def test_a_configuration_for_serve_deploy(port, model):
             assert (response.status, next(iter(json.load(response)))) == (status, key)
     finally:
         ray_serve.delete('configured')
+
+
+def test_a_service_leaves_nothing_in_the_cluster(port, model):
+    command = [
+        sys.executable, '-m', 'timm_rs_runtime', 'serve', model, '--budget-ms', '20000', '--port', str(port + 1),
+        '--ray', ray.get_runtime_context().gcs_address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() and list(ray_serve.status().applications)
+        process.terminate()
+        assert process.wait(60) == 0
+    assert not ray_serve.status().applications
 
 
 def test_a_replica_that_is_killed_and_one_that_is_replaced(port, model):
