@@ -35,6 +35,8 @@ def main():
     add_timing_arguments(parser, builds=3, rounds=20)
     parser.add_argument('--models', nargs='+', default=['resnet18', 'resnet50', 'mobilenetv2_100'], metavar='NAME',
                         help='timm models (default: resnet18 resnet50 mobilenetv2_100)')
+    parser.add_argument('--precisions', nargs='+', default=['float32', 'int8'], metavar='NAME',
+                        help='of programs (default: float32 int8)')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = []
@@ -67,7 +69,7 @@ def compare(args, name, folder):
     images = [Image.effect_noise((16, 16), 80).convert('RGB').resize((256, 256)) for _ in range(8)]
     x = example_images(plain, largest, 1)
     rows = []
-    for precision in ('float32', 'int8'):
+    for precision in args.precisions:
         paths = [f'{folder}/{name}-{precision}-{which}.pte' for which in ('all', 'one')]
         given = dict(images=images) if precision == 'int8' else {}
         export_executorch(model, paths[0], **given)

@@ -1,6 +1,6 @@
 """BatchNorm for inference: a scale and a bias, or part of the convolution before it"""
 import copy
-from typing import Any, Dict
+from typing import Any, Dict, Tuple
 
 import torch
 import torch.nn as nn
@@ -68,23 +68,32 @@ def fuse_batch_norms(network: nn.Module, images: torch.Tensor) -> nn.Module:
 
 
 class _ScaleAndShift(nn.Module):
-    def __init__(self, bn: nn.Module):
+    def __init__(self, bn: nn.Module, shape: Tuple[int, ...]):
         super().__init__()
-        self.register_buffer('scale', bn.weight.data)
-        self.register_buffer('shift', bn.bias.data)
+        self.register_buffer('scale', bn.weight.data.view(shape))
+        self.register_buffer('shift', bn.bias.data.view(shape))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.scale.dim() == x.dim():
+            return x * self.scale + self.shift
         shape = (-1, *(1,) * (x.dim() - 2))
         return x * self.scale.view(shape) + self.shift.view(shape)
 
 
-def split_batch_norms(network: nn.Module) -> nn.Module:
-    """Return a copy for inference whose BatchNorms are a multiplication and an addition."""
+def split_batch_norms(network: nn.Module, shaped: bool = False) -> nn.Module:
+    """Return a copy for inference whose BatchNorms are a multiplication and an addition.
+
+    Args:
+        network: Plain network.
+        shaped: Keep the factors of images as [1, C, 1, 1] instead of [C]. With these XNNPACK takes 1.01 instead of 1.10
+            times as long for ResNet-18 as with BatchNorms fused.
+    """
     network = reduce_batch_norms(network)
     for parent in list(network.modules()):
         for name, bn in list(parent.named_children()):
             if isinstance(bn, BatchNorm) and bn.track_running_stats:
-                setattr(parent, name, nn.Sequential(_ScaleAndShift(bn), _without_norm(bn)))
+                shape = (1, -1, 1, 1) if shaped and isinstance(bn, nn.BatchNorm2d) else (-1,)
+                setattr(parent, name, nn.Sequential(_ScaleAndShift(bn, shape), _without_norm(bn)))
     return network
 
 
