@@ -1,6 +1,7 @@
 """What PyTorch and timm do with a module, done with a switchable one"""
 import copy
 import pickle
+import warnings
 
 import pytest
 import timm
@@ -186,6 +187,20 @@ def test_features_at_the_active_resolution(resolution):
                  plain.forward_head(plain.forward_features(x), pre_logits=True))
     assert_equal(model.forward_intermediates(x, indices=2), plain.forward_intermediates(x, indices=2))
     assert model.resolution == resolution
+
+
+def test_features_of_images_of_another_size_are_named_once():
+    model = rs_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for x in images(*RESOLUTIONS):
+            model(x)  # which chooses by their size
+            model.forward_features(x)
+            model.at(x.shape[-1]).forward_intermediates(x)
+        with pytest.raises(UserWarning, match=r'active resolution, 32, for images of 48x48: switch_to\(48\) before'):
+            model.forward_features(images(48))
+        model.forward_features(images(48))
+    assert not hasattr(make_switchable(torch.nn.Sequential(torch.nn.BatchNorm2d(3))), 'forward_features')
 
 
 @pytest.mark.parametrize('feature_cls', [None, 'dict', 'hook', 'getter'])

@@ -9,7 +9,7 @@ import math
 import warnings
 import weakref
 from collections import OrderedDict
-from functools import cache, partial
+from functools import cache, partial, wraps
 from itertools import chain
 from types import MethodType
 from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
@@ -368,7 +368,26 @@ def _last_map(resolution: int, info: Sequence[Dict[str, Any]]) -> Tuple[int, int
 
 @cache
 def _switchable_class(plain: type) -> type:
-    return type(f'RS{plain.__name__}', (SwitchableMixin, plain), {'__module__': plain.__module__})
+    features = {name: _name_other_size(getattr(plain, name))
+                for name in ('forward_features', 'forward_intermediates') if hasattr(plain, name)}
+    return type(f'RS{plain.__name__}', (SwitchableMixin, plain), dict(features, __module__=plain.__module__))
+
+
+def _name_other_size(method: Callable) -> Callable:
+    """Return a method that runs at the active resolution, and warns once of images of another one."""
+    @wraps(method)
+    def features(self: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(x, torch.Tensor) and not torch.compiler.is_compiling():
+            height, width = x.shape[-2:]
+            key = method.__name__, height, self.resolution
+            if height == width != self.resolution and height in self.resolutions and key not in self._switch.warned:
+                self._switch.warned.add(key)
+                warnings.warn(
+                    f'{method.__name__} takes the BatchNorm of the active resolution, {self.resolution}, for images of '
+                    f'{height}x{width}: switch_to({height}) before, or at({height}).{method.__name__}.', stacklevel=2)
+        return method(self, x, *args, **kwargs)
+
+    return features
 
 
 def _new_switchable(plain: type) -> nn.Module:
