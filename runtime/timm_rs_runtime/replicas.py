@@ -1,6 +1,6 @@
 """Replicas of an AdaptiveSession behind an HTTP service: sizes bend with the load, Ray Serve adds replicas
 
-A process reads uploads, keeps deadlines and answers in JSON (see `service`): that of `serve`, or a Door. Replicas,
+A process reads uploads, keeps deadlines and answers in JSON (see `service`): that of `serve`, or a Front. Replicas,
 which Ray Serve runs on any machine of its cluster, answer images, and refuse those that they cannot answer in time.
 """
 import asyncio
@@ -54,7 +54,7 @@ def connect(address: Optional[str], **options: Any) -> None:
         if host and port.isdigit():
             socket.create_connection((host, int(port)), timeout=10).close()  # Ray would try for minutes
         os.environ.setdefault('RAY_worker_niceness', '0')  # otherwise 15
-        if not address:  # otherwise Ray writes one that all users of this machine can read
+        if not address:  # a token of this cluster only
             os.environ.setdefault('RAY_AUTH_TOKEN', secrets.token_hex(32))
         ray.init(
             address or 'local', log_to_driver=False, logging_level='ERROR',
@@ -150,7 +150,7 @@ class Settings(BaseModel):
 
 
 @ray_serve.ingress()
-class Door:
+class Front:
     """What uploads go through where the proxies of Ray Serve listen."""
 
     def __init__(self, handle: Any, settings: Settings):
@@ -162,7 +162,7 @@ class Door:
 
 def app(args: Settings) -> Any:
     """Return what a configuration of Ray Serve starts: its `import_path` is timm_rs_runtime.replicas:app."""
-    return ray_serve.deployment(Door).options(max_ongoing_requests=2 * MAX_ONGOING).bind(_replicas(args), args)
+    return ray_serve.deployment(Front).options(max_ongoing_requests=2 * MAX_ONGOING).bind(_replicas(args), args)
 
 
 def serve(settings: Settings, address: Optional[str] = None, host: str = '127.0.0.1', port: int = 8000) -> None:
