@@ -84,6 +84,14 @@ def test_configuration_names_the_rs_model_and_at_the_plain_one():
     assert model.default_cfg is cfg and cfg['hf_hub_id'] == 'timm/resnet18.tv_in1k'
 
 
+def test_pool_size_is_that_of_the_size():
+    model = timm.create_model('rs_test_efficientnet')  # timm's own size is 160
+    for net in (model, model.at(96)):
+        side = net.default_cfg['input_size'][-1]
+        assert net.default_cfg['pool_size'] == net.forward_features(images(side)).shape[-2:]
+    assert get_pretrained_cfg('rs_inception_v3').pool_size == (8, 8)  # it does not pad, so nothing follows from 299 px
+
+
 @pytest.mark.parametrize('given, kept', [
     (dict(), (224, 192, 160, 128, 96)),
     (dict(resolutions=(32, 64)), (64, 32)),

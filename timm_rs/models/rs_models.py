@@ -12,7 +12,7 @@ import math
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch.nn as nn
 from timm.models import (
@@ -178,8 +178,17 @@ def _pretrained_cfgs(base: str) -> Dict[str, PretrainedCfg]:
         cfg = registry._model_pretrained_cfgs[name]
         input_size = (cfg.input_size[0], RESOLUTIONS[0], RESOLUTIONS[0])
         cfgs[PREFIX + name] = replace(
-            cfg, input_size=input_size, fixed_input_size=False, test_input_size=None, test_crop_pct=None)
+            cfg, input_size=input_size, fixed_input_size=False, test_input_size=None, test_crop_pct=None,
+            pool_size=_pool_size(cfg))
     return cfgs
+
+
+def _pool_size(cfg: PretrainedCfg) -> Optional[Tuple[int, int]]:
+    """Return the size of the last feature maps at the largest size, if timm's own is that of a network that pads."""
+    for stride in (2 ** n for n in range(8)):
+        if cfg.pool_size and math.ceil(cfg.input_size[-1] / stride) == cfg.pool_size[-1]:
+            return (math.ceil(RESOLUTIONS[0] / stride),) * 2
+    return cfg.pool_size
 
 
 def _read_packaged() -> Dict[str, Dict[str, Any]]:
