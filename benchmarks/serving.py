@@ -282,6 +282,7 @@ def plot(runs, args):
     figure.legend(*size.get_legend_handles_labels(), loc='outside upper center', ncols=len(runs))
     for axis in (load, size, right):
         axis.grid(alpha=0.3)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output.with_suffix('.png'), dpi=150)
 
 
