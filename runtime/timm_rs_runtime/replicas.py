@@ -179,7 +179,7 @@ def serve(settings: Settings, address: Optional[str] = None, host: str = '127.0.
             not usable.
     """
     check_argument('port', port, integer(1, 65535))
-    settings.path = os.path.abspath(settings.path)
+    settings = settings.model_copy(update=dict(path=os.path.abspath(settings.path)))
     application = _replicas(settings)
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)
