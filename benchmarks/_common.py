@@ -1,6 +1,7 @@
 """What the benchmarks share: timing in turns, medians and ratios with their spread, a table, and the JSON of a run"""
 import argparse
 import gc
+import itertools
 import json
 import os
 import platform
@@ -19,7 +20,7 @@ from timm_rs_runtime.errors import OneLineParser
 from timm_rs_runtime.files import atomic_write
 
 __all__ = [
-    'add_deployed_arguments', 'add_timing_arguments', 'create_parser', 'environment', 'measure', 'median',
+    'add_deployed_arguments', 'add_timing_arguments', 'compare', 'create_parser', 'environment', 'measure', 'median',
     'print_table', 'ratio', 'shell_command', 'write_json', 'write_results',
 ]
 
@@ -113,6 +114,24 @@ def ratio(runs: Sequence[Seconds], numerator: str, denominator: str) -> Dict[str
     )
 
 
+def compare(
+        args: argparse.Namespace,
+        runs: Sequence[Seconds],
+        case: str,
+        ours: str,
+        theirs: str,
+        unit: float = 1e-3,
+        **others: Any,
+) -> Dict[str, Any]:
+    """Return the row of two contenders: their medians, as median gives them, and the ratio of ours to theirs.
+
+    Others are further columns, or others of these.
+    """
+    return {
+        'case': case, 'ours': median(runs, ours, unit), 'theirs': median(runs, theirs, unit),
+        **ratio(runs, ours, theirs), **others, 'n': f'{args.builds} x {args.rounds}'}
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Dict[str, Any]]) -> None:
     """Print rows as aligned columns; what a row lacks stays empty, a range becomes '1.000 - 1.010'."""
     cells = [list(columns)] + [[_format(row.get(column, '')) for column in columns] for row in rows]
@@ -123,12 +142,23 @@ def print_table(columns: Sequence[str], rows: Sequence[Dict[str, Any]]) -> None:
 
 
 def write_results(args: argparse.Namespace, rows: Sequence[Dict[str, Any]]) -> None:
-    """Write the rows to --output, with the command and the environment that they come from."""
+    """Print the rows, and write them to --output with the command and the environment that they come from.
+
+    Printed are numbers, texts and lists of two, without the columns whose names end in _range.
+    """
+    def columns_of(row):
+        return [
+            key for key, value in row.items() if not key.endswith('_range')
+            and (isinstance(value, (str, int, float)) or isinstance(value, list) and len(value) == 2)]
+
+    for columns, table in itertools.groupby(rows, columns_of):
+        print_table(columns, list(table))
+        print()
     settings = {k: v for k, v in vars(args).items() if k != 'output'}
     results = dict(command=shell_command(), environment=environment(), settings=settings, rows=list(rows))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.output, results)
-    print(f'\nWritten to {args.output}')
+    print(f'Written to {args.output}')
 
 
 def write_json(path: Path, content: Any) -> None:

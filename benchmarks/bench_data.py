@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _common import add_timing_arguments, create_parser, measure, median, print_table, ratio, write_results
+from _common import add_timing_arguments, compare, create_parser, measure, ratio, write_results
 from PIL import Image
 from timm.data import create_dataset as create_timm_dataset
 from timm.data import create_loader, resolve_data_config
@@ -38,7 +38,6 @@ RESOLUTIONS = (224, 192, 160, 128, 96)
 CONFIG = resolve_data_config(dict(input_size=(3, 224, 224)))
 CASES = ('training', 'decode', 'evaluation')
 LARGE, SMALL = (1600, 1200), (500, 375)  # pixels
-COLUMNS = ('case', 'ms', 'timm_ms', 'ratio', 'range', 'wanted', 'n')
 ROWS = [  # case, title, ours, timm's, whether the ratio is of images per second, what is wanted of it
     ('training', 'training batches with pyramid, images/s', 'pyramid', 'train', True, '>= 0.95'),
     ('decode', '1600 x 1200 to 96 px, scaled, images/s', 'scaled_1600', 'timm_1600', True, '>= 2.5'),
@@ -52,22 +51,22 @@ ROWS = [  # case, title, ours, timm's, whether the ratio is of images per second
 def main():
     parser = create_parser(__doc__)
     add_timing_arguments(parser, builds=3, rounds=3)
-    parser.add_argument('--images', default=512, type=int, metavar='N', help='photographs (default: %(default)s)')
-    parser.add_argument('-b', '--batch-size', default=32, type=int, metavar='N', help='images (default: %(default)s)')
-    parser.add_argument('--repeats', default=4, type=int, metavar='N', help='of each to train (default: %(default)s)')
-    parser.add_argument('--cases', nargs='+', default=CASES, choices=CASES, help='default: %(default)s')
+    add = parser.add_argument
+    add('--images', default=512, type=int, metavar='N', help='photographs (default: %(default)s)')
+    add('-b', '--batch-size', default=32, type=int, metavar='N', help='images (default: %(default)s)')
+    add('--repeats', default=4, type=int, metavar='N', help='of each to train (default: %(default)s)')
+    add('--cases', nargs='+', default=CASES, choices=CASES, help='default: %(default)s')
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         args.bytes_per_image = [
             write_images(Path(root, str(size[0])), size, count) for size, count in (
                 (SMALL, args.images if {*args.cases} != {'decode'} else args.images // 8), (LARGE, args.images // 8))]
         runs = measure(lambda: create_contenders(root, args), args, warmup=1)
-    rows = [
-        dict(
-            case=title, ms=median(runs, ours), timm_ms=median(runs, timms), wanted=wanted,
-            **(ratio(runs, timms, ours) if is_rate else ratio(runs, ours, timms)), n=f'{args.builds} x {args.rounds}')
-        for case, title, ours, timms, is_rate, wanted in ROWS if case in args.cases]
-    print_table(COLUMNS, rows)
+    rows = []
+    for case, title, ours, timms, is_rate, wanted in ROWS:
+        if case in args.cases:
+            rates = ratio(runs, timms, ours) if is_rate else {}
+            rows.append(compare(args, runs, title, ours, timms, wanted=wanted, **rates))
     write_results(args, rows)
 
 

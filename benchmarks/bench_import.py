@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
 """Import: what `import timm_rs` adds to `import timm`, and how long the command takes to answer
 
-Starts fresh processes that import timm and then timm_rs, or the runtime, and times these imports inside them; and
-processes of the command timm-rs that print help or report a mistyped flag, timed from outside. Wanted: at most 0.2 s
-for timm_rs, which registers its models on import, 0.3 s for the runtime, 0.5 s for the command. The alternative is to
-do without: `import timm` by itself, and a Python that does nothing, are the scale.
+Starts fresh processes that time a statement: imports, and calls of the command timm-rs that print help or report a
+mistyped flag. Wanted: at most 0.2 s for timm_rs, which registers its models on import, 0.3 s for the runtime, 0.5 s for
+the command. The alternative is to do without: `import timm` by itself, and a Python that does nothing, are the scale.
 
 n: 7 processes (--rounds), and one more before them, which fills the file cache and compiles the bytecode. Given are the
 median and the slowest time on the wall, and the median CPU time, which programs that share the cores do not lengthen.
@@ -13,80 +12,48 @@ median and the slowest time on the wall, and the median CPU time, which programs
 
 One run takes about a minute.
 """
-import json
-import resource
 import statistics
 import subprocess
 import sys
-import time
 
-from _common import create_parser, print_table, write_results
+from _common import create_parser, write_results
 
-COLUMNS = ('case', 'median_s', 'slowest_s', 'cpu_s', 'wanted', 'n')
 PROGRAM = """
-import json
-from time import perf_counter, process_time
-ticks = []
-for module in ({}):
-    ticks.append((perf_counter(), process_time()))
-    __import__(module)
-ticks.append((perf_counter(), process_time()))
-print(json.dumps(ticks))
+import resource, subprocess, sys, time
+def now():
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.perf_counter(), time.process_time() + children.ru_utime + children.ru_stime
+def run(*command):
+    subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+{before}
+start = now()
+{statement}
+print(*(after - before for after, before in zip(now(), start)))
 """
-COMMANDS = {
-    'python -c pass': ['-c', 'pass'],
-    'timm-rs --help': ['-m', 'timm_rs_cli', '--help'],
-    'timm-rs export --help': ['-m', 'timm_rs_cli', 'export', '--help'],
-    'timm-rs export --outptu': ['-m', 'timm_rs_cli', 'export', '--outptu'],
-}
+CASES = (  # name, what runs before, what is timed, seconds wanted
+    ('import timm', '', 'import timm', ''),
+    ('import timm_rs after it', 'import timm', 'import timm_rs', 0.2),
+    ('import timm_rs_runtime', '', 'import timm_rs_runtime', 0.3),
+    ('python -c pass', '', "run('-c', 'pass')", ''),
+    ('timm-rs --help', '', "run('-m', 'timm_rs_cli', '--help')", 0.5),
+    ('timm-rs export --help', '', "run('-m', 'timm_rs_cli', 'export', '--help')", 0.5),
+    ('timm-rs export --outptu', '', "run('-m', 'timm_rs_cli', 'export', '--outptu')", 0.5),
+)
 
 
 def main():
     parser = create_parser(__doc__)
     parser.add_argument('--rounds', default=7, type=int, metavar='N', help='processes (default: %(default)s)')
     args = parser.parse_args()
-    both = [import_in_new_process('timm', 'timm_rs') for _ in range(1 + args.rounds)][1:]
-    runtime = [import_in_new_process('timm_rs_runtime') for _ in range(1 + args.rounds)][1:]
-    rows = [
-        create_row('import timm', [(before, after) for before, after, _ in both]),
-        create_row('import timm_rs after it', [(before, after) for _, before, after in both], wanted=0.2),
-        create_row('import timm_rs_runtime', runtime, wanted=0.3),
-    ]
-    for case, command in COMMANDS.items():
-        spans = [run_in_new_process(command) for _ in range(1 + args.rounds)][1:]
-        rows.append(create_row(case, spans, **(dict(wanted=0.5) if 'timm-rs' in case else {})))
-    print_table(COLUMNS, rows)
+    rows = []
+    for case, before, statement, wanted in CASES:
+        command = [sys.executable, '-c', PROGRAM.format(before=before, statement=statement)]
+        times = [subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout for _ in range(1 + args.rounds)]
+        wall, cpu = zip(*(map(float, line.split()) for line in times[1:]))
+        rows.append(dict(
+            case=case, median_s=round(statistics.median(wall), 4), slowest_s=round(max(wall), 4),
+            cpu_s=round(statistics.median(cpu), 4), wanted=wanted, n=args.rounds))
     write_results(args, rows)
-
-
-def import_in_new_process(*modules):
-    """Return wall and CPU seconds before each import and after the last."""
-    program = PROGRAM.format(''.join(f'{module!r}, ' for module in modules))
-    result = subprocess.run([sys.executable, '-c', program], check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(result.stdout)
-
-
-def run_in_new_process(command):
-    """Return wall and CPU seconds before and after a process."""
-    ticks = []
-    for run in (False, True):
-        if run:
-            subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        ticks.append((time.perf_counter(), used.ru_utime + used.ru_stime))
-    return ticks
-
-
-def create_row(case, spans, **extra):
-    wall, cpu = zip(*([end - start for start, end in zip(before, after)] for before, after in spans))
-    return dict(
-        case=case,
-        median_s=round(statistics.median(wall), 4),
-        slowest_s=round(max(wall), 4),
-        cpu_s=round(statistics.median(cpu), 4),
-        **extra,
-        n=len(spans),
-    )
 
 
 if __name__ == '__main__':

@@ -25,12 +25,10 @@ import itertools
 
 import timm
 import torch
-from _common import add_timing_arguments, create_parser, measure, median, print_table, ratio, write_results
+from _common import add_timing_arguments, compare, create_parser, measure, median, ratio, write_results
 
 from timm_rs import PrivateBN
 
-COLUMNS = ('case', 'rs_ms', 'plain_ms', 'ratio', 'range', 'control', 'control_range', 'wanted', 'n')
-SWITCH_COLUMNS = ('case', 'rs_us', 'plain_us', 'wanted', 'n')
 SWITCHES = 1000  # timed as one: a single switch is too short for the clock
 
 
@@ -45,58 +43,30 @@ def main():
 
     resolutions = timm.create_model(f'rs_{args.model}').resolutions
     with torch.inference_mode():
-        rows = [compare_at(args, resolution) for resolution in resolutions]
-        rows.append(compare_switchable(args, resolutions[-1]))
-    print_table(COLUMNS, rows)
-    switch = compare_switch_to(args)
-    print()
-    print_table(SWITCH_COLUMNS, [switch])
-    write_results(args, rows + [switch])
+        rows = [compare_networks(args, 'model.at(r)', r, args.batch_size, wanted=1.02) for r in resolutions]
+        rows.append(compare_networks(args, 'model(x)', resolutions[-1], batch_size=1, wanted=1.05))
+    write_results(args, [*rows, compare_switch_to(args)])
 
 
-def compare_at(args, resolution):
-    """Return the row of model.at(resolution)."""
-    x = torch.randn(args.batch_size, 3, resolution, resolution)
-
-    def build():
-        network = timm.create_model(f'rs_{args.model}').eval().at(resolution)
-        return create_contenders(args, network, network, x)
-
-    return create_row(args, f'at({resolution}), batch {args.batch_size}', measure(build, args), wanted=1.02)
-
-
-def compare_switchable(args, resolution):
-    """Return the row of model(x)."""
-    x = torch.randn(1, 3, resolution, resolution)
+def compare_networks(args, which, resolution, batch_size, wanted):
+    """Return the row of model(x) or model.at(resolution)(x) against two plain networks with the same weights."""
+    x = torch.randn(batch_size, 3, resolution, resolution)
 
     def build():
         model = timm.create_model(f'rs_{args.model}').eval()
-        return create_contenders(args, model, model.at(resolution), x)
+        extracted = model.at(resolution)
+        network = model if which == 'model(x)' else extracted
+        plain, control = (timm.create_model(args.model).eval() for _ in range(2))
+        plain.load_state_dict(extracted.state_dict())
+        control.load_state_dict(extracted.state_dict())
+        torch.testing.assert_close(network(x), plain(x))
+        return dict(rs=lambda: network(x), plain=lambda: plain(x), control=lambda: control(x))
 
-    return create_row(args, f'model(x) at {resolution}, batch 1', measure(build, args), wanted=1.05)
-
-
-def create_contenders(args, network, source, x):
-    """Return the network and two plain timm networks with the weights of source, to be run on x."""
-    plain, control = (timm.create_model(args.model).eval() for _ in range(2))
-    plain.load_state_dict(source.state_dict())
-    control.load_state_dict(source.state_dict())
-    torch.testing.assert_close(network(x), plain(x))
-    return dict(rs=lambda: network(x), plain=lambda: plain(x), control=lambda: control(x))
-
-
-def create_row(args, case, runs, wanted):
+    runs = measure(build, args)
     control = ratio(runs, 'control', 'plain')
-    return dict(
-        case=f'rs_{args.model} {case}',
-        rs_ms=median(runs, 'rs'),
-        plain_ms=median(runs, 'plain'),
-        **ratio(runs, 'rs', 'plain'),
-        control=control['ratio'],
-        control_range=control['range'],
-        wanted=wanted,
-        n=f'{args.builds} x {args.rounds}',
-    )
+    return compare(
+        args, runs, f'rs_{args.model} {which} at {resolution}, batch {batch_size}', 'rs', 'plain',
+        control=control['ratio'], control_range=control['range'], wanted=wanted)
 
 
 def compare_switch_to(args):

@@ -10,21 +10,14 @@ too. No single rule gives both.
 writes it, in float32 and packed. Packed are the codes of the quantized convolutions; their bases, the first
 convolution, the BatchNorms and the classifier stay float32.
 
---training FILE instead: what recipes of configs/ take on ImageNet, if a GPU does as many operations per second as that
-of the switchable network in this table of experiments/paper_table.py did. A training step costs three forward passes at
-every size, and a teacher one at the largest.
-
     python benchmarks/costs.py
-    python benchmarks/costs.py --training results/paper_table_resnet18.json --output results/cost_training.json
     python benchmarks/costs.py --packed --output results/packed_size.json
 """
-import json
 import tempfile
 from pathlib import Path
 
 import timm
-import yaml
-from _common import create_parser, print_table, write_results
+from _common import create_parser, write_results
 
 from timm_rs.evaluate import count_madds, count_parameters
 from timm_rs.hub.convert import save_model
@@ -35,18 +28,13 @@ PUBLISHED = {  # parameters in units of 2^20, multiply-adds by size
     'rs_resnet50': (24.58, [4.14e9, 3.04e9, 2.11e9, 1.35e9, 760e6]),
     'rs_mobilenetv2_100': (3.47, [301e6, 221e6, 154e6, 99e6, 56e6]),
 }
-IMAGES = 1281167  # of ImageNet-1k's training set
-RECIPES = ('rs_resnet18', 'rs_resnet50', 'rs_resnet50-teacher')
 
 
 def main():
     parser = create_parser(__doc__)
     parser.add_argument('--packed', action='store_true', help='sizes of model files')
-    parser.add_argument('--training', metavar='FILE.json', help='hours of training, at the speed of this table')
     args = parser.parse_args()
-    rows = list(packed_sizes() if args.packed else hours(args.training) if args.training else costs())
-    print_table(rows[0], rows)
-    write_results(args, rows)
+    write_results(args, list(packed_sizes() if args.packed else costs()))
 
 
 def costs():
@@ -61,24 +49,6 @@ def costs():
                 params_M=round(count_parameters(model) / 1e6, 2),
                 published_params_M=round(parameters * 2 ** 20 / 1e6, 2),
                 plain_params_M=round(count_parameters(plain) / 1e6, 2))
-
-
-def hours(path):
-    """Return a row for each recipe, with the hours that one GPU takes."""
-    table = json.loads(Path(path).read_text())
-    run = next(r for r in table['runs'] if r['method'] == 'parallel')
-    flops = 2 * run['cost'] / table['recipe']['epochs'] * run['images_per_second']  # cost: of an image in all epochs
-    for name in RECIPES:
-        recipe = yaml.safe_load(Path(__file__).parents[1].joinpath('configs', f'{name}.yaml').read_text())
-        model = timm.create_model(recipe['model'], resolutions=recipe['resolutions'])
-        madds = 3 * sum(count_madds(model, resolution) for resolution in model.resolutions)
-        if teacher := recipe.get('kd_model_name'):
-            madds += count_madds(timm.create_model(teacher), model.resolutions[0])
-        seconds = 2 * madds * IMAGES * recipe['epochs'] / flops
-        yield dict(
-            recipe=name, epochs=recipe['epochs'], gmadds_per_image=round(madds / 1e9, 2), gpu=run['device'],
-            tflops_measured=round(flops / 1e12, 1), images_per_second=round(flops / (2 * madds)),
-            gpu_hours=round(seconds / 3600))
 
 
 def packed_sizes():

@@ -33,7 +33,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from _common import add_deployed_arguments, create_parser, print_table, write_results
+from _common import add_deployed_arguments, create_parser, write_results
 from PIL import Image
 
 from timm_rs_runtime import Controller, Session
@@ -58,9 +58,7 @@ def main():
     add('--seconds', type=float, default=60., metavar='T', help='simulated for each seed (default: %(default)s)')
     add('--trace', nargs='+', metavar='FILE.csv', help='times of requests, instead of the loads')
     args = parser.parse_args()
-    rows = measure(args)
-    print_table(list(rows[0]), rows)
-    write_results(args, rows)
+    write_results(args, measure(args))
 
 
 def photographs(args, session):
@@ -126,9 +124,10 @@ class Replica:
             busy = [max(self.end - now, 0.)] * len(self.costs.resolutions)
             if self.controller.lateness([np.inf, *left], [0, *counts], [busy, *reading]) > 0:
                 return False
-        if len(self.line) < MOST_WAITING:
-            self.line.append(entry)
-        return len(self.line) <= MOST_WAITING and self.line[-1] is entry
+        if len(self.line) == MOST_WAITING:
+            return False
+        self.line.append(entry)
+        return True
 
     def choose(self, now):
         """Return the index of the size for the first in line."""
@@ -182,20 +181,18 @@ def replayed(path, rate, budget, images, seed):
 def arrivals_of(load, rate, seconds, budget, images, seed):
     """Return the requests of a load; `rate` a second is all that the largest size carries."""
     random = np.random.default_rng(seed)
-    ends, levels = [seconds], [1.2]
-    if load in ('bursts', 'flood'):
-        ends, levels = [0.], []
-        for level in itertools.cycle((0.4, 2. if load == 'bursts' else 6.)):
-            levels.append(level)
-            ends.append(ends[-1] + random.exponential(5))
-            if ends[-1] > seconds:
-                break
-        ends = ends[1:]
-    most, now, requests = max(levels) if load != 'day' else 1.8, 0., []
-    while (now := now + random.exponential(1 / (most * rate))) < seconds:
-        level = levels[np.searchsorted(ends, now)] if load != 'day' else 1 - 0.8 * np.cos(2 * np.pi * now / seconds)
-        if random.random() < level / most:
-            requests.append(Request(now, int(random.integers(images)), now + budget))
+    ends, levels = np.array([seconds]), [1.2]
+    if load == 'day':
+        ends = np.arange(1, seconds + 1)
+        levels = 1 - 0.8 * np.cos(2 * np.pi * (ends - 0.5) / seconds)
+    elif load in ('bursts', 'flood'):
+        ends = random.exponential(5, 1 + int(seconds)).cumsum()  # more than last that long
+        levels = np.resize((0.4, 2. if load == 'bursts' else 6.), len(ends))
+    requests, start = [], 0.
+    for end, level in zip(ends.clip(max=seconds).tolist(), levels):
+        times = np.sort(random.uniform(start, end, random.poisson(level * rate * (end - start))))
+        requests += [Request(time, int(random.integers(images)), time + budget) for time in times.tolist()]
+        start = end
     return requests
 
 
@@ -264,18 +261,18 @@ def plot(runs, args):
     edges = np.arange(0, min(args.seconds, 60.) + 1)
     figure = Figure(figsize=(8, 7), layout='constrained')
     load, size, right = figure.subplots(3, 1, sharex=True)
+
+    def mean(times, values):
+        count = np.histogram(times, edges)[0].clip(1)
+        return edges[:-1] + 0.5, np.histogram(times, edges, weights=values)[0] / count
+
     for policy, run in runs.items():
         times = [row[0] for row in run]
-        count = np.maximum(np.histogram(times, edges)[0], 1)
         line = dict(label=policy, linestyle='--' if policy == 'refusing' else '-')  # it often lies on adaptive
         if policy == 'largest':
             load.stairs(np.histogram(times, edges)[0], edges, color='black')
-        served = np.array([(row[0], row[2]) for row in run if row[2]])
-        sums = np.histogram(served[:, 0], edges, weights=served[:, 1])[0]
-        size.plot(edges[:-1] + 0.5, sums / np.maximum(np.histogram(served[:, 0], edges)[0], 1), **line)
-        in_time = [float(row[3] and row[1] <= args.budget_ms / 1e3) for row in run]
-        good = np.histogram(times, edges, weights=in_time)[0]
-        right.plot(edges[:-1] + 0.5, 100 * good / count, **line)
+        size.plot(*mean(*zip(*((row[0], row[2]) for row in run if row[2]))), **line)
+        right.plot(*mean(times, [100. * (row[3] and row[1] <= args.budget_ms / 1e3) for row in run]), **line)
     load.set_ylabel('arrivals a second')
     size.set_ylabel('mean size (px)')
     right.set(ylabel='right in time (%)', xlabel='time (s)')

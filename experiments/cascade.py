@@ -15,13 +15,11 @@ size, in points, stands its standard error from image to image, answers being co
 import time
 
 import numpy as np
-from _shared import add_deployed_arguments, create_parser, print_table, write_results
+from _shared import add_deployed_arguments, create_parser, write_results
 
 from timm_rs_runtime import CascadeSession, Session
 from timm_rs_runtime.fitting import collect_logits, fit, label_folders
 from timm_rs_runtime.images import split_folder
-
-COLUMNS = ('network', 'accuracy', 'difference', 'standard_error', 'madds_M', 'madds_percent', 'mean_ms')
 
 
 def main():
@@ -37,82 +35,71 @@ def main():
     paths, labels = label_folders(split_folder(args.data_dir, args.split), session, args.most)
     folds = np.random.default_rng(0).permutation(len(paths)) % args.folds
     logits, _ = collect_logits(session, paths)
-    right, madds, contenders = {}, {}, {}
+    networks = {}  # name: right answers and multiply-adds of each image, what answers image i, settings of each fold
     for r in session.resolutions:
-        name = f'{r} px'
-        right[name], madds[name] = logits[r].argmax(-1) == labels, np.full(len(labels), session.madds[r])
-        contenders[name] = lambda i, r=r: session.predict(paths[i], r)
-    largest, most = f'{session.resolutions[0]} px', session.madds[session.resolutions[0]]
-    fitted = {}
+        networks[f'{r} px'] = (
+            logits[r].argmax(-1) == labels, np.full(len(labels), session.madds[r]),
+            lambda i, r=r: session.predict(paths[i], r), [])
+    most = session.madds[session.resolutions[0]]
     for target in args.targets:
-        name = f'cascade {target:g}%'
-        by_fold = [
-            fit({r: found[folds != fold] for r, found in logits.items()}, labels[folds != fold], session.madds,
-                target_madds=target / 100 * most).cascade
+        cascades = [
+            CascadeSession(session, fit(
+                {r: found[folds != fold] for r, found in logits.items()}, labels[folds != fold], session.madds,
+                target_madds=target / 100 * most).cascade)
             for fold in range(args.folds)]
-        fitted[name] = [dict(thresholds=c.thresholds, average=c.average) for c in by_fold]
-        cascades = [CascadeSession(session, c) for c in by_fold]
-        right[name], madds[name] = np.zeros(len(labels), bool), np.zeros(len(labels))
+        right, madds = np.zeros(len(labels), bool), np.zeros(len(labels))
         for fold, cascade in enumerate(cascades):
             (chosen,) = np.nonzero(folds == fold)
             answer = cascade.predict([paths[i] for i in chosen])
-            right[name][chosen] = answer.logits.argmax(-1) == labels[chosen]
-            madds[name][chosen] = answer.madds
-        contenders[name] = lambda i, cascades=cascades: cascades[folds[i]].predict(paths[i])
-    seconds = measure(contenders, np.linspace(0, len(paths) - 1, min(args.timed, len(paths))).astype(int))
+            right[chosen], madds[chosen] = answer.logits.argmax(-1) == labels[chosen], answer.madds
+        networks[f'cascade {target:g}%'] = (
+            right, madds, lambda i, cascades=cascades: cascades[folds[i]].predict(paths[i]),
+            [dict(thresholds=c.cascade.thresholds, average=c.cascade.average) for c in cascades])
+    timed = np.linspace(0, len(paths) - 1, min(args.timed, len(paths))).astype(int)
+    seconds = {name: [] for name in networks}
+    for i in timed:
+        for name, (_, _, answer, _) in networks.items():
+            start = time.perf_counter()
+            answer(i)
+            seconds[name].append(time.perf_counter() - start)
     rows = []
-    for name in contenders:
-        difference = right[name].astype(float) - right[largest]
+    for name, (right, madds, _, fitted) in networks.items():
+        difference = right.astype(float) - next(iter(networks.values()))[0]
         rows.append(dict(
             network=name,
-            accuracy=round(100 * float(right[name].mean()), 2),
+            accuracy=round(100 * float(right.mean()), 2),
             difference=round(100 * float(difference.mean()), 2),
             standard_error=round(100 * float(difference.std() / len(difference) ** 0.5), 2),
-            madds_M=round(float(madds[name].mean()) / 1e6, 1),
-            madds_percent=round(100 * float(madds[name].mean()) / most, 1),
+            madds_M=round(float(madds.mean()) / 1e6, 1),
+            madds_percent=round(100 * float(madds.mean()) / most, 1),
             mean_ms=round(1e3 * float(np.mean(seconds[name])), 2),
             images=len(labels),
-            timed=len(seconds[name]),
-            **(dict(folds=fitted[name]) if name in fitted else {}),
+            timed=len(timed),
+            folds=fitted,
         ))
-    print_table(COLUMNS, rows)
     write_results(args, rows)
-    plot(rows, args)
+    plot(rows, args.output.with_suffix('.png'))
 
 
-def measure(contenders, indices):
-    """Return seconds of each image by contender, which take turns."""
-    seconds = {name: [] for name in contenders}
-    for i in indices:
-        for name, call in contenders.items():
-            start = time.perf_counter()
-            call(i)
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def plot(rows, args):
+def plot(rows, path):
     """Draw accuracy against mean multiply-adds and against mean latency."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout='constrained')
-    for axis, key, label in zip(
-        figure.subplots(1, 2, sharey=True), ('madds_M', 'mean_ms'),
-        ('mean multiply-adds (millions)', 'mean latency (ms)'),
-    ):
+    labels = dict(madds_M='mean multiply-adds (millions)', mean_ms='mean latency (ms)')
+    for axis, (key, label) in zip(figure.subplots(1, 2, sharey=True), labels.items()):
         for kind, marker in (('fixed size', 'o'), ('cascade', 's')):
-            chosen = [r for r in rows if ('cascade' in r['network']) == (kind == 'cascade')]
-            chosen.sort(key=lambda r: r[key])
+            chosen = sorted((r for r in rows if bool(r['folds']) == (kind == 'cascade')), key=lambda r: r[key])
             axis.plot([r[key] for r in chosen], [r['accuracy'] for r in chosen], marker=marker, label=kind)
-            axis.margins(x=0.12, y=0.12)
             for row in chosen if kind == 'fixed size' else ():
                 axis.annotate(row['network'], (row[key], row['accuracy']), textcoords='offset points', xytext=(4, -11),
                               fontsize=8)
+        axis.margins(x=0.12, y=0.12)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
         axis.legend(loc='lower right')
     figure.axes[0].set_ylabel('top-1 accuracy (%)')
-    figure.savefig(args.output.with_suffix('.png'), dpi=150)
+    figure.savefig(path, dpi=150)
 
 
 if __name__ == '__main__':

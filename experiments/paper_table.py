@@ -27,7 +27,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import timm
@@ -94,21 +93,21 @@ def parse_args(argv=None):
     args.sizes, args.epochs = args.recipe.resolutions, args.epochs or args.recipe.epochs
     args.lrs = args.lrs or [args.recipe.lr]
     args.num_classes, args.dataset = len(classes), args.dataset or Path(args.data_dir).name
+    args.madds = {size: count_madds(create(args, args.sizes), size) for size in args.sizes}
     return args
 
 
 def plan(args, search=False):
     """Return the runs that choose learning rates, or those of the table."""
-    cells = []
-    for seed in args.seeds[:1] if search else args.seeds:
-        for method in args.methods:
-            for sizes in [[s] for s in args.sizes] if method == 'inet' else [args.sizes]:
-                if search:
-                    lrs = args.lrs if len(args.lrs) > 1 else []
-                else:
-                    lrs = [best_lr(method, sizes, args)]
-                cells.extend(plan_cell(args, method, sizes, lr, seed, search) for lr in lrs)
-    return cells
+    networks = [
+        (method, sizes) for method in args.methods
+        for sizes in ([[s] for s in args.sizes] if method == 'inet' else [args.sizes])]
+    if search:
+        return [
+            plan_cell(args, *network, lr, args.seeds[0], True)
+            for network in networks for lr in (args.lrs if len(args.lrs) > 1 else ())]
+    return [
+        plan_cell(args, *network, best_lr(*network, args), seed, False) for seed in args.seeds for network in networks]
 
 
 def plan_cell(args, method, sizes, lr, seed, search):
@@ -141,26 +140,16 @@ def warn_of_the_edge(args):
                   'beyond it.')
 
 
-@cache
-def create(model, sizes, num_classes, kwargs):
-    return timm.create_model(model, resolutions=sizes, num_classes=num_classes, **json.loads(kwargs))
-
-
-@cache
-def madds(model, size, num_classes, kwargs):
-    return count_madds(create(model, (size,), num_classes, kwargs), size)
-
-
-def network(args):
-    return args.recipe.model, args.num_classes, json.dumps(args.recipe.model_kwargs)
+def create(args, sizes):
+    return timm.create_model(
+        args.recipe.model, resolutions=sizes, num_classes=args.num_classes, **args.recipe.model_kwargs)
 
 
 def cost(cell, args):
     """Return the multiply-adds of a run per training image, a backward pass counted as two forward ones."""
-    model, *rest = network(args)
     epochs = args.search_epochs if cell['search'] else args.epochs
     share = 1 / len(args.sizes) if cell['method'] == 'random_size' else 1
-    return 3 * epochs * share * sum(madds(model, s, *rest) for s in cell['sizes'])
+    return 3 * epochs * share * sum(args.madds[size] for size in cell['sizes'])
 
 
 def read(cell, args):
@@ -183,10 +172,9 @@ def read(cell, args):
         for row in json.loads(path.read_text()):
             for metric, values in found.items():
                 values[str(row['resolution'])] = row[metric]
-    model, *rest = network(args)
     return dict(
         method=cell['method'], sizes=list(cell['sizes']), lr=cell['lr'], seed=cell['seed'], **found,
-        params=count_parameters(create(model, tuple(cell['sizes']), *rest)),
+        params=count_parameters(create(args, cell['sizes'])),
         command=shlex.join(['python', *cell['run'].command]))
 
 
@@ -196,10 +184,9 @@ def write_results(args):
     runs = [r for r in runs if r]
     if not runs:
         raise SystemExit(f'{args.work} holds no finished run of these.')
-    model, *rest = network(args)
-    scores = scores_of(runs, args.sizes)
+    model, scores = args.recipe.model, scores_of(runs, args.sizes)
     rows = [
-        dict(row, madds=madds(model, row['resolution'], *rest))
+        dict(row, madds=args.madds[row['resolution']])
         for row in rows_of(scores, dataset=args.dataset, model=model, epochs=args.epochs)]
     title = f'{model}, {args.epochs} epochs'
     write_table(
