@@ -65,14 +65,24 @@ def main():
     write_results(args, MEASURES[args.measure](args))
 
 
-def create_step(args, model, task_class=MultiResolutionTask, size=None, opt='sgd', **kwargs):
-    """Return a function that trains a network on a random batch, and updates its weights unless told otherwise."""
+def create_step(args, model, task_class=MultiResolutionTask, size=None, is_warm=False, **kwargs):
+    """Return a function that trains a network on a random batch, and updates its weights unless told otherwise.
+
+    Args:
+        args: The flags.
+        model: The network, which is moved to its device.
+        task_class: The task of timm.
+        size: Pixels of the images, by default those of the largest resolution.
+        is_warm: With running statistics and AdamW, as from pretrained weights.
+        **kwargs: Further arguments of the task.
+    """
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     model.to(args.device, memory_format=layout)
     task = task_class(model, verbose=False, **kwargs).train()
-    task.keep_statistics = opt == 'adamw'
+    task.keep_statistics = is_warm
     if args.torchcompile:
         task.compile(backend='inductor')
+    opt = 'adamw' if is_warm else 'sgd'
     optimizer = create_optimizer_v2(model, opt=opt, lr=1e-3, momentum=0.9, weight_decay=1e-4)
     size = size or model.resolutions[0]
     images = torch.randn(args.batch_size, 3, size, size, device=args.device).to(memory_format=layout)
@@ -117,12 +127,13 @@ def compare_teacher(args):
     def build():
         model = timm.create_model(f'rs_{args.model}')
         mean, std = (model.pretrained_cfg[key] for key in ('mean', 'std'))
+        plain = create_step(args, model, is_warm=True)
         teachers = FixedTeachers([copy.deepcopy(model.at(model.resolutions[0]))], mean, std)
         probed = MultiResolutionTask(copy.deepcopy(model), verbose=False)
-        images = torch.randn(min(args.batch_size, PROBED), 3, *[model.resolutions[0]] * 2)
+        count, size = min(args.batch_size, PROBED), model.resolutions[0]
+        images = torch.randn(count, 3, size, size, device=args.device)
         return dict(
-            teacher=create_step(args, copy.deepcopy(model), opt='adamw', teachers=teachers),
-            plain=create_step(args, model, opt='adamw'),
+            teacher=create_step(args, copy.deepcopy(model), is_warm=True, teachers=teachers), plain=plain,
             comparison=lambda: probed.measure_statistics(images))
 
     runs = measure(build, args, warmup=1)
