@@ -1,4 +1,5 @@
 """Runs of train_rs.py: planned, started side by side, and read again"""
+import json
 import os
 import signal
 import subprocess
@@ -75,14 +76,18 @@ def train_all(runs: Sequence[Run], jobs: int) -> None:
 
     def start(run):
         run.folder.mkdir(parents=True, exist_ok=True)
-        started, spent = time.time(), run.folder / 'seconds.txt'
+        started, path = time.time(), run.folder / 'spent.json'
         with open(run.folder / 'train.log', 'ab') as log:
             children[run] = subprocess.Popen(
                 [sys.executable, *run.command], cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
-        if children[run].wait():
+        _, status, usage = os.wait4(children[run].pid, 0)
+        spent = dict(seconds=time.time() - started, process_seconds=usage.ru_utime + usage.ru_stime)
+        before = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({key: value + before.get(key, 0.) for key, value in spent.items()}))
+        children[run].returncode = os.waitstatus_to_exitcode(status)
+        if children[run].returncode:
             last = (run.folder / 'train.log').read_text().strip().split('\n')[-1]
             raise SystemExit(f'{run.folder} failed: {last}')
-        spent.write_text(str(time.time() - started + (float(spent.read_text()) if spent.exists() else 0.)))
         if run.result() is None:
             raise SystemExit(f'{run.folder} has not trained all its epochs, see its train.log.')
 

@@ -124,7 +124,7 @@ def read(cell, args):
                 str(run.folder / 'last.pth.tar'), '--img-size', *map(str, others), '--results-file', str(path),
                 '--workers', str(args.recipe.workers)], cwd=ROOT, check=True)
         top1.update({row['resolution']: row['top1'] for row in json.loads(path.read_text())})
-    return top1, float((run.folder / 'seconds.txt').read_text())
+    return top1, json.loads((run.folder / 'spent.json').read_text())['seconds']
 
 
 def write_results(args, cells):

@@ -17,11 +17,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / 'experiments'))
 import _runs
 import compare_recipes
 import paper_table
+import time_to_accuracy
 import warm_start
 from _runs import Run, hold_out
 from _tables import markdown, scores_of
 
 import validate_rs
+from timm_rs.train.options import parse_args as parse_flags
 
 CONTEXT = multiprocessing.get_context('fork')
 
@@ -48,9 +50,7 @@ def argv(tmp_path):
 
 def write_run(folder, flags, scores):
     """Leave what a finished run of train_rs.py leaves."""
-    from timm_rs.train.options import parse_args
-
-    args = vars(parse_args(flags))
+    args = vars(parse_flags(flags))
     folder.mkdir(parents=True)
     (folder / 'args.yaml').write_text(yaml.safe_dump(args))
     names = [f'eval_{metric}_{size}' for size in scores for metric in ('top1', 'top5', 'loss')]
@@ -65,6 +65,7 @@ class Forked:
     def __init__(self, command, stdout, **_):
         self.process = CONTEXT.Process(target=self._run, args=(command[1:], stdout.fileno()))
         self.process.start()
+        self.pid = self.process.pid
 
     @staticmethod
     def _run(argv, log):
@@ -77,12 +78,8 @@ class Forked:
         sys.stdout.flush()
         os._exit(code or 0)  # the threads that it would end are those of this process
 
-    def wait(self):
-        self.process.join()
-        return self.process.exitcode
-
     def terminate(self):
-        self.process.terminate()
+        pass
 
 
 def test_table_of_trained_networks(argv, tmp_path, monkeypatch):
@@ -223,7 +220,7 @@ def test_table_of_warm_starts(tmp_path, argv):
             folder = tmp_path / 'work' / f'cats-{name}-{sizes}-seed{seed}'
             write_run(folder, [*flags, '--seed', str(seed), '--checkpoint-hist', '1'],
                       dict(zip(sizes.split('-'), [t + seed for t in top1])))
-            (folder / 'seconds.txt').write_text('5.0')
+            (folder / 'spent.json').write_text('{"seconds": 5.0}')
             (folder / 'other_sizes.json').write_text(json.dumps([dict(resolution=24, top1=60. + seed)]))
     warm_start.main(argv)
     rows = list(csv.DictReader((tmp_path / 'warm.csv').open()))
@@ -236,3 +233,32 @@ def test_table_of_warm_starts(tmp_path, argv):
         ('no teachers', '32', '78.5', '2', '5'), ('no teachers', '24', '68.5', '2', '5')]
     with pytest.raises(SystemExit):
         warm_start.main([*argv, '--variants', 'distill'])
+
+
+def test_smallest_share_that_reaches_the_target(tmp_path, argv, capfd):
+    """Both seeds must reach it; the mean may lack nothing, one size 0.3 points."""
+    argv = [*argv, 'recipe=', 'small=--small-steps 0.5', '--shares', '0.5', '1', '--seeds', '0', '1', '--epochs', '20']
+    args = time_to_accuracy.parse_args(argv)
+    args.madds = {32: 3, 24: 2}
+    cells = [(name, share) for name in ('recipe', 'small') for share in (0.5, 1.)]
+    epochs = [parse_flags(time_to_accuracy.plan(args, *cell)[0].flags).epochs for cell in cells]
+    assert epochs == pytest.approx([10, 20, 10 * 5 / 3.5, 20 * 5 / 3.5], abs=1)  # half of the updates cost 2, not 5
+    scores = [((79., 69.), (80., 70.)), ((80., 70.), (81., 71.)), ((80.9, 70.3), (80.2, 70.9)), ((85., 69.5),) * 2]
+    args = time_to_accuracy.parse_args(argv)
+    for cell, found in zip(cells, scores):
+        for run, top1 in zip(time_to_accuracy.plan(args, *cell), found):
+            write_run(run.folder, run.flags, dict(zip((32, 24), top1)))
+            (run.folder / 'spent.json').write_text('{"seconds": 3.0, "process_seconds": 5.0}')
+    time_to_accuracy.main([*argv, '--table-only'])
+    table = json.loads((tmp_path / 'table.json').read_text())
+    assert table['target'] == [80.5, 70.5]
+    assert table['smallest_share'] == dict(recipe=1., small=0.5)
+    rows = list(csv.DictReader((tmp_path / 'table.csv').open()))
+    assert [(r['recipe'], r['share'], r['resolution'], r['top1_mean'], r['reached']) for r in rows[2:7:2]] == [
+        ('recipe', '1.0', '32', '80.5', '1'), ('small', '0.5', '32', '80.55', '1'), ('small', '1.0', '32', '85.0', '0')]
+    assert {r['process_seconds'] for r in rows} == {'5'}
+    time_to_accuracy.main([*argv, '--table-only', '--target', '90', '60'])
+    assert json.loads((tmp_path / 'table.json').read_text())['smallest_share'] == dict(recipe=None, small=None)
+    assert '--target has 1 values, expected 2' in fails(time_to_accuracy.main, [*argv, '--target', '90'], capfd)
+    assert '--shares is 0' in fails(time_to_accuracy.main, [*argv, '--shares', '0'], capfd)
+    assert "'fast': expected NAME=FLAGS" in fails(time_to_accuracy.main, [argv[0], 'fast', *argv[1:5]], capfd)
