@@ -2,7 +2,7 @@
 import csv
 import statistics
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 from _shared import environment, shell_command, write_json
 
@@ -46,61 +46,49 @@ def rows_of(scores: Scores, **common: Any) -> List[dict]:
     return rows
 
 
-def write_table(path: Path, rows: List[dict], tables: Dict[str, Scores], sizes: Sequence[int], **content: Any) -> None:
-    """Write rows as .csv, the tables of one or more recipes as .md, and all that they are made of as .json."""
+def write_table(path: Path, rows: List[dict], scores: Scores, sizes: Sequence[int], **content: Any) -> None:
+    """Write rows as .csv, a line for each method as .md, and all that they are made of as .json."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'w', newline='') as f:
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    text = markdown(tables, sizes)
+    text = markdown(scores, sizes)
     path.with_suffix('.md').write_text(text)
     write_json(path.with_suffix('.json'), dict(command=shell_command(), environment=environment(), **content))
     print(text)
 
 
-def markdown(tables: Dict[str, Scores], sizes: Sequence[int]) -> str:
-    """Return a line for each recipe and method.
+def markdown(scores: Scores, sizes: Sequence[int]) -> str:
+    """Return a line for each method: its seeds, mean and standard deviation at each size, and the mean of the means.
 
-    In brackets stand gains over the I-Nets of the recipe; the last column has the mean gain over the same method of the
-    first recipe. Both are of the seeds that both have.
+    In brackets stand gains over the I-Nets, of the seeds that both have.
     """
-    first = next(iter(tables))
-    heads = ['recipe', 'method', 'seeds', *(f'{s} px' for s in sizes), 'mean', f'over {first}']
+    heads = ['method', 'seeds', *(f'{s} px' for s in sizes), 'mean']
     lines = ['| ' + ' | '.join(heads) + ' |', '|---' * len(heads) + '|']
-    for recipe, scores in tables.items():
-        for title in dict.fromkeys(title for title, _ in scores):
-            found = [_top1(scores.get((title, s), []), s) for s in sizes]
-            plain = [_top1(scores.get((METHODS['inet'], s), []), s) if title != METHODS['inet'] else {} for s in sizes]
-            base = [_top1(tables[first].get((title, s), []), s) for s in sizes]
-            means = [statistics.mean(f.values()) for f in found if f]
-            gains = [_gain(f, b) for f, b in zip(found, base)]
-            lines.append('| ' + ' | '.join([
-                recipe, title, ', '.join(map(str, sorted(set().union(*found)))),
-                *(_cell(f, p) for f, p in zip(found, plain)),
-                f'{statistics.mean(means):.1f}' if len(means) == len(sizes) else '',
-                '' if recipe == first or None in gains else f'{statistics.mean(gains):+.1f}']) + ' |')
+    for title in dict.fromkeys(title for title, _ in scores):
+        found = [_top1(scores, title, s) for s in sizes]
+        plain = [_top1(scores, METHODS['inet'], s) if title != METHODS['inet'] else {} for s in sizes]
+        means = [statistics.mean(f.values()) for f in found if f]
+        lines.append('| ' + ' | '.join([
+            title, ', '.join(map(str, sorted(set().union(*found)))), *map(_cell, found, plain),
+            f'{statistics.mean(means):.1f}' if len(means) == len(sizes) else '']) + ' |')
     return '\n'.join(lines) + '\n'
 
 
-def _top1(runs: Sequence[dict], size: int) -> Dict[int, float]:
-    """Return the accuracy at a size by seed."""
-    return {r['seed']: r['top1'][str(size)] for r in runs}
+def _top1(scores: Scores, title: str, size: int) -> Dict[int, float]:
+    """Return the accuracy of a method at a size by seed."""
+    return {r['seed']: r['top1'][str(size)] for r in scores.get((title, size), [])}
 
 
-def _gain(scores: Dict[int, float], base: Dict[int, float]) -> Optional[float]:
-    """Return the mean difference over the seeds that both have, or None where they share none."""
-    seeds = scores.keys() & base.keys()
-    return statistics.mean(scores[seed] - base[seed] for seed in seeds) if seeds else None
-
-
-def _cell(scores: Dict[int, float], base: Dict[int, float]) -> str:
+def _cell(found: Dict[int, float], plain: Dict[int, float]) -> str:
     """Return mean, standard deviation where there are several seeds, and in brackets the gain."""
-    if not scores:
+    if not found:
         return ''
-    spread = f' ± {statistics.stdev(scores.values()):.1f}' if len(scores) > 1 else ''
-    difference = _gain(scores, base)
-    return f'{statistics.mean(scores.values()):.1f}{spread}' + ('' if difference is None else f' ({difference:+.1f})')
+    spread = f' ± {statistics.stdev(found.values()):.1f}' if len(found) > 1 else ''
+    gains = [found[seed] - plain[seed] for seed in found.keys() & plain.keys()]
+    gain = f' ({statistics.mean(gains):+.1f})' if gains else ''
+    return f'{statistics.mean(found.values()):.1f}{spread}{gain}'
 
 
 def plot(rows: List[dict], heading: str, path: Path) -> None:

@@ -188,9 +188,8 @@ def write_results(args):
     rows = [
         dict(row, madds=args.madds[row['resolution']])
         for row in rows_of(scores, dataset=args.dataset, model=model, epochs=args.epochs)]
-    title = f'{model}, {args.epochs} epochs'
     write_table(
-        args.output, rows, {title: scores}, args.sizes, dataset=args.dataset, recipe=vars(args.recipe), lrs=args.lrs,
+        args.output, rows, scores, args.sizes, dataset=args.dataset, recipe=vars(args.recipe), lrs=args.lrs,
         searches=[r for r in searches if r], runs=runs)
     plot(rows, f'{model} on {args.dataset}, {args.epochs} epochs', args.output.with_suffix('.png'))
 

@@ -15,7 +15,6 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'experiments'))
 import _runs
-import compare_recipes
 import paper_table
 import time_to_accuracy
 import warm_start
@@ -170,26 +169,10 @@ def runs(method, scores, seed=0):
 
 
 def test_gains_are_over_the_same_seeds():
-    first = [*runs('inet', {32: 50., 24: 40.}), *runs('ens', {32: 51., 24: 43.}), *runs('ens', {32: 61., 24: 53.}, 1)]
-    second = runs('ens', {32: 52., 24: 42.})
-    lines = markdown(dict(a=scores_of(first, (32, 24)), b=scores_of(second, (32, 24))), (32, 24)).splitlines()
-    assert lines[2] == '| a | I-Nets | 0 | 50.0 | 40.0 | 45.0 |  |'
-    assert lines[3] == '| a | RS-Net, ensemble only | 0, 1 | 56.0 ± 7.1 (+1.0) | 48.0 ± 7.1 (+3.0) | 52.0 |  |'
-    assert lines[4] == '| b | RS-Net, ensemble only | 0 | 52.0 | 42.0 | 47.0 | +0.0 |'
-
-
-def test_recipes_side_by_side(tmp_path, capfd):
-    for name, top1, key in (('a', 50., 'sizes'), ('b', 52., 'resolutions')):  # of before and of today
-        content = dict(
-            dataset='x', recipe={'model': 'resnet', key: [32], 'epochs': 3}, runs=runs('ens_topdown', {32: top1}))
-        (tmp_path / f'{name}.json').write_text(json.dumps(content))
-    argv = [f'one={tmp_path / "a.json"}', f'two={tmp_path / "b.json"}', '--output', tmp_path / 'r.csv']
-    compare_recipes.main([str(a) for a in argv])
-    rows = list(csv.DictReader((tmp_path / 'r.csv').open()))
-    assert [(r['recipe'], r['top1_mean']) for r in rows] == [('one', '50.0'), ('two', '52.0')]
-    assert '| two | RS-Net | 0 | 52.0 | 52.0 | +2.0 |' in (tmp_path / 'r.md').read_text()
-    (tmp_path / 'b.json').write_text('{}')
-    assert 'expected NAME=FILE, a .json that paper_table.py wrote' in fails(compare_recipes.main, argv, capfd)
+    found = [*runs('inet', {32: 50., 24: 40.}), *runs('ens', {32: 51., 24: 43.}), *runs('ens', {32: 61., 24: 53.}, 1)]
+    lines = markdown(scores_of(found, (32, 24)), (32, 24)).splitlines()
+    assert lines[2] == '| I-Nets | 0 | 50.0 | 40.0 | 45.0 |'
+    assert lines[3] == '| RS-Net, ensemble only | 0, 1 | 56.0 ± 7.1 (+1.0) | 48.0 ± 7.1 (+3.0) | 52.0 |'
 
 
 def test_table_of_warm_starts(tmp_path, argv):
