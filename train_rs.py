@@ -114,9 +114,10 @@ def set_up(args, flags, held):
 
     utils.random_seed(args.seed)  # the same weights everywhere, also in the moving average
     datasets = build_datasets(args)
-    model = build_model(args, device, number_classes(datasets[1]))
+    classes = number_classes(datasets[1])
+    model = build_model(args, device, classes)
     loaders = build_loaders(args, model, device, *datasets)
-    task = build_task(args, model, device)
+    task = build_task(args, model, device, classes)
     optimizer = build_optimizer(args, model)
     if args.small_steps or args.sizes_per_update:  # Lookahead calls the step of the optimizer inside it
         getattr(optimizer, '_base_optimizer', optimizer).register_step_pre_hook(lambda *_: task.drop_idle_gradients())
@@ -164,7 +165,7 @@ def set_up(args, flags, held):
             saver.resume(checkpoint, output.whole)
         with atomic_write(os.path.join(output_dir, 'args.yaml'), overwrite=True) as f:
             yaml.safe_dump(dict(flags, num_classes=args.num_classes, in_chans=args.in_chans), f)
-        write_label_names(output_dir, number_classes(datasets[1]), args.num_classes)
+        write_label_names(output_dir, classes, args.num_classes)
         _logger.info(
             f'Training {args.model} at {" ".join(map(str, args.resolutions))}, distillation {args.distill}, for '
             f'{args.stop_epoch or num_epochs} epochs of {updates_per_epoch} updates. Output: {output_dir}')

@@ -1,5 +1,6 @@
 """Fixed teachers: their loss in closed form, their images, and the flags"""
 import argparse
+import copy
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from torch.testing import assert_close
 
 from timm_rs import EnsembleDistillationLoss
 from timm_rs.hub.convert import save_model
+from timm_rs.records import write_label_names
 from timm_rs.train import MultiResolutionTask
 from timm_rs.train.builders import build_task
 from timm_rs.train.model import build_model
@@ -91,12 +93,12 @@ def test_without_labels_the_answers_are_the_targets():
     assert_close(found['loss'], expected)
 
 
-def build(*flags):
+def build(*flags, classes=None):
     args = parse_args(['--model', 'rs_resnet10t', '--resolutions', '64', '32', '--num-classes', '3', *flags])
     vars(args).update(distributed=False, rank=0, world_size=1)
     device = torch.device('cpu')
-    model = build_model(args, device)
-    return model, build_task(args, model, device)
+    model = build_model(args, device, classes)
+    return model, build_task(args, model, device, classes)
 
 
 def test_flags(tmp_path):
@@ -128,12 +130,17 @@ def test_flags(tmp_path):
     (['--pretrained-path', 'RS', '--self-teacher'], '--self-teacher needs trained weights with their classifier'),
     (['--kd-model-name', 'local-dir:PLAIN'], 'has 5 classes, expected 3'),
     (['--kd-model-name', 'resnet18000'], 'resnet18000 does not exist, expected a checkpoint'),
+    (['--kd-model-name', 'LABELS'], 'was trained with several labels per image'),
     (['--model', 'local-dir:EMPTY'], 'holds no config.json: timm-rs convert makes a folder with one'),
 ])
 def test_unusable_teachers(flags, message, tmp_path):
     save_model(timm.create_model('rs_resnet10t', resolutions=(64, 32), num_classes=3), str(tmp_path / 'rs'))
     save_model(timm.create_model('resnet10t', num_classes=5), str(tmp_path / 'plain'))
-    places = dict(RS=str(tmp_path / 'rs'), PLAIN=str(tmp_path / 'plain'), EMPTY=str(tmp_path))
+    labels = timm.create_model('resnet10t', num_classes=3)
+    args = argparse.Namespace(model='resnet10t', num_classes=3, task='multilabel', multilabel_threshold=0.5)
+    torch.save(dict(state_dict=labels.state_dict(), args=args), tmp_path / 'labels.pth')
+    names = dict(RS='rs', LABELS='labels.pth', PLAIN='plain', EMPTY='')
+    places = {k: str(tmp_path / name) for k, name in names.items()}
     with pytest.raises(UserError, match=message):
         build(*[next((f.replace(k, v) for k, v in places.items() if k in f), f) for f in flags])
 
@@ -146,3 +153,38 @@ def test_flags_that_do_not_go_together(flags, message, capsys):
     with pytest.raises(SystemExit):
         parse_args(flags)
     assert message in capsys.readouterr().err
+
+
+def test_teachers_in_another_precision_and_normalization():
+    teacher = timm.create_model('resnet10t', num_classes=3)
+    x = images(64, n=4).bfloat16()
+    expected = teacher.eval()((x.float() * 0.5 + 0.5 - torch.tensor(teacher.pretrained_cfg['mean']).view(1, -1, 1, 1))
+                              / torch.tensor(teacher.pretrained_cfg['std']).view(1, -1, 1, 1))
+    assert_close(FixedTeachers([teacher], **HALF)(x)[0], expected)
+    assert FixedTeachers([copy.deepcopy(teacher).bfloat16()], **HALF)(x)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('name, kwargs, message', [
+    ('resnet10t', dict(in_chans=1), 'to have 1 channels, but got 3 channels'),
+    ('test_vit', dict(img_size=96, dynamic_img_size=False), "Input height \\(64\\) doesn't match model \\(96\\)"),
+])
+def test_teachers_that_do_not_take_the_images(name, kwargs, message, tmp_path):
+    model = timm.create_model(name, num_classes=3, **kwargs)
+    args = argparse.Namespace(model=name, num_classes=3, model_kwargs=kwargs)
+    torch.save(dict(state_dict=model.state_dict(), args=args), tmp_path / 'last.pth.tar')
+    with pytest.raises(UserError, match=f'--kd-model-name .*: .*{message}'):
+        build('--kd-model-name', str(tmp_path))
+
+
+@pytest.mark.parametrize('flags', [['--kd-model-name', 'RUN'], ['--self-teacher', '--initial-checkpoint', 'RUN']])
+def test_teachers_of_other_classes_are_noted(flags, tmp_path, caplog):
+    model = timm.create_model('rs_resnet10t', resolutions=(64, 32), num_classes=3)
+    args = argparse.Namespace(model='rs_resnet10t', resolutions=[64, 32], num_classes=3)
+    torch.save(dict(state_dict=model.state_dict(), args=args), tmp_path / 'last.pth.tar')
+    write_label_names(str(tmp_path), dict(ant=0, bee=1, cow=2), 3)
+    flags = [f.replace('RUN', str(tmp_path)) for f in flags]
+    for classes, is_noted in (None, False), (dict(ant=0, bee=1, cow=2), False), (dict(bee=0, ant=1, cow=2), True):
+        caplog.clear()
+        build(*flags, classes=classes)
+        assert ("teaches other classes than those of the data set: class 0 is 'bee', expected 'ant'"
+                in caplog.text) == is_noted

@@ -8,10 +8,14 @@ import torch
 from conftest import assert_equal, images, randomize_bn
 
 from timm_rs.hub.convert import save_model
+from timm_rs.load import load_model
 from timm_rs.train import MultiResolutionTask
+from timm_rs.train.loaders import resolve_data_config
 from timm_rs.train.loop import choose_statistics
 from timm_rs.train.model import build_model
 from timm_rs.train.options import parse_args
+from timm_rs_runtime.errors import UserError
+from timm_rs_runtime.preprocess import PREPROCESSING
 
 RESOLUTIONS = (64, 48, 32)
 TINY = dict(channels=(8, 16, 24, 32))
@@ -175,6 +179,54 @@ def test_foreign_files(content, initial, pretrained, tmp_path):
     for flag, message in (('--initial-checkpoint', initial), ('--pretrained-path', pretrained)):
         with pytest.raises(ValueError, match=message):
             build(flag, path, 5)
+
+
+@pytest.mark.parametrize('left_out, count', [('layer4.1.', 10), ('running_', 42), ('fc', 0), ('num_batches', 0)])
+def test_incomplete_files(left_out, count, tmp_path, caplog):
+    state_dict = create('resnet18', num_classes=3).state_dict()  # 21 BatchNorms, as many convolutions, a classifier
+    torch.save({k: v for k, v in state_dict.items() if left_out not in k}, tmp_path / 'weights.pth')
+    build('--pretrained-path', tmp_path / 'weights.pth', 5)
+    assert ('which begin as those of a new network' in caplog.text) == bool(count)
+    assert f'lacks {count} of the ' in caplog.text or not count
+
+
+@pytest.mark.parametrize('plain', ['test_efficientnet'], indirect=True)
+def test_file_of_another_network(plain):
+    with pytest.raises(UserError, match='The checkpoint does not fit rs_resnet18: .*size mismatch for bn1.weight'):
+        build('--pretrained-path', plain[2] / FORMATS[0], 5)
+
+
+CONFIG = dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation='bicubic', crop_pct=0.7)
+
+
+@pytest.mark.parametrize('kind, flags, expected', [
+    ('folder', ['--model', 'local-dir:{}', '--pretrained'], dict(CONFIG, crop_mode='squash')),
+    ('folder', ['--pretrained-path', '{}'], dict(CONFIG, crop_mode='squash')),
+    ('folder', ['--initial-checkpoint', '{}', '--mean', '0.7', '0.8', '0.9'], dict(
+        CONFIG, mean=(0.7, 0.8, 0.9), crop_mode='squash')),
+    ('run', ['--pretrained-path', '{}'], CONFIG),
+    ('run', ['--initial-checkpoint', '{}', '--in-chans', '3'], CONFIG),
+    ('run', ['--pretrained-cfg-overlay', 'mean=(0.1,0.2,0.3)'], dict(mean=CONFIG['mean'])),
+    ('run', [], {}),
+])
+def test_preprocessing_goes_from_the_weights_to_the_checkpoint(kind, flags, expected, tmp_path):
+    model, source = create('rs_test_efficientnet'), tmp_path / kind
+    if kind == 'folder':
+        model.pretrained_cfg.update(CONFIG, crop_mode='squash')
+        save_model(model, str(source))
+    else:
+        source.mkdir()
+        args = argparse.Namespace(model='rs_test_efficientnet', resolutions=RESOLUTIONS, **CONFIG)
+        torch.save(dict(state_dict=model.state_dict(), args=args), source / 'last.pth.tar')
+    args = parse_args(['--model', 'rs_test_efficientnet', '--num-classes', '1000', *(f.format(source) for f in flags)])
+    args.distributed = False
+    built = build_model(args, torch.device('cpu'))
+    trained_with = resolve_data_config(args, built)
+    for name, value in {**timm.get_pretrained_cfg('rs_test_efficientnet').to_dict(), **expected}.items():
+        assert name not in PREPROCESSING or trained_with[name] == value
+    torch.save(dict(state_dict=built.state_dict(), args=args), tmp_path / 'new.pth.tar')
+    read = load_model(str(tmp_path / 'new.pth.tar')).model.pretrained_cfg
+    assert {k: read[k] for k in PREPROCESSING} == {k: trained_with[k] for k in PREPROCESSING}
 
 
 def test_segmentation_models_pytorch():

@@ -16,6 +16,7 @@ from torch.nn.modules.module import (
 )
 
 from timm_rs_runtime.errors import UserError, one_line
+from timm_rs_runtime.preprocess import PREPROCESSING
 
 from ._compat import download_from_hf
 from .checkpoint import (
@@ -35,7 +36,9 @@ from .records import is_model_folder, read_config, read_threshold
 from .resolutions import check_resolutions
 from .switchable import SwitchableMixin, make_switchable
 
-__all__ = ['LoadedModel', 'create', 'load_model', 'load_weights', 'model_args', 'read_source', 'shapes_only']
+__all__ = [
+    'LoadedModel', 'create', 'load_model', 'load_weights', 'model_args', 'read_preprocessing', 'read_source',
+    'shapes_only']
 
 # The authors' code feeds images in [0, 1] and validates on the central crop of images resized to size / 0.875.
 _REFERENCE_DATA = dict(mean=(0., 0., 0.), std=(1., 1., 1.), interpolation='bilinear', crop_pct=0.875)
@@ -117,7 +120,7 @@ def load_model(
         except UserError as e:
             raise UserError(f'{path}: {e}') from e
     else:
-        data = {k: args[k] for k in ('mean', 'std', 'interpolation', 'crop_pct') if args.get(k)}
+        data = {k: args[k] for k in PREPROCESSING if args.get(k)}
         held = state_dict_resolutions(state_dict) or is_same and args.get('resolutions') or RESOLUTIONS
         resolutions = check_resolutions(resolutions or held)
     kwargs = dict(model_args(name, args if is_same else {}, state_dict, num_classes), **kwargs)
@@ -150,6 +153,24 @@ def load_weights(model: nn.Module, path: str, use_ema: Optional[bool] = None) ->
     """
     checkpoint = read_checkpoint(path, use_ema, (getattr(model, 'pretrained_cfg', None) or {}).get('architecture'))
     model.load_state_dict(_adapt(model, checkpoint.state_dict, checkpoint.path))
+
+
+def read_preprocessing(source: str) -> Dict[str, Any]:
+    """Return the preprocessing that weights were trained with, as far as their config.json or their run records it.
+
+    Args:
+        source: Name of a checkpoint file, the output folder of a run, or a folder with config.json.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    if is_model_folder(source):
+        found = read_config(os.path.join(source, 'config.json'), source)[1]
+    else:
+        args = read_checkpoint(source).args
+        named = timm.get_pretrained_cfg(args.get('model') or '')
+        found = {**(named.to_dict() if named else {}), **{k: v for k, v in args.items() if v}}
+    return {k: found[k] for k in PREPROCESSING if found.get(k)}
 
 
 def model_args(

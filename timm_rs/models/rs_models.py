@@ -8,6 +8,7 @@ weights holds trained networks that come with the package, each with the configu
 """
 import csv
 import difflib
+import logging
 import math
 from dataclasses import asdict, replace
 from functools import partial
@@ -27,7 +28,7 @@ from timm.models import (
 )
 
 from timm_rs_runtime import fields
-from timm_rs_runtime.errors import UserError
+from timm_rs_runtime.errors import UserError, one_line
 
 from .._compat import PretrainedCfg, registry
 from ..checkpoint import check_tensors, extract_resolution, has_taken, read_checkpoint, state_dict_resolutions
@@ -41,6 +42,8 @@ from . import preresnet  # noqa: F401  registers the plain networks
 PREFIX = 'rs_'
 RESOLUTIONS = (224, 192, 160, 128, 96)  # section 4.1
 __all__ = ['OTHER_MODELS', 'PREFIX', 'RESOLUTIONS', 'RS_MODELS', 'explain_unknown_model']
+
+_logger = logging.getLogger(__name__)
 
 # Plain architecture, its arguments, and how it is quantized.
 OTHER_MODELS = {
@@ -109,13 +112,17 @@ def _create_rs(
         kwargs.setdefault('img_size', native.input_size[-2:])
     build = partial(model_entrypoint(base), cache_dir=cache_dir, **kwargs)
 
-    if weights and state_dict_resolutions(weights):
-        model = _build_from_switchable(build, weights, resolutions, cfg)
-    else:
-        model = make_switchable(build(pretrained=pretrained, pretrained_cfg=cfg), resolutions)
-    if weights and not has_taken(weights, model.state_dict()):
-        keys = ', '.join(list(weights)[:3])
-        raise UserError(f'No weights of the checkpoint fit {PREFIX}{name}; its keys are {keys}, ...')
+    try:
+        if weights and state_dict_resolutions(weights):
+            model = _build_from_switchable(build, weights, resolutions, cfg)
+        else:
+            model = make_switchable(build(pretrained=pretrained, pretrained_cfg=cfg), resolutions)
+    except RuntimeError as e:  # what loading raises for tensors of other shapes
+        if not weights:
+            raise
+        raise UserError(f'The checkpoint does not fit {PREFIX}{name}: {one_line(e, 300)}') from e
+    if weights:
+        _check_taken(weights, model, PREFIX + name)
     model.pretrained_cfg.update(sources, architecture=PREFIX + name)
     model._model_args = dict(resolutions=model.resolutions)  # timm does not store defaults, config.json needs them
     if quantization:
@@ -123,6 +130,24 @@ def _create_rs(
         quantize(model, **asdict(config), trained=pretrained)
     load_bases(model, bases)
     return model
+
+
+def _check_taken(weights: Mapping[str, Any], model: nn.Module, name: str) -> None:
+    """Refuse weights of which the network has taken none, and warn of layers that they leave as they began."""
+    state_dict, held = model.state_dict(), state_dict_resolutions(weights)
+    if not has_taken(weights, state_dict):
+        raise UserError(f"No weights of the checkpoint fit {name}; its keys are {', '.join(list(weights)[:3])}, ...")
+    held = extract_resolution(weights, held[0]) if held else weights
+    expected = extract_resolution(state_dict, model.resolutions[0])
+    heads = model.pretrained_cfg.get('classifier') or ()
+    heads = (heads,) if isinstance(heads, str) else heads
+    missing = [
+        k for k in expected
+        if k not in held and not k.endswith('num_batches_tracked') and k.rpartition('.')[0] not in heads]
+    if missing and 2 * len(missing) < len(expected):  # otherwise its keys are of another kind, which timm adapts
+        _logger.warning(
+            f"The checkpoint lacks {len(missing)} of the {len(expected)} tensors of {name}, which begin as those of a "
+            f"new network: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}.")
 
 
 def _foreign_weights(cfg: PretrainedCfg, cache_dir: Optional[str]) -> Optional[Mapping[str, Any]]:

@@ -2,7 +2,7 @@
 import argparse
 import copy
 import logging
-from typing import Optional
+from typing import Any, Mapping, Optional
 
 import torch
 import torch.nn as nn
@@ -14,10 +14,12 @@ from timm_rs_runtime import fields
 from timm_rs_runtime.errors import UserError
 
 from ..load import load_model
+from ..records import labels_beside, read_label_names
 from ..switchable import SwitchableMixin
 from .faults import name_flags
 from .loaders import resolve_data_config
 from .loss import EnsembleDistillationLoss
+from .model import explain_labels
 from .pyramid import ResolutionPyramid
 from .refused import is_mixing
 from .task import MultiResolutionTask
@@ -47,8 +49,13 @@ def select_device(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def build_task(args: argparse.Namespace, model: nn.Module, device: torch.device) -> MultiResolutionTask:
-    """Build the multi-resolution step around timm's criterion."""
+def build_task(
+        args: argparse.Namespace,
+        model: nn.Module,
+        device: torch.device,
+        classes: Optional[Mapping[Any, int]] = None,
+) -> MultiResolutionTask:
+    """Build the multi-resolution step around timm's criterion; classes are as for build_model."""
     is_multi_label = args.task == 'multilabel'
     # As the criterion reduces over labels, so that distillation keeps its share of the loss.
     is_sum = args.bce_sum or args.loss == 'asl' and args.asl_reduction != 'mean'
@@ -60,7 +67,7 @@ def build_task(args: argparse.Namespace, model: nn.Module, device: torch.device)
         model,
         criterion,
         ResolutionPyramid(args.resolutions, args.flip, hflip, args.resample, _train_interpolation(args, model)),
-        _build_teachers(args, model, device),
+        _build_teachers(args, model, device, classes),
         device=device,
         verbose=args.rank == 0,
     )
@@ -76,7 +83,8 @@ def _create_criterion(args: argparse.Namespace) -> nn.Module:
     if args.loss == 'db':
         options.update(class_counts=stats[0], num_samples=stats[1])
     with name_flags(
-            args, 'loss', 'smoothing', 'class_stats', 'loss_pos_weight', 'loss_class_weight', 'bce_target_thresh'):
+            args, 'loss', 'smoothing', 'class_stats', 'loss_pos_weight', 'loss_class_weight', 'bce_target_thresh',
+            'label_free'):
         for kind in ('pos_weight', 'class_weight'):
             options[kind] = resolve_class_weights(
                 getattr(args, f'loss_{kind}'), kind, stats, args.loss_weight_power, args.loss_weight_beta,
@@ -95,7 +103,12 @@ def _create_criterion(args: argparse.Namespace) -> nn.Module:
         )
 
 
-def _build_teachers(args: argparse.Namespace, model: nn.Module, device: torch.device) -> Optional[FixedTeachers]:
+def _build_teachers(
+        args: argparse.Namespace,
+        model: nn.Module,
+        device: torch.device,
+        classes: Optional[Mapping[Any, int]],
+) -> Optional[FixedTeachers]:
     """Build the fixed teachers, None if no flag asks for one; call it before the network is trained or resumed."""
     networks = []
     if args.self_teacher:
@@ -104,18 +117,35 @@ def _build_teachers(args: argparse.Namespace, model: nn.Module, device: torch.de
                 f'--self-teacher needs trained weights with their classifier for {args.num_classes} classes: '
                 '--initial-checkpoint, or --pretrained with the classes of the weights.')
         networks.append(copy.deepcopy(model.at(args.resolutions[0])))
+        _compare_classes('--self-teacher', classes, args.initial_checkpoint, model)
     if args.kd_model_name:
-        network = load_model(args.kd_model_name, use_ema=None, keep_plain=True).model.to(device)
+        loaded = load_model(args.kd_model_name, use_ema=None, keep_plain=True)
+        network = loaded.model.to(device)
         if network.num_classes != args.num_classes:
             raise UserError(
                 f'--kd-model-name {args.kd_model_name} has {network.num_classes} classes, expected {args.num_classes}.')
+        if getattr(network, 'multilabel_threshold', None) is not None:
+            raise UserError(f'--kd-model-name {args.kd_model_name} was trained with several labels per image.')
         networks.append(network.at(network.resolutions[0]) if isinstance(network, SwitchableMixin) else network)
+        _compare_classes(f'--kd-model-name {args.kd_model_name}', classes, loaded.source, network)
     if not networks:
         return None
     data_config = resolve_data_config(args, model)
-    return FixedTeachers(
+    teachers = FixedTeachers(
         networks, data_config['mean'], data_config['std'], args.kd_temperature, args.task_loss_weight,
         args.distill_loss_weight, args.label_free)
+    with name_flags(args, 'kd_model_name'):  # it may take images of other sizes or channels only
+        teachers(torch.zeros(1, *data_config['input_size'], device=device))
+    return teachers
+
+
+def _compare_classes(flag: str, classes: Optional[Mapping[Any, int]], source: str, network: nn.Module) -> None:
+    """Warn if a teacher has as many classes as the data set, but others or in another order."""
+    path = labels_beside(source)
+    labels = read_label_names(path) if path else network.pretrained_cfg.get('label_names')
+    differ = explain_labels(classes, labels)
+    if differ:
+        _logger.warning(f'{flag} teaches other classes than those of the data set: {differ}.')
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:

@@ -27,5 +27,6 @@ def name_flags(args: argparse.Namespace, *flags: str) -> Iterator[None]:
         raise
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as e:
         values = {f"--{flag.replace('_', '-')}": getattr(args, flag) for flag in flags}
-        given = ' '.join(f'{flag} {value}' for flag, value in values.items() if value not in (None, {}))
+        given = ' '.join(
+            f'{flag} {value}' for flag, value in values.items() if value is not False and value not in (None, {}))
         raise UserError(f'{given}: {one_line(e)}') from e

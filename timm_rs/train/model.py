@@ -1,7 +1,7 @@
 """From flags to the network that is trained"""
 import argparse
 import logging
-from typing import Any, Mapping, Optional
+from typing import Any, Mapping, Optional, Sequence
 
 import timm
 import torch
@@ -10,18 +10,20 @@ from timm.layers import convert_sync_batchnorm, set_fast_norm
 from timm.models import is_model
 
 from timm_rs_runtime.errors import UserError
+from timm_rs_runtime.preprocess import PREPROCESSING
 
 from ..data.datasets import explain_classes, imagenet_classes
 from ..evaluate import ENSEMBLE, count_madds, create_evaluator
-from ..load import load_weights, read_source
+from ..load import load_weights, read_preprocessing, read_source
 from ..models.rs_models import PREFIX, explain_unknown_model
 from ..private_bn import tie_affine
 from ..records import find_checkpoint
 from ..resolutions import check_resolutions
 from .faults import name_flags
+from .loaders import resolve_data_config
 from .refused import largest_size_conflict
 
-__all__ = ['build_model']
+__all__ = ['build_model', 'explain_labels']
 
 _logger = logging.getLogger('train')
 _PLAIN = '{} is a plain network, expected a switchable one: an rs_* model, its weights by --initial-checkpoint.'
@@ -42,8 +44,10 @@ def build_model(
     name, kwargs = read_source(args.model, args.pretrained)
     if not name.startswith(PREFIX) or not is_model(name):
         raise UserError(_PLAIN.format(args.model) if kwargs else explain_unknown_model(name))
+    overlay = {}
     for flag in ('initial_checkpoint', 'pretrained_path'):
         if getattr(args, flag):
+            overlay.update(read_preprocessing(getattr(args, flag)))
             setattr(args, flag, find_checkpoint(getattr(args, flag)))
     if args.fast_norm:
         set_fast_norm()
@@ -64,7 +68,8 @@ def build_model(
         bn_eps=args.bn_eps,
     )
     kwargs = {**kwargs, **args.model_kwargs, **{k: v for k, v in chosen.items() if v is not None}}
-    overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else {}  # a new classifier
+    if args.pretrained_path:
+        overlay.update(file=args.pretrained_path, num_classes=-1)  # a new classifier
     overlay.update(args.pretrained_cfg_overlay)
     if overlay:
         kwargs['pretrained_cfg_overlay'] = overlay
@@ -95,6 +100,7 @@ def build_model(
     if conflict:
         raise UserError(conflict)
     count_madds(model, args.resolutions[-1], args.in_chans)  # the smallest size must pass through the network
+    _record_preprocessing(args, model)
     args.new_classifier = _has_new_classifier(args, model, classes)
     if args.head_init_scale is not None:
         for parameter in model.get_classifier().parameters():
@@ -127,16 +133,37 @@ def _has_new_classifier(args: argparse.Namespace, model: nn.Module, classes: Opt
         return False
     if model.pretrained_cfg['num_classes'] != model.num_classes:
         return True
-    labels = model.pretrained_cfg.get('label_names') or ()
-    if not classes or len(labels) != model.num_classes:
-        return False
+    differ = explain_labels(classes, model.pretrained_cfg.get('label_names'))
+    if differ:
+        _logger.info(f'The weights are of other classes ({differ}), so the classifier is new.')
+    return differ is not None
+
+
+def explain_labels(classes: Optional[Mapping[Any, int]], labels: Optional[Sequence[str]]) -> Optional[str]:
+    """Return in words how classes of a data set differ from the names that weights record, None if they do not.
+
+    Only the first name of a class counts, and WordNet ids are looked up. Another number of classes is not compared.
+
+    Args:
+        classes: The index of each class by its name, if the data set records them.
+        labels: Names in their order, if there are any.
+    """
+    if not classes or not labels or len(labels) != max(classes.values()) + 1:
+        return None
     wordnet = dict(zip(*imagenet_classes(1000)))
 
     def first_name(label: Any) -> str:
         return wordnet.get(label, str(label)).split(',')[0].replace('_', ' ').lower()
 
-    differ = explain_classes(
+    return explain_classes(
         {first_name(name): i for name, i in classes.items()}, {first_name(name): i for i, name in enumerate(labels)})
-    if differ:
-        _logger.info(f'The weights are of other classes ({differ}), so the classifier is new.')
-    return differ is not None
+
+
+def _record_preprocessing(args: argparse.Namespace, model: nn.Module) -> None:
+    """Set the flags where the preprocessing is not that of the model's name, for checkpoints, which record flags."""
+    named, resolved = timm.get_pretrained_cfg(args.model), resolve_data_config(args, model)
+    for name in PREPROCESSING:
+        own, usual = (list(v) if isinstance(v, tuple) else v for v in (
+            model.pretrained_cfg.get(name), getattr(named, name)))
+        if own and own != usual:
+            setattr(args, name, resolved[name])

@@ -206,6 +206,10 @@ def resume_run(
                 f'but now it is {getattr(args, name)}.')
     if args.bn_statistics == 'auto':
         args.bn_statistics = getattr(saved, 'bn_statistics', 'batch')
+    changed = [f'{k} {v}, now {getattr(args, k)}' for k, v in vars(saved).items()
+               if k in vars(args) and k not in ('config', 'resume') and v != getattr(args, k)]
+    if changed:
+        _logger.info(f"Flags that differ from those of the checkpoint: {'; '.join(changed)}.")
     private = getattr(saved, 'private', 'both')
     if args.private not in ('both', private):
         raise UserError(
@@ -244,7 +248,7 @@ def _resume_with_optimizer(path, saved, args, model, optimizer, loss_scaler):
             ' '.join(f"--{n.replace('_', '-')} {getattr(a, n, None)}" for n in changed) for a in (saved, args))
         raise UserError(
             f'--resume {path} holds the state of an optimizer with {before}, which does not fit {now}: '
-            'give --no-resume-opt to start a new one.') from None
+            'repeat the flags of the run (--config its args.yaml), or give --no-resume-opt for a new one.') from None
     for group, hyperparameters, rate in zip(optimizer.param_groups, given, rates):
         group.update(hyperparameters)
         if 'initial_lr' in group:  # from which the schedule starts

@@ -62,7 +62,9 @@ class FixedTeachers(nn.Module):
     @torch.no_grad()
     def forward(self, input: torch.Tensor) -> List[torch.Tensor]:
         """Return the logits [N, C] of each teacher for the student's images."""
-        return [t(t.normalize_input(input, self.mean, self.std)) for t in self.teachers]
+        return [
+            t(t.normalize_input(input.float(), self.mean, self.std).to(next(t.parameters()).dtype))
+            for t in self.teachers]
 
     def log_mixture(self, logits: Sequence[torch.Tensor], temperature: float = 1.) -> torch.Tensor:
         """Return the logarithm [N, C] of the teachers' mean probabilities."""
