@@ -17,7 +17,6 @@ the timing, outputs are compared.
 
     python benchmarks/bench_inference.py
     python benchmarks/bench_inference.py --clock cpu    # while other programs share the cores
-    python benchmarks/bench_inference.py --threads 2 --output results/bench_inference_2threads.json
 
 One run takes about five minutes on one core.
 """

@@ -169,18 +169,15 @@ def simulate(policy, arrivals, costs, replicas, budget):
     return sorted(found, key=lambda row: row[0])
 
 
-def replayed(path, rate, budget, images, seed):
-    """Return the requests of a trace in which `rate` come in a second in the mean."""
-    random = np.random.default_rng(seed)
+def replayed(path, rate):
+    """Return the times of a trace in which `rate` requests come in a second in the mean."""
     times = np.loadtxt(path, 'datetime64[ns]', delimiter=',', skiprows=1, usecols=0)
     times = np.sort((times - times.min()) / np.timedelta64(1, 's'))
-    times *= len(times) / rate / times[-1]
-    return [Request(time, int(random.integers(images)), time + budget) for time in times.tolist()]
+    return times * (len(times) / rate / times[-1])
 
 
-def arrivals_of(load, rate, seconds, budget, images, seed):
-    """Return the requests of a load; `rate` a second is all that the largest size carries."""
-    random = np.random.default_rng(seed)
+def drawn(load, rate, seconds, random):
+    """Return times of requests; `rate` a second is all that the largest size carries."""
     ends, levels = np.array([seconds]), [1.2]
     if load == 'day':
         ends = np.arange(1, seconds + 1)
@@ -188,12 +185,10 @@ def arrivals_of(load, rate, seconds, budget, images, seed):
     elif load in ('bursts', 'flood'):
         ends = random.exponential(5, 1 + int(seconds)).cumsum()  # more than last that long
         levels = np.resize((0.4, 2. if load == 'bursts' else 6.), len(ends))
-    requests, start = [], 0.
-    for end, level in zip(ends.clip(max=seconds).tolist(), levels):
-        times = np.sort(random.uniform(start, end, random.poisson(level * rate * (end - start))))
-        requests += [Request(time, int(random.integers(images)), time + budget) for time in times.tolist()]
-        start = end
-    return requests
+    ends = ends.clip(max=seconds)
+    lengths = np.diff(ends, prepend=0.)
+    counts = random.poisson(rate * np.array(levels) * lengths)
+    return np.sort(np.repeat(ends, counts) - np.repeat(lengths, counts) * random.random(counts.sum()))
 
 
 def bound_of(arrivals, costs, replicas):
@@ -218,9 +213,11 @@ def measure(args):
     print(f'ms of an image: {means}', flush=True)
     for load, replicas in itertools.product(args.trace or LOADS, (1, 2)):
         rate, images = replicas * costs.rate, len(costs.right)
-        traces = [
-            replayed(load, rate, budget, images, seed) if args.trace
-            else arrivals_of(load, rate, args.seconds, budget, images, seed) for seed in range(SEEDS)]
+        traces = []
+        for random in map(np.random.default_rng, range(SEEDS)):
+            times = replayed(load, rate) if args.trace else drawn(load, rate, args.seconds, random)
+            chosen = random.integers(images, size=len(times)).tolist()
+            traces.append([Request(time, image, time + budget) for time, image in zip(times.tolist(), chosen)])
         bound = float(np.mean([bound_of(trace, costs, replicas) for trace in traces]))
         for policy in POLICIES:
             runs = [simulate(policy, trace, costs, replicas, budget) for trace in traces]
