@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 
 from _shared import environment, shell_command, write_json
 
-__all__ = ['METHODS', 'plot', 'rows_of', 'scores_of', 'write_table']
+__all__ = ['METHODS', 'plot', 'rows_of', 'scores_of', 'write_rows', 'write_table']
 
 METHODS = dict(
     inet='I-Nets', parallel='Parallel', ens='RS-Net, ensemble only', ens_topdown='RS-Net', random_size='random size')
@@ -46,13 +46,18 @@ def rows_of(scores: Scores, **common: Any) -> List[dict]:
     return rows
 
 
-def write_table(path: Path, rows: List[dict], scores: Scores, sizes: Sequence[int], **content: Any) -> None:
-    """Write rows as .csv, a line for each method as .md, and all that they are made of as .json."""
+def write_rows(path: Path, rows: List[dict]) -> None:
+    """Write rows as .csv; the folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'w', newline='') as f:
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_table(path: Path, rows: List[dict], scores: Scores, sizes: Sequence[int], **content: Any) -> None:
+    """Write rows as .csv, a line for each method as .md, and all that they are made of as .json."""
+    write_rows(path, rows)
     text = markdown(scores, sizes)
     path.with_suffix('.md').write_text(text)
     write_json(path.with_suffix('.json'), dict(command=shell_command(), environment=environment(), **content))

@@ -15,7 +15,6 @@ folder in --work with its log; a stopped run continues, a finished one is not re
 recipe, share and size, with the process time of one run (seconds of all its processes; on a GPU that of the host) and
 the time on the clock. The .json has all runs and the smallest share of each recipe that reached the target.
 """
-import csv
 import json
 import shlex
 import statistics
@@ -24,6 +23,7 @@ from pathlib import Path
 import timm
 from _runs import Run, train_all
 from _shared import ROOT, create_parser, environment, shell_command, write_json
+from _tables import write_rows
 
 from timm_rs.evaluate import count_madds
 from timm_rs.train.loop import choose_levels
@@ -134,11 +134,7 @@ def write_results(args):
         records.extend(
             dict(recipe=name, share=share, top1=top1, **s, flags=shlex.join(run.flags))
             for run, top1, s in zip(runs, scores, spent))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.output, 'w', newline='') as f:
-        writer = csv.DictWriter(f, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(args.output, rows)
     write_json(args.output.with_suffix('.json'), dict(
         command=shell_command(), environment=environment(), recipe=vars(args.recipe), target=target,
         tolerance=args.tolerance, smallest_share=smallest, runs=records))

@@ -20,7 +20,6 @@ Every run has a folder in --work with its log; a stopped run continues, a finish
 row for each method and size, the .json the flags of each run. `seconds` are those of training all networks of the
 method once, on the clock, with whatever else the machine did.
 """
-import csv
 import json
 import os
 import shlex
@@ -32,6 +31,7 @@ from pathlib import Path
 import timm
 from _runs import Run, train_all
 from _shared import ROOT, create_parser, environment, shell_command, write_json
+from _tables import write_rows
 
 from timm_rs.evaluate import count_madds
 from timm_rs.train.options import WARM_START
@@ -144,11 +144,7 @@ def write_results(args, cells):
                     epochs=args.recipe.epochs, top1_mean=round(statistics.mean(top1), 2),
                     top1_std=round(statistics.stdev(top1), 2) if top1[1:] else '', madds=madds(args, size),
                     seconds=round(sum(seconds for _, seconds in results) / len(top1))))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.output, 'w', newline='') as f:
-        writer = csv.DictWriter(f, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(args.output, rows)
     runs = [dict(dataset=name, method=method, top1=top1, seconds=seconds, flags=shlex.join(run.flags))
             for (name, method, run), (top1, seconds) in found.items()]
     write_json(args.output.with_suffix('.json'), dict(
