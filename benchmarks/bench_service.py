@@ -17,6 +17,7 @@ import http.client
 import io
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -64,7 +65,8 @@ def service(model, replicas):
         sys.executable, '-m', 'timm_rs_runtime', 'serve', model, '--budget-ms', str(BUDGET_MS), '--port', str(PORT),
         '--replicas', str(replicas), '--min-replicas', str(replicas)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    process.stdout.readline()
+    if not process.stdout.readline():
+        raise SystemExit(f'{shlex.join(command)} ended before it served.')
     try:
         yield
     finally:

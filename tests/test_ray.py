@@ -272,6 +272,17 @@ def test_the_window():
     asyncio.run(check())
 
 
+def test_ray_that_does_not_start(monkeypatch):
+    def init(*_, **__):
+        raise Exception('The current node timed out during startup.')  # as Ray does on a busy machine
+
+    monkeypatch.setattr(replicas.ray, 'init', init)
+    for name in ('RAY_worker_niceness', 'RAY_AUTH_TOKEN'):  # connect would set them for the other tests too
+        monkeypatch.setenv(name, '0')
+    with pytest.raises(UserError, match='Ray does not start: The current node timed out during startup.'):
+        connect(None, num_cpus=1)
+
+
 def test_unusable_services(model):
     with pytest.raises(UserError, match='No Ray cluster answers at 127.0.0.1:1: '):
         connect('127.0.0.1:1')

@@ -47,7 +47,7 @@ def connect(address: Optional[str], **options: Any) -> None:
     """Connect to a Ray cluster, or start one for this process, with these options of ray.init.
 
     Raises:
-        UserError: There is none at this address.
+        UserError: There is none at this address, or none can be started.
     """
     host, _, port = (address or '').rpartition(':')
     try:
@@ -59,8 +59,9 @@ def connect(address: Optional[str], **options: Any) -> None:
         ray.init(
             address or 'local', log_to_driver=False, logging_level='ERROR',
             **({} if address else dict(options, include_dashboard=False)))
-    except (OSError, ValueError) as e:
-        raise UserError(f'No Ray cluster answers at {address}: {one_line(e, 300)}') from None
+    except Exception as e:  # Ray raises plain ones, on a machine that is too busy to start it in time
+        what = f'No Ray cluster answers at {address}' if address else 'Ray does not start'
+        raise UserError(f'{what}: {one_line(e, 300)}') from None
 
 
 class Replicas:
