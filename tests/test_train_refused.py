@@ -1,4 +1,5 @@
 """What train_rs.py refuses, in one line and before it writes anything"""
+import shutil
 import sys
 
 import pytest
@@ -16,6 +17,14 @@ def test_folder_of_a_plain_network(images, tmp_path, capfd, flags):
     argv = [images, '--model', f"local-dir:{tmp_path / 'plain'}", '--device', 'cpu', '--output', tmp_path / 'out',
             '--batch-size', '4', *flags]
     assert 'is a plain network, expected a switchable one' in fails(train_rs.main, argv, capfd)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_one_class(images, tmp_path, capfd):
+    for split in 'train', 'validation':
+        shutil.copytree(images / split / 'cat', tmp_path / 'one' / split / 'cat')
+    argv = [tmp_path / 'one', *TINY, '--epochs', '1', '--output', tmp_path / 'out']
+    assert 'there is only one class' in fails(train_rs.main, argv, capfd)
     assert not (tmp_path / 'out').exists()
 
 

@@ -106,6 +106,9 @@ def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:
         if num_classes is None or args.class_map or args.label_free and dataset is train_set:
             continue
         if args.num_classes is None:
+            if num_classes == 1:  # every answer would be right
+                raise UserError(
+                    f'{describe(dataset)}: there is only one class, expected a folder of images for each of several.')
             args.num_classes = num_classes
             _logger.info(f'{args.data_dir or args.dataset} has {num_classes} classes, so the model has as many.')
         elif args.num_classes != num_classes:
