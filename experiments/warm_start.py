@@ -105,7 +105,7 @@ def flags_from_scratch(args):
     for name, value in recipe.items():
         flag = '--' + name.replace('_', '-')
         if flag not in kept and value is not False:
-            kept += [flag] if value is True else [flag, str(value)]
+            kept += [flag, *([] if value is True else map(str, value if isinstance(value, list) else [value]))]
     return kept
 
 

@@ -199,7 +199,7 @@ def test_table_of_warm_starts(tmp_path, argv):
             if name == 'from-scratch':
                 flags = [f for f in flags if f not in ('--pretrained-path', str(weights))]
                 flags += ['--opt', 'adamw', '--lr-base', '3e-4', '--lr-base-size', '64', '--warmup-epochs', '0',
-                          '--loss-reduction', 'mean', '--sched-on-updates']
+                          '--loss-reduction', 'mean', '--sched-on-updates', '--scale', '0.35', '1.0']
             folder = tmp_path / 'work' / f'cats-{name}-{sizes}-seed{seed}'
             write_run(folder, [*flags, '--seed', str(seed), '--checkpoint-hist', '1'],
                       dict(zip(sizes.split('-'), [t + seed for t in top1])))

@@ -248,10 +248,10 @@ def test_segmentation_models_pytorch():
 
 WARM = dict(
     opt='adamw', lr_base=3e-4, lr_base_size=64, epochs=10, warmup_epochs=0, sched_on_updates=True,
-    loss_reduction='mean', bn_statistics='auto')
+    loss_reduction='mean', bn_statistics='auto', scale=[0.35, 1.0])
 SCRATCH = dict(
     opt='sgd', lr_base=0.1, lr_base_size=256, epochs=300, warmup_epochs=5, sched_on_updates=False,
-    loss_reduction='sum', bn_statistics='batch')
+    loss_reduction='sum', bn_statistics='batch', scale=[0.08, 1.0])
 
 
 @pytest.mark.parametrize('flags, expected', [
@@ -260,6 +260,7 @@ SCRATCH = dict(
     ('--pretrained-path x', WARM),
     ('--initial-checkpoint x', WARM),
     ('--pretrained --epochs 300 --warmup-epochs 5', dict(WARM, epochs=300, warmup_epochs=5)),  # given
+    ('--pretrained --scale 0.08 1', dict(WARM, scale=[0.08, 1.])),
     ('--pretrained --opt sgd', dict(WARM, opt='sgd', lr_base=0.1, lr_base_size=256)),
     ('--pretrained --lr-base 0.2', dict(WARM, lr_base=0.2, lr_base_size=256)),
     ('--pretrained --lr 0.01 --bn-statistics batch', dict(WARM, lr_base=0.1, lr_base_size=256, bn_statistics='batch')),

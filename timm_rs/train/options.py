@@ -28,7 +28,7 @@ _logger = logging.getLogger('train')
 # Defaults of a run that starts from trained weights, measured in docs/findings.md.
 WARM_START = dict(
     opt='adamw', lr_base=3e-4, lr_base_size=64, epochs=10, warmup_epochs=0, sched_on_updates=True,
-    loss_reduction='mean', bn_statistics='auto')
+    loss_reduction='mean', bn_statistics='auto', scale=[0.35, 1.0])
 
 def create_parser() -> argparse.ArgumentParser:
     """Return the parser; every flag that it accepts is read by train_rs.py."""
