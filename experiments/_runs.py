@@ -1,4 +1,5 @@
 """Runs of train_rs.py: planned, started side by side, and read again"""
+import argparse
 import json
 import os
 import signal
@@ -8,16 +9,18 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
+import timm
 import torch
 import yaml
 from _shared import ROOT
 
+from timm_rs.evaluate import count_madds
 from timm_rs.records import read_summary
 from timm_rs.train.options import parse_args
 
-__all__ = ['Run', 'hold_out', 'train_all']
+__all__ = ['Run', 'count_classes', 'hold_out', 'madds', 'parse_known', 'train_all']
 
 _FREE = ('resume', 'output', 'experiment', 'config', 'data', 'num_classes', 'in_chans', 'workers', 'device')
 
@@ -62,6 +65,33 @@ class Run:
                 metric, _, size = key.removeprefix('eval_').rpartition('_')
                 found.setdefault(metric, {})[size] = value
         return found
+
+
+def parse_known(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]], work: str) -> argparse.Namespace:
+    """Parse the flags of a program that keeps its runs in a folder; `flags` has those that are left for train_rs.py."""
+    add = parser.add_argument
+    add('--seeds', type=int, nargs='+', default=[0], metavar='N')
+    add('--jobs', type=int, default=1, metavar='N', help='runs side by side, which share the threads or the GPU')
+    add('--work', type=Path, default=Path(work), metavar='DIR', help=f'where runs are kept (default: {work})')
+    add('--table-only', action='store_true', help='write the table of the runs that are done')
+    args, args.flags = parser.parse_known_args(argv)
+    if args.jobs < 1:
+        parser.error(f'--jobs is {args.jobs}, expected at least 1.')
+    args.work = args.work.resolve()
+    return args
+
+
+def count_classes(parser: argparse.ArgumentParser, data_dir: str) -> int:
+    """Return the number of folders of images in train/."""
+    classes = {p.parent.name for p in Path(data_dir, 'train').glob('*/*')}
+    if not classes:
+        parser.error(f'{data_dir} does not hold train/ with a folder of images per class.')
+    return len(classes)
+
+
+def madds(recipe: argparse.Namespace, size: int, **kwargs: Any) -> int:
+    """Return the multiply-adds of the network of these flags for an image of a size."""
+    return count_madds(timm.create_model(recipe.model, resolutions=(size,), **recipe.model_kwargs, **kwargs), size)
 
 
 def train_all(runs: Sequence[Run], jobs: int) -> None:

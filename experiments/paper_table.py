@@ -30,11 +30,11 @@ import sys
 from pathlib import Path
 
 import timm
-from _runs import Run, hold_out, train_all
+from _runs import Run, count_classes, hold_out, madds, parse_known, train_all
 from _shared import ROOT, create_parser
 from _tables import METHODS, plot, rows_of, scores_of, write_table
 
-from timm_rs.evaluate import count_madds, count_parameters
+from timm_rs.evaluate import count_parameters
 from timm_rs.train.options import parse_args as parse_flags
 
 FLAGS = dict(
@@ -69,22 +69,14 @@ def parse_args(argv=None):
     add('--methods', nargs='+', default=list(METHODS), choices=METHODS,
         help='what to train, in this order (default: all)')
     add('--epochs', type=int, metavar='N', help='default: those of the recipe')
-    add('--seeds', type=int, nargs='+', default=[0], metavar='N')
     add('--lrs', type=float, nargs='+', metavar='LR', help='rates to choose from (default: that of the recipe)')
     add('--search-epochs', type=int, default=8, metavar='N', help='epochs of the runs that choose one (default: 8)')
     add('--dataset', default='', metavar='NAME', help='name in the table (default: that of the folder)')
-    add('--jobs', type=int, default=1, metavar='N', help='runs side by side, which share the threads or the GPU')
-    add('--work', type=Path, default=Path('output/paper_table'), metavar='DIR', help='where runs are kept')
     add('--dry-run', action='store_true', help='show the commands and what they cost')
-    add('--table-only', action='store_true', help='write the table of the runs that are done')
     parser.set_defaults(output=Path('results/paper_table.csv'))
-    args, args.flags = parser.parse_known_args(argv)
-    args.work, args.data_dir = args.work.resolve(), str(Path(args.data_dir).resolve())
-    classes = {p.parent.name for p in Path(args.data_dir, 'train').glob('*/*')}
-    if not classes:
-        parser.error(f'{args.data_dir} does not hold train/ with a folder of images per class.')
-    if args.jobs < 1:
-        parser.error(f'--jobs is {args.jobs}, expected at least 1.')
+    args = parse_known(parser, argv, 'output/paper_table')
+    args.data_dir = str(Path(args.data_dir).resolve())
+    args.num_classes = count_classes(parser, args.data_dir)
     sizes = ['--resolutions', *map(str, args.sizes)] if args.sizes else []
     cache = ['--decoded-cache', str(args.work / 'decoded')]
     args.recipe = parse_flags(['--config', args.config, *args.flags, *cache, *sizes])
@@ -92,8 +84,8 @@ def parse_args(argv=None):
         parser.error(f'{args.config} does not name resolutions or a learning rate, give --sizes and --lrs.')
     args.sizes, args.epochs = args.recipe.resolutions, args.epochs or args.recipe.epochs
     args.lrs = args.lrs or [args.recipe.lr]
-    args.num_classes, args.dataset = len(classes), args.dataset or Path(args.data_dir).name
-    args.madds = {size: count_madds(create(args, args.sizes), size) for size in args.sizes}
+    args.dataset = args.dataset or Path(args.data_dir).name
+    args.madds = {size: madds(args.recipe, size, num_classes=args.num_classes) for size in args.sizes}
     return args
 
 
@@ -140,11 +132,6 @@ def warn_of_the_edge(args):
                   'beyond it.')
 
 
-def create(args, sizes):
-    return timm.create_model(
-        args.recipe.model, resolutions=sizes, num_classes=args.num_classes, **args.recipe.model_kwargs)
-
-
 def cost(cell, args):
     """Return the multiply-adds of a run per training image, a backward pass counted as two forward ones."""
     epochs = args.search_epochs if cell['search'] else args.epochs
@@ -172,9 +159,10 @@ def read(cell, args):
         for row in json.loads(path.read_text()):
             for metric, values in found.items():
                 values[str(row['resolution'])] = row[metric]
+    kwargs = dict(args.recipe.model_kwargs, resolutions=cell['sizes'], num_classes=args.num_classes)
     return dict(
         method=cell['method'], sizes=list(cell['sizes']), lr=cell['lr'], seed=cell['seed'], **found,
-        params=count_parameters(create(args, cell['sizes'])),
+        params=count_parameters(timm.create_model(args.recipe.model, **kwargs)),
         command=shlex.join(['python', *cell['run'].command]))
 
 

@@ -20,12 +20,10 @@ import shlex
 import statistics
 from pathlib import Path
 
-import timm
-from _runs import Run, train_all
+from _runs import Run, count_classes, madds, parse_known, train_all
 from _shared import ROOT, create_parser, environment, shell_command, write_json
 from _tables import write_rows
 
-from timm_rs.evaluate import count_madds
 from timm_rs.train.loop import choose_levels
 from timm_rs.train.options import parse_args as parse_flags
 
@@ -51,57 +49,52 @@ def parse_args(argv=None):
     add('recipes', nargs='+', metavar='NAME=FLAGS', help='the changes to --config; nothing after = for none')
     add('--config', default=str(ROOT / 'configs' / 'rs_resnet10t.imagenette.yaml'), metavar='FILE')
     add('--shares', type=float, nargs='+', default=[0.5, 1.], metavar='X', help='of the cost of the first recipe')
-    add('--seeds', type=int, nargs='+', default=[0], metavar='N')
     add('--target', type=float, nargs='+', metavar='TOP1', help='top-1 to reach, a value per size, largest size first')
     add('--tolerance', type=float, default=0.3, metavar='POINTS', help='what one size may lack (default: 0.3)')
-    add('--jobs', type=int, default=1, metavar='N', help='runs side by side, which share the threads or the GPU')
-    add('--work', type=Path, default=Path('output/time_to_accuracy'), metavar='DIR', help='where runs are kept')
     add('--dry-run', action='store_true', help='show the commands')
-    add('--table-only', action='store_true', help='write the table of the runs that are done')
     parser.set_defaults(output=Path('results/time_to_accuracy.csv'))
-    args, args.flags = parser.parse_known_args(argv)
-    args.work, args.data_dir = args.work.resolve(), str(Path(args.data_dir).resolve())
+    args = parse_known(parser, argv, 'output/time_to_accuracy')
+    args.data_dir = str(Path(args.data_dir).resolve())
+    num_classes = count_classes(parser, args.data_dir)
     texts, args.recipes = args.recipes, {}
     for text in texts:
         name, is_named, flags = text.partition('=')
         if not name or not is_named or name in args.recipes:
             parser.error(f'{text!r}: expected NAME=FLAGS, each name once.')
         args.recipes[name] = flags.split()
-    for values, what in ((args.shares, '--shares'), ([args.jobs], '--jobs')):
-        if min(values) <= 0:
-            parser.error(f'{what} is {min(values):g}, expected more than 0.')
+    if min(args.shares) <= 0:
+        parser.error(f'--shares is {min(args.shares):g}, expected more than 0.')
     args.common = ['--config', args.config, *args.flags, '--decoded-cache', str(args.work / 'decoded')]
     args.recipe = parse_flags([args.data_dir, *args.common])
     if args.recipe.resolutions is None:
         parser.error(f'{args.config} does not name resolutions, give --resolutions.')
     if args.target and len(args.target) != len(args.recipe.resolutions):
         parser.error(f'--target has {len(args.target)} values, expected {len(args.recipe.resolutions)}, one per size.')
-    args.madds = {size: madds(args.recipe, size) for size in args.recipe.resolutions}
+    costs = {size: madds(args.recipe, size, num_classes=num_classes) for size in args.recipe.resolutions}
+    own = cost(args.recipe, costs)
+    args.full_epochs = {  # of each recipe, for what the first takes in its own number of epochs
+        name: args.recipe.epochs * own / cost(parse_flags([args.data_dir, *args.common, *flags]), costs)
+        for name, flags in args.recipes.items()}
     return args
 
 
-def madds(recipe, size):
-    return count_madds(timm.create_model(recipe.model, resolutions=(size,), **recipe.model_kwargs), size)
+def cost(recipe, costs, updates=1000):
+    """Return the multiply-adds per image of a step, on average over the updates of the whole schedule."""
+    total = 0
+    for update in range(updates):
+        levels = choose_levels(recipe, update * recipe.epochs // updates, update)
+        total += sum(costs[recipe.resolutions[i]] for i in (levels or range(len(recipe.resolutions))))
+    return total / updates
 
 
 def plan(args, name, share):
     """Return a run of a recipe for each seed, of as many epochs as the share buys."""
-    epochs = share * args.recipe.epochs * cost(args, args.common) / cost(args, [*args.common, *args.recipes[name]])
-    flags = (args.data_dir, *args.common, *args.recipes[name], '--epochs', str(max(1, round(epochs))))
+    epochs = max(1, round(share * args.full_epochs[name]))
+    flags = (args.data_dir, *args.common, *args.recipes[name], '--epochs', str(epochs))
     folder = f"{name.replace(' ', '-').replace('/', '-')}-share{share:g}"
     return [
         Run(args.work / f'{folder}-seed{seed}', (*flags, '--seed', str(seed), '--checkpoint-hist', '1'))
         for seed in args.seeds]
-
-
-def cost(args, flags, updates=1000):
-    """Return the multiply-adds per image of a step, on average over the updates of the whole schedule."""
-    recipe, total = parse_flags([args.data_dir, *flags]), 0
-    for update in range(updates):
-        levels = choose_levels(recipe, update * recipe.epochs // updates, update)
-        sizes = recipe.resolutions if levels is None else [recipe.resolutions[i] for i in levels]
-        total += sum(args.madds[size] for size in sizes)
-    return total / updates
 
 
 def write_results(args):

@@ -28,12 +28,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import timm
-from _runs import Run, train_all
+from _runs import Run, madds, parse_known, train_all
 from _shared import ROOT, create_parser, environment, shell_command, write_json
 from _tables import write_rows
 
-from timm_rs.evaluate import count_madds
 from timm_rs.train.options import WARM_START
 from timm_rs.train.options import parse_args as parse_flags
 
@@ -50,12 +48,8 @@ def main(argv=None):
     add('datasets', nargs='+', metavar='NAME=DIR', help='name in the table, and folder with train/ and val/')
     add('--methods', nargs='*', default=list(METHODS), choices=METHODS, help='what to train (default: all)')
     add('--variants', nargs='+', default=[], metavar='NAME=FLAGS', help='RS-Nets with further flags')
-    add('--seeds', type=int, nargs='+', default=[0], metavar='N')
-    add('--work', type=Path, default=Path('output/warm_start'), metavar='DIR', help='where runs are kept')
-    add('--table-only', action='store_true', help='write the table of the runs that are done')
     parser.set_defaults(output=Path('results/warm_start.csv'))
-    args, args.flags = parser.parse_known_args(argv)
-    args.work = args.work.resolve()
+    args = parse_known(parser, argv, 'output/warm_start')
     args.recipe = parse_flags(args.flags)
     if args.recipe.resolutions is None:
         parser.error('give --resolutions, the sizes to train.')
@@ -67,7 +61,7 @@ def main(argv=None):
         methods[name] = flags
     cells = [cell for text in args.datasets for method in methods.items() for cell in plan(args, text, *method)]
     if not args.table_only:
-        train_all(list(dict.fromkeys(run for *_, run in cells)), jobs=1)
+        train_all(list(dict.fromkeys(run for *_, run in cells)), args.jobs)
     write_results(args, cells)
 
 
@@ -142,7 +136,7 @@ def write_results(args, cells):
                 rows.append(dict(
                     dataset=name, model=args.recipe.model, method=method, resolution=size, seeds=len(top1),
                     epochs=args.recipe.epochs, top1_mean=round(statistics.mean(top1), 2),
-                    top1_std=round(statistics.stdev(top1), 2) if top1[1:] else '', madds=madds(args, size),
+                    top1_std=round(statistics.stdev(top1), 2) if top1[1:] else '', madds=madds(args.recipe, size),
                     seconds=round(sum(seconds for _, seconds in results) / len(top1))))
     write_rows(args.output, rows)
     runs = [dict(dataset=name, method=method, top1=top1, seconds=seconds, flags=shlex.join(run.flags))
@@ -151,11 +145,6 @@ def write_results(args, cells):
         command=shell_command(), environment=environment(), recipe=vars(args.recipe), runs=runs))
     for row in rows:
         print(*row.values())
-
-
-def madds(args, size):
-    kwargs = args.recipe.model_kwargs
-    return count_madds(timm.create_model(args.recipe.model, resolutions=(size,), **kwargs), size)
 
 
 if __name__ == '__main__':

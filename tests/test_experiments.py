@@ -218,16 +218,15 @@ def test_table_of_warm_starts(tmp_path, argv):
         warm_start.main([*argv, '--variants', 'distill'])
 
 
-def test_smallest_share_that_reaches_the_target(tmp_path, argv, capfd):
+def test_smallest_share_that_reaches_the_target(tmp_path, argv, monkeypatch, capfd):
     """Both seeds must reach it; the mean may lack nothing, one size 0.3 points."""
     argv = [*argv, 'recipe=', 'small=--small-steps 0.5', '--shares', '0.5', '1', '--seeds', '0', '1', '--epochs', '20']
+    monkeypatch.setattr(time_to_accuracy, 'madds', lambda recipe, size, num_classes: {32: 3, 24: 2}[size])
     args = time_to_accuracy.parse_args(argv)
-    args.madds = {32: 3, 24: 2}
     cells = [(name, share) for name in ('recipe', 'small') for share in (0.5, 1.)]
     epochs = [parse_flags(time_to_accuracy.plan(args, *cell)[0].flags).epochs for cell in cells]
     assert epochs == pytest.approx([10, 20, 10 * 5 / 3.5, 20 * 5 / 3.5], abs=1)  # half of the updates cost 2, not 5
     scores = [((79., 69.), (80., 70.)), ((80., 70.), (81., 71.)), ((80.9, 70.3), (80.2, 70.9)), ((85., 69.5),) * 2]
-    args = time_to_accuracy.parse_args(argv)
     for cell, found in zip(cells, scores):
         for run, top1 in zip(time_to_accuracy.plan(args, *cell), found):
             write_run(run.folder, run.flags, dict(zip((32, 24), top1)))
@@ -245,3 +244,5 @@ def test_smallest_share_that_reaches_the_target(tmp_path, argv, capfd):
     assert '--target has 1 values, expected 2' in fails(time_to_accuracy.main, [*argv, '--target', '90'], capfd)
     assert '--shares is 0' in fails(time_to_accuracy.main, [*argv, '--shares', '0'], capfd)
     assert "'fast': expected NAME=FLAGS" in fails(time_to_accuracy.main, [argv[0], 'fast', *argv[1:5]], capfd)
+    assert '--jobs is 0, expected at least 1' in fails(time_to_accuracy.main, [*argv, '--jobs', '0'], capfd)
+    assert 'small= does not hold train/' in fails(time_to_accuracy.main, ['small=', *argv[1:]], capfd)  # no DIR
