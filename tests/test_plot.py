@@ -1,4 +1,6 @@
 """Figures of runs"""
+import shutil
+
 import matplotlib.image
 import pytest
 import timm
@@ -44,6 +46,15 @@ def test_figures(run, tmp_path, capsys):
     for path in capsys.readouterr().out.split():
         pixels = matplotlib.image.imread(path)
         assert pixels.shape[0] > 300 and pixels.std() > 0.01
+
+
+def test_names_are_no_formulas(run, tmp_path):
+    named = [run.rename(tmp_path / r'lr$\frac$')]
+    named.append(shutil.copytree(named[0], tmp_path / '_hidden'))
+    main(['plot', *map(str, named), '--output', str(tmp_path), '--format', 'svg'])
+    for name in ('curves', 'accuracy_vs_madds'):
+        drawn = (tmp_path / f'{name}.svg').read_text()
+        assert r'<!-- lr$\frac$ -->' in drawn and '<!--  _hidden -->' in drawn
 
 
 def test_figures_are_not_overwritten(run, tmp_path, capfd):

@@ -88,7 +88,7 @@ def plot_curves(runs: Sequence[RunHistory], path: str, overwrite: bool = False) 
             style = dict(color='black', linestyle='--') if is_ensemble else {}
             values = [row[f'eval_{run.metric}_{key}'] for row in run.rows]
             axis.plot(epochs, values, label=label, marker='.' if len(epochs) < 30 else '', **style)
-        axis.set(xlabel='epoch', title=run.name)
+        axis.set(xlabel='epoch', title=_literal(run.name))
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(loc='lower right')
     axes[0].set_ylabel(_label(runs))
@@ -102,7 +102,7 @@ def plot_accuracy_against_madds(runs: Sequence[RunHistory], path: str, overwrite
     for run in runs:
         cost = run.madds()
         accuracy = [run.best[f'eval_{run.metric}_{r}'] for r in run.resolutions]
-        axis.plot([cost[r] / 1e6 for r in run.resolutions], accuracy, marker='o', label=run.name)
+        axis.plot([cost[r] / 1e6 for r in run.resolutions], accuracy, marker='o', label=_literal(run.name))
         for r, value in zip(run.resolutions, accuracy):
             axis.annotate(f'{r} px', (cost[r] / 1e6, value), textcoords='offset points', xytext=(4, -11), fontsize=8)
     axis.margins(x=0.12)
@@ -110,6 +110,11 @@ def plot_accuracy_against_madds(runs: Sequence[RunHistory], path: str, overwrite
     axis.legend(loc='lower right')
     with atomic_path(path, overwrite) as partial:
         figure.savefig(partial, dpi=150)
+
+
+def _literal(name: str) -> str:
+    """Return a name that matplotlib neither typesets as a formula nor leaves out of a legend."""
+    return ' ' * name.startswith('_') + name.replace('$', r'\$')
 
 
 def _label(runs: Sequence[RunHistory]) -> str:
