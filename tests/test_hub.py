@@ -2,6 +2,7 @@
 import argparse
 import json
 import re
+import shutil
 import types
 
 import huggingface_hub
@@ -235,6 +236,19 @@ def test_command_takes_metrics_recipe_and_labels_from_the_run(hub, model, run_fo
     assert '| 64 | 21.00 | 22.00 |' in body and '| ensemble | 23.00 |' in body and 'lr: 0.3' in body
     assert metadata['license'] == 'mit' and hub.repos[REPO].private and 'Best' in hub.repos[REPO].messages
     assert list(create().pretrained_cfg['label_names']) == list('abcdefghij')
+
+
+@pytest.mark.parametrize('of_average, use_ema', [(True, False), (False, True)])
+def test_the_card_has_no_metrics_of_other_weights(hub, model, run_folder, tmp_path, capsys, of_average, use_ema):
+    folder = shutil.copytree(run_folder, tmp_path / 'run')
+    held = torch.load(folder / 'model_best.pth.tar', weights_only=False)
+    held['args'].model_ema, held['args'].model_ema_force_cpu = True, not of_average
+    torch.save(dict(held, state_dict_ema=held['state_dict']), folder / 'model_best.pth.tar')
+    argv = ['push', str(folder / 'model_best.pth.tar'), REPO]
+    main([*argv, *['--use-ema'] * use_ema])
+    assert 'summary.csv: its accuracies are' in capsys.readouterr().out and '21.00' not in card(hub)[1]
+    main([*argv, *['--use-ema'] * (not use_ema)])
+    assert '| 64 | 21.00 | 22.00 |' in card(hub)[1]
 
 
 def test_command_takes_results_of_validate_rs(hub, run_folder, tmp_path):

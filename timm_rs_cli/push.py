@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from huggingface_hub.utils import disable_progress_bars
 
-    from timm_rs.hub.push import HubError, push_to_hub, read_metrics
+    from timm_rs.hub.push import HubError, has_averaged_metrics, push_to_hub, read_metrics
     from timm_rs.records import SUMMARY_FILE
 
     labels = read_labels(args)
@@ -35,7 +35,12 @@ def run(args: argparse.Namespace) -> None:
     results = args.results
     beside = os.path.join(os.path.dirname(loaded.source), SUMMARY_FILE)
     if results is None and loaded.epoch is not None and os.path.isfile(beside):
-        results = beside
+        if has_averaged_metrics(loaded.args) == args.use_ema:
+            results = beside
+        else:
+            kind, flag = ('not those', 'without') if args.use_ema else ('those', 'with')
+            print(f'{beside}: its accuracies are {kind} of the moving average, so the card holds none; push {flag} '
+                  '--use-ema, or give --results.')
     metrics = read_metrics(results, loaded.epoch) if results else None
     if not sys.stderr.isatty():
         disable_progress_bars()

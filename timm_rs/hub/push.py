@@ -23,7 +23,7 @@ from ..switchable import SwitchableMixin
 from .card import MARK, Metrics, model_card
 from .convert import write_model
 
-__all__ = ['HubError', 'TrainingPush', 'push_to_hub', 'read_metrics']
+__all__ = ['HubError', 'TrainingPush', 'has_averaged_metrics', 'push_to_hub', 'read_metrics']
 
 _logger = logging.getLogger('train')
 _ROWS = fields.array(fields.table(fields.text(), fields.plain()))
@@ -144,6 +144,11 @@ def read_metrics(path: str, epoch: Optional[int] = None) -> Dict[Union[int, str]
     return fields.check_fields(found, _METRICS, path)
 
 
+def has_averaged_metrics(recipe: Mapping[str, Any]) -> bool:
+    """Return whether the metrics of a run with these flags are those of the moving average of its weights."""
+    return bool(recipe.get('model_ema')) and not recipe.get('model_ema_force_cpu')
+
+
 class TrainingPush:
     """Pushes the best checkpoint of a run in a separate process, so that training neither waits nor fails with it."""
 
@@ -154,7 +159,7 @@ class TrainingPush:
         self.flags = [args.push_to_hub]
         if args.hub_private:
             self.flags.append('--private')
-        if args.model_ema and not args.model_ema_force_cpu:  # the metrics are those of the moving average
+        if has_averaged_metrics(vars(args)):
             self.flags.append('--use-ema')
         self.process: Optional[subprocess.Popen] = None
         if not get_token():
