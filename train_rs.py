@@ -110,7 +110,7 @@ def set_up(args, flags, held):
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     output = claim_output(args, held)
-    output_dir, resume = output.folder, output.resume
+    output_dir = output.folder
 
     utils.random_seed(args.seed)  # the same weights everywhere, also in the moving average
     datasets = build_datasets(args)
@@ -130,7 +130,7 @@ def set_up(args, flags, held):
     if args.model_ema:
         ema_device = 'cpu' if args.model_ema_force_cpu else None
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=ema_device)
-    checkpoint = resume_run(resume, args, model, task, optimizer, loss_scaler) if resume else None
+    checkpoint = resume_run(output, args, model, task, optimizer, loss_scaler) if output.resume else None
     if args.start_epoch is not None:
         task.progress = Progress(args.start_epoch)
     if args.torchcompile:
@@ -161,7 +161,7 @@ def set_up(args, flags, held):
         saver = AtomicCheckpointSaver(
             model=model, optimizer=optimizer, args=args, amp_scaler=loss_scaler, checkpoint_dir=output_dir,
             recovery_dir=output_dir, decreasing=decreasing, max_history=args.checkpoint_hist, task=task)
-        if resume and os.path.dirname(resume) == output_dir:
+        if output.continues:
             saver.resume(checkpoint, output.whole)
         with atomic_write(os.path.join(output_dir, 'args.yaml'), overwrite=True) as f:
             yaml.safe_dump(dict(flags, num_classes=args.num_classes, in_chans=args.in_chans), f)

@@ -71,8 +71,9 @@ def _kill_at_replace(n):
 
 def run(images, output, seconds=None, kill_at_replace=None, sigterm_at=None, flags=()):
     """Train in a process of its own and return its exit code; end it after some seconds, or once a file is there."""
-    argv = [str(images), *FLAGS, '--epochs', str(EPOCHS), '--output', str(output), '--experiment', 'run', *flags]
-    process = CONTEXT.Process(target=_child, args=([*argv, '--resume', 'auto'], kill_at_replace))
+    argv = [str(images), *FLAGS, '--epochs', str(EPOCHS), '--output', str(output), '--experiment', 'run']
+    argv += ['--resume', 'auto', *flags]
+    process = CONTEXT.Process(target=_child, args=(argv, kill_at_replace))
     process.start()
     while sigterm_at is not None and not sigterm_at.exists() and process.is_alive():
         time.sleep(0.01)
@@ -222,6 +223,16 @@ def test_a_run_without_a_whole_checkpoint_is_not_trained_over(images, tmp_path, 
     line = capfd.readouterr().err.splitlines()[-1]
     what = 'none of its checkpoints is whole (' if how == 'truncated' else 'summary.csv has 3 epochs, but there is no'
     assert f'train_rs.py: error: {folder}: {what}' in line
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize('resume', ['auto', 'last.pth.tar'])
+def test_another_metric_does_not_replace_the_best_checkpoint(images, tmp_path, finished, capfd, resume):
+    folder = copy_run(finished, tmp_path)
+    before = contents(folder)
+    resume = str(folder / resume) if resume != 'auto' else resume
+    assert run(images, tmp_path, flags=('--resume', resume, '--eval-metric', 'loss', '--epochs', '4')) == 1
+    assert 'was trained with --eval-metric top1_mean, but now it is loss_mean' in capfd.readouterr().err
     assert contents(folder) == before
 
 

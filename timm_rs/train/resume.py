@@ -57,6 +57,11 @@ class Output:
     resume: str = ''
     whole: List[str] = field(default_factory=list)
 
+    @property
+    def continues(self) -> bool:
+        """Whether the checkpoint is of the run in this folder, not of another one."""
+        return bool(self.resume) and os.path.dirname(self.resume) == self.folder
+
 
 def claim_output(args: argparse.Namespace, held: ExitStack) -> Output:
     """Find the output folder of a run, the same one on all processes, and lock it while the stack is open.
@@ -187,19 +192,20 @@ def _read_progress(path: str) -> Progress:
 
 
 def resume_run(
-        path: str,
+        output: Output,
         args: argparse.Namespace,
         model: nn.Module,
         task: MultiResolutionTask,
         optimizer: torch.optim.Optimizer,
         loss_scaler: Optional[Callable],
 ) -> Dict[str, Any]:
-    """Restore a checkpoint of a run of the same network and return what else it holds."""
+    """Restore the checkpoint, of a run of the same network, and return what else it holds."""
+    path = output.resume
     checkpoint = utils.load_checkpoint_metadata(path)
     saved = checkpoint.get('args')
     if saved is None:
         raise UserError(f'--resume {path} is not a checkpoint of train_rs.py, load it with --initial-checkpoint.')
-    for name in ('model', 'resolutions', 'num_classes'):
+    for name in ('model', 'resolutions', 'num_classes', *['eval_metric'] * output.continues):  # which ranks the best
         if getattr(saved, name, None) != getattr(args, name):
             raise UserError(
                 f"--resume {path} was trained with --{name.replace('_', '-')} {getattr(saved, name, None)}, "
