@@ -34,6 +34,7 @@ from timm_rs.hub.push import TrainingPush
 from timm_rs.records import write_label_names
 from timm_rs.train import MultiResolutionTask
 from timm_rs.train.builders import build_optimizer, build_task, select_device
+from timm_rs.train.classifier import fit_classifier
 from timm_rs.train.loaders import Loaders, build_datasets, build_loaders
 from timm_rs.train.loop import ensemble_weights, train_one_epoch, validate
 from timm_rs.train.model import build_model
@@ -118,6 +119,8 @@ def set_up(args, flags, held):
     model = build_model(args, device, classes)
     loaders = build_loaders(args, model, device, *datasets)
     task = build_task(args, model, device, classes)
+    if args.new_classifier and args.new_classifier_init == 'fitted' and args.head_init_scale is None and not resume:
+        fit_classifier(task, loaders, args)
     optimizer = build_optimizer(args, model)
     if args.small_steps or args.sizes_per_update:  # Lookahead calls the step of the optimizer inside it
         getattr(optimizer, '_base_optimizer', optimizer).register_step_pre_hook(lambda *_: task.drop_idle_gradients())

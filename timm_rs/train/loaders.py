@@ -49,7 +49,7 @@ class Loaders:
     Attributes:
         train: Gives (images [N, C, H, W] at the largest resolution, targets), augmented and normalized.
         eval: Gives (list of uint8 images per resolution, targets).
-        normalize: Brings evaluation images to the device.
+        normalize: Brings images to the device and normalizes those of evaluation.
         mixup: Mixes a training batch in the loop; None if the loader does it, or nothing is mixed.
         erase: Erases parts of a training batch in the loop; None if nothing is erased there.
         order: Order of the training images, None if the data set has its own.
@@ -58,12 +58,31 @@ class Loaders:
     """
     train: Any
     eval: Any
-    normalize: Callable[[torch.Tensor], torch.Tensor]
+    normalize: PyramidNormalizer
     mixup: Optional[Mixup]
     erase: Optional[RandomErasing]
     order: Optional[EpochSampler]
     errors: ReadErrors
     eval_samples: Optional[int]
+
+    def begin_epoch(self, epoch: int, batch: int = 0) -> None:
+        """Set the order and the augmentation of an epoch, from a batch on."""
+        if self.order is not None:
+            self.order.set_epoch(epoch, batch)
+        elif hasattr(self.train.dataset, 'set_epoch'):
+            self.train.dataset.set_epoch(epoch)
+        elif hasattr(self.train.sampler, 'set_epoch'):
+            self.train.sampler.set_epoch(epoch)
+
+    def prepare(self, images: torch.Tensor, target: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Bring a training batch to the device, and do what the loader leaves to the loop."""
+        mean = self.normalize.mean
+        images, target = images.to(mean.device, dtype=mean.dtype), target.to(mean.device)
+        if self.mixup is not None:
+            images, target = self.mixup(images, target)
+        if self.erase is not None:
+            images = self.erase(images)
+        return images.contiguous(memory_format=self.normalize.layout), target
 
 
 def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:

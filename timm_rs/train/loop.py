@@ -111,12 +111,7 @@ def train_one_epoch(
     window_images, data_time = 0, 0.
 
     seed_all(args.seed, args.rank, epoch)
-    if loaders.order is not None:
-        loaders.order.set_epoch(epoch, progress.batch)
-    elif hasattr(loaders.train.dataset, 'set_epoch'):
-        loaders.train.dataset.set_epoch(epoch)
-    elif hasattr(loaders.train.sampler, 'set_epoch'):
-        loaders.train.sampler.set_epoch(epoch)
+    loaders.begin_epoch(epoch, progress.batch)
     batches = tqdm(
         enumerate(loaders.train, start=progress.batch if loaders.order is not None else 0),
         desc=f'Train {epoch}', total=num_batches, initial=progress.batch, leave=False,
@@ -129,14 +124,7 @@ def train_one_epoch(
             continue
         task.levels = choose_levels(args, epoch, batch_idx // accum_steps)
         seed_all(args.seed, args.rank, epoch, batch_idx)
-        if args.no_prefetcher:
-            images, target = images.to(device, dtype=loaders.normalize.mean.dtype), target.to(device)
-        if loaders.mixup is not None:
-            images, target = loaders.mixup(images, target)
-        if loaders.erase is not None:
-            images = loaders.erase(images)
-        if args.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+        images, target = loaders.prepare(images, target)
         data_time += time.perf_counter() - fetch_start
         if args.bn_statistics == 'auto':
             args.bn_statistics = choose_statistics(task, images, args)  # also for the checkpoint

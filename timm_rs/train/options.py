@@ -140,6 +140,9 @@ def create_parser() -> argparse.ArgumentParser:
     add('--model-kwargs', nargs='*', default={}, action=KeyValues, help='further model arguments as key=value')
     add('--pretrained-cfg-overlay', nargs='*', default={}, action=KeyValues,
         help="changes of the model's pretrained_cfg as key=value")
+    add('--new-classifier-init', default='fitted', choices=('fitted', 'zero'),
+        help='begin a new classifier for other classes than those of the weights as it suits the features of the first '
+             '5000 training images (default), or at zero; without --head-init-scale')
     add('--head-init-scale', type=float, default=None, help='scale of the initial classifier')
     add('--head-init-bias', type=float, default=None, help='initial bias of the classifier')
     add('--torchcompile', nargs='?', default=None, const='inductor', metavar='BACKEND', help='compile the model')

@@ -1,0 +1,105 @@
+"""The first classifier of a pretrained network for new classes"""
+import argparse
+import logging
+from itertools import islice
+from typing import Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm import utils
+from tqdm import tqdm
+
+from .loaders import Loaders
+from .task import MultiResolutionTask
+
+__all__ = ['fit_classifier', 'fit_linear']
+
+_logger = logging.getLogger('train')
+_IMAGES = 5_000  # at most; a fifth of them is held out
+_PENALTIES = 10. ** torch.arange(-4, 2)
+_SCALES = 2. ** torch.arange(0, 9)
+
+
+@torch.no_grad()
+def fit_classifier(task: MultiResolutionTask, loaders: Loaders, args: argparse.Namespace) -> None:
+    """Fit the classifier to the features of the network as it is, of the first training images at all resolutions.
+
+    Otherwise the classifier takes a good part of a short training to become one. Fitting it first also distorts the
+    features less (Kumar et al., ICLR 2022, arXiv:2202.10054). Only for one label per image and a single linear layer;
+    others stay as they are. Each process takes its own images; DistributedDataParallel then distributes the result of
+    the first.
+    """
+    model = utils.unwrap_model(task.trainable_module)
+    head = model.get_classifier()
+    if args.task == 'multilabel' or type(head) is not nn.Linear:
+        return
+    model.eval()
+    features, targets = [], []
+    loaders.begin_epoch(0)
+    count = min(-(-_IMAGES // args.batch_size), len(loaders.train))
+    for images, target in tqdm(
+            islice(loaders.train, count), desc='Fit the classifier', total=count, leave=False,
+            disable=None if args.rank == 0 else True):
+        images, target = loaders.prepare(images, target)
+        rows = []
+        for x in task.pyramid(images):
+            model.switch_to(x.shape[-1])
+            rows.append(model.forward_head(model.forward_features(x), pre_logits=True).float().cpu())
+        features.append(torch.stack(rows))
+        targets.append(target.cpu() if target.ndim > 1 else F.one_hot(target.cpu(), args.num_classes))
+    model.switch_to(args.resolutions[0])
+    features, targets = torch.cat(features, 1), torch.cat(targets).float()
+    if features.shape[1] < 2 or features.shape[2:] != (head.in_features,):
+        return
+    weight, bias, accuracy = fit_linear(features, targets)
+    head.weight.copy_(weight)
+    if head.bias is not None:
+        head.bias.copy_(bias)
+    found = ', '.join(f'{100 * a:.1f} at {r}' for a, r in zip(accuracy.tolist(), args.resolutions))
+    if utils.is_primary(args):
+        _logger.info(
+            f'The new classifier is fitted to the features of {len(targets)} images as they are: top-1 {found} px, on '
+            'a fifth of them that was held out.')
+
+
+def fit_linear(features: torch.Tensor, targets: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Fit a linear classifier by least squares, with the penalty and the scale of the logits that suit held-out images.
+
+    Args:
+        features: Features [S, N, F] of N images at S resolutions.
+        targets: Probabilities of the classes [N, C].
+
+    Returns:
+        weight [C, F] and bias [C] fitted to all images, and the accuracy [S] on the last fifth, fitted to the others.
+    """
+    held = len(targets) // 5 or 1
+    fit = _LeastSquares(features[:, :-held], targets[:-held])
+    best = None
+    for penalty in _PENALTIES.tolist():
+        weight, bias = fit.solve(penalty)
+        logits = features[:, -held:] @ weight.T + bias
+        for scale in _SCALES.tolist():
+            loss = F.cross_entropy((scale * logits).flatten(0, 1), targets[-held:].repeat(len(logits), 1)).item()
+            if best is None or loss < best[0]:
+                best = loss, penalty, scale, (logits.argmax(-1) == targets[-held:].argmax(-1)).float().mean(1)
+    _, penalty, scale, accuracy = best
+    weight, bias = _LeastSquares(features, targets).solve(penalty)
+    return scale * weight, scale * bias, accuracy
+
+
+class _LeastSquares:
+    """Ridge regression on all resolutions of the images, for any penalty, which is in units of the mean variance."""
+
+    def __init__(self, features: torch.Tensor, targets: torch.Tensor):
+        x, y = features.flatten(0, 1), targets.repeat(len(features), 1)
+        self.means = x.mean(0), y.mean(0)
+        x, y = x - self.means[0], y - self.means[1]
+        values, self.basis = torch.linalg.eigh((x.T @ x).double())
+        self.values = values.clamp(min=0.)
+        self.moment = self.basis.T @ (x.T @ y).double()
+
+    def solve(self, penalty: float) -> Tuple[torch.Tensor, torch.Tensor]:
+        added = penalty * self.values.mean().clamp(min=1e-12)
+        weight = (self.basis @ (self.moment / (self.values + added)[:, None])).T.float()
+        return weight, self.means[1] - weight @ self.means[0]
