@@ -93,11 +93,11 @@ def test_not_again_when_a_run_is_resumed(colours, weights, tmp_path, caplog):
     assert torch.equal(after['fc.weight'], before['fc.weight']) and 'The new classifier' not in caplog.text
 
 
-@pytest.mark.parametrize('flags', [['--new-classifier-init', 'zero'], ['--head-init-scale', '1']])
+@pytest.mark.parametrize('flags', [['--new-classifier-init', 'zero'], ['--bce-loss'], ['--head-init-scale', '1']])
 def test_not_where_flags_say_otherwise(colours, weights, tmp_path, caplog, flags):
     caplog.set_level(logging.INFO)
     found = train(colours, weights, tmp_path, *flags)['state_dict']
-    assert bool(found['fc.weight'].any()) == ('zero' not in flags) and 'The new classifier' not in caplog.text
+    assert bool(found['fc.weight'].any()) == ('--head-init-scale' in flags) and 'The new classifier' not in caplog.text
 
 
 def test_training_itself_is_the_same_after_it(colours, weights, tmp_path):

@@ -239,6 +239,15 @@ def test_unreadable_images_of_all_processes_are_left_out(images, tmp_path):
         assert float(row[f"eval_loss_{expected['resolution']}"]) == pytest.approx(expected['loss'], rel=1e-5)
 
 
+def test_a_new_classifier_is_the_same_everywhere(images, tmp_path):
+    torch.save(timm.create_model('test_resnet').state_dict(), tmp_path / 'weights.pth')
+    output = tmp_path / 'output'
+    flags = ['--pretrained-path', str(tmp_path / 'weights.pth'), '--epochs', '1', '--lr', '0', '--opt', 'sgd']
+    assert start(images, output, *flags).finish() == [0, 0]
+    (first, _), (second, _) = models(output)
+    assert first['fc.weight'].any() and torch.equal(first['fc.weight'], second['fc.weight'])
+
+
 def test_processes_are_equal_and_only_the_first_writes(uninterrupted):
     """The second would have ended with status 97."""
     output, _ = uninterrupted

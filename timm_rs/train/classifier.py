@@ -5,6 +5,7 @@ from itertools import islice
 from typing import Tuple
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from timm import utils
@@ -26,13 +27,15 @@ def fit_classifier(task: MultiResolutionTask, loaders: Loaders, args: argparse.N
     """Fit the classifier to the features of the network as it is, of the first training images at all resolutions.
 
     Otherwise the classifier takes a good part of a short training to become one. Fitting it first also distorts the
-    features less (Kumar et al., ICLR 2022, arXiv:2202.10054). Only for one label per image and a single linear layer;
-    others stay as they are. Each process takes its own images; DistributedDataParallel then distributes the result of
-    the first.
+    features less (Kumar et al., ICLR 2022, arXiv:2202.10054). Only for a single linear layer that is trained with cross
+    entropy and has no flag of its own; others stay as they are. Each process takes its own images, and all go on with
+    the result of the first.
     """
     model = utils.unwrap_model(task.trainable_module)
     head = model.get_classifier()
-    if args.task == 'multilabel' or type(head) is not nn.Linear:
+    is_softmax = args.task != 'multilabel' and not args.bce_loss and args.loss in (None, 'ce')
+    has_flags = args.head_init_scale is not None or args.head_init_bias is not None
+    if not is_softmax or has_flags or type(head) is not nn.Linear:
         return
     model.eval()
     features, targets = [], []
@@ -56,6 +59,9 @@ def fit_classifier(task: MultiResolutionTask, loaders: Loaders, args: argparse.N
     head.weight.copy_(weight)
     if head.bias is not None:
         head.bias.copy_(bias)
+    if args.distributed:
+        for parameter in head.parameters():
+            dist.broadcast(parameter, 0)
     found = ', '.join(f'{100 * a:.1f} at {r}' for a, r in zip(accuracy.tolist(), args.resolutions))
     if utils.is_primary(args):
         _logger.info(
