@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 from conftest import assert_equal
 from PIL import Image
 from processes import Job, models, outcome, train, train_and_signal
@@ -149,6 +150,22 @@ def test_resume_reads_the_stream_again(source, uninterrupted, tmp_path):
     assert outcome(output)[1] == outcome(uninterrupted)[1]
     assert_equal(outcome(output)[0], outcome(uninterrupted)[0])
     assert_equal(models(output), models(uninterrupted))
+
+
+@pytest.mark.parametrize('source', ['wds', 'hfids'], indirect=True)
+def test_fitting_a_classifier_leaves_the_stream_as_it_is(source, tmp_path):
+    """It reads the beginning of the first epoch, which comes again."""
+    torch.save(timm.create_model('test_resnet').state_dict(), tmp_path / 'weights.pth')
+    found = []
+    for init in ('fitted', 'zero'):
+        flags = [
+            '--pretrained-path', str(tmp_path / 'weights.pth'), '--bn-statistics', 'batch', '--opt', 'sgd', '--lr', '0',
+            '--new-classifier-init', init]
+        output = tmp_path / init
+        assert Job(train, arguments(source, output, *flags), str(output), world_size=1).finish() == [0]
+        found.append(outcome(output)[0]['state_dict'])
+    assert found[0]['fc.weight'].any() and not found[1]['fc.weight'].any()
+    assert all(torch.equal(v, found[1][k]) for k, v in found[0].items() if not k.startswith('fc.'))
 
 
 def read(tars, rank, world_size, num_workers):
