@@ -119,7 +119,7 @@ def set_up(args, flags, held):
     model = build_model(args, device, classes)
     loaders = build_loaders(args, model, device, *datasets)
     task = build_task(args, model, device, classes)
-    if args.new_classifier and args.new_classifier_init == 'fitted' and not resume:
+    if args.new_classifier and args.new_classifier_init == 'fitted' and not output.resume:
         fit_classifier(task, loaders, args)
     optimizer = build_optimizer(args, model)
     if args.small_steps or args.sizes_per_update:  # Lookahead calls the step of the optimizer inside it

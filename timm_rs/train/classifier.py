@@ -28,14 +28,14 @@ def fit_classifier(task: MultiResolutionTask, loaders: Loaders, args: argparse.N
 
     Otherwise the classifier takes a good part of a short training to become one. Fitting it first also distorts the
     features less (Kumar et al., ICLR 2022, arXiv:2202.10054). Only for a single linear layer that is trained with cross
-    entropy and has no flag of its own; others stay as they are. Each process takes its own images, and all go on with
-    the result of the first.
+    entropy, without flags of its own, and for at most 5000 classes; others stay as they are. Each process takes its own
+    images, and all go on with the result of the first.
     """
     model = utils.unwrap_model(task.trainable_module)
     head = model.get_classifier()
     is_softmax = args.task != 'multilabel' and not args.bce_loss and args.loss in (None, 'ce')
     has_flags = args.head_init_scale is not None or args.head_init_bias is not None
-    if not is_softmax or has_flags or type(head) is not nn.Linear:
+    if type(head) is not nn.Linear or not is_softmax or has_flags or args.num_classes > _IMAGES:
         return
     model.eval()
     features, targets = [], []
@@ -53,7 +53,7 @@ def fit_classifier(task: MultiResolutionTask, loaders: Loaders, args: argparse.N
         targets.append(target.cpu() if target.ndim > 1 else F.one_hot(target.cpu(), args.num_classes))
     model.switch_to(args.resolutions[0])
     features, targets = torch.cat(features, 1), torch.cat(targets).float()
-    if features.shape[1] < 2 or features.shape[2:] != (head.in_features,):
+    if features.shape[1] < 2 or features.shape[2:] != (head.in_features,) or not features.isfinite().all():
         return
     weight, bias, accuracy = fit_linear(features, targets)
     head.weight.copy_(weight)
@@ -86,7 +86,7 @@ def fit_linear(features: torch.Tensor, targets: torch.Tensor) -> Tuple[torch.Ten
         weight, bias = fit.solve(penalty)
         logits = features[:, -held:] @ weight.T + bias
         for scale in _SCALES.tolist():
-            loss = F.cross_entropy((scale * logits).flatten(0, 1), targets[-held:].repeat(len(logits), 1)).item()
+            loss = sum(F.cross_entropy(scale * z, targets[-held:]).item() for z in logits)
             if best is None or loss < best[0]:
                 best = loss, penalty, scale, (logits.argmax(-1) == targets[-held:].argmax(-1)).float().mean(1)
     _, penalty, scale, accuracy = best
@@ -98,12 +98,12 @@ class _LeastSquares:
     """Ridge regression on all resolutions of the images, for any penalty, which is in units of the mean variance."""
 
     def __init__(self, features: torch.Tensor, targets: torch.Tensor):
-        x, y = features.flatten(0, 1), targets.repeat(len(features), 1)
-        self.means = x.mean(0), y.mean(0)
-        x, y = x - self.means[0], y - self.means[1]
-        values, self.basis = torch.linalg.eigh((x.T @ x).double())
+        self.means = features.mean((0, 1)), targets.mean(0)
+        features, targets = features - self.means[0], targets - self.means[1]
+        flat = features.flatten(0, 1)
+        values, self.basis = torch.linalg.eigh((flat.T @ flat).double())
         self.values = values.clamp(min=0.)
-        self.moment = self.basis.T @ (x.T @ y).double()
+        self.moment = self.basis.T @ (features.sum(0).T @ targets).double()
 
     def solve(self, penalty: float) -> Tuple[torch.Tensor, torch.Tensor]:
         added = penalty * self.values.mean().clamp(min=1e-12)
