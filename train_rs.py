@@ -35,6 +35,7 @@ from timm_rs.records import write_label_names
 from timm_rs.train import MultiResolutionTask
 from timm_rs.train.builders import build_optimizer, build_task, select_device
 from timm_rs.train.classifier import fit_classifier
+from timm_rs.train.faults import name_flags
 from timm_rs.train.loaders import Loaders, build_datasets, build_loaders
 from timm_rs.train.loop import ensemble_weights, train_one_epoch, validate
 from timm_rs.train.model import build_model
@@ -145,7 +146,7 @@ def set_up(args, flags, held):
     decreasing = args.eval_metric.startswith('loss')
     updates_per_epoch = (len(loaders.train) + args.grad_accum_steps - 1) // args.grad_accum_steps
     rates = [group['lr'] for group in optimizer.param_groups]
-    lr_scheduler, num_epochs = create_scheduler_v2(
+    lr_scheduler, num_epochs = name_flags(args, 'sched')(create_scheduler_v2)(
         optimizer, **scheduler_kwargs(args, decreasing_metric=decreasing), updates_per_epoch=updates_per_epoch)
     progress = task.progress
     if lr_scheduler is not None and (progress.epoch or progress.batch):

@@ -62,9 +62,10 @@ from timm_rs.evaluate import (
 from timm_rs.load import load_model
 from timm_rs.records import labels_beside, read_label_names
 from timm_rs.resolutions import check_resolutions, neighbours
+from timm_rs.train.faults import name_flags
 from timm_rs.train.refused import add_refused
 from timm_rs_runtime.errors import KeyValues, OneLineParser, UserError, one_line, one_line_errors
-from timm_rs_runtime.fields import array, check_argument, check_counts, integer, read_json, read_text
+from timm_rs_runtime.fields import array, check_argument, check_numbers, integer, read_json, read_text
 from timm_rs_runtime.files import atomic_write, check_new_file
 from timm_rs_runtime.preprocess import MARGINS
 from timm_rs_runtime.unreadable import MAX_UNREADABLE, ReadErrors
@@ -196,7 +197,7 @@ def main(argv=None):
                 'of --in-chans and --img-size if these are given.')
 
     with one_line_errors('validate_rs.py', args.traceback):
-        check_counts(args)
+        check_numbers(args)
         if args.results_file:
             check_new_file(args.results_file, args.overwrite)
         if args.multilabel_threshold is not None and not 0 < args.multilabel_threshold < 1:
@@ -211,7 +212,7 @@ def main(argv=None):
         if args.device.startswith('cuda') and not torch.cuda.is_available():
             _logger.warning(f'No GPU for --device {args.device}, running on the CPU.')
             args.device = 'cpu'
-        device = torch.device(args.device)
+        device = name_flags(args, 'device')(torch.device)(args.device)
         utils.random_seed(args.seed)
         model = build_model(args, device)
         resolutions = args.img_size or getattr(model, 'resolutions', None)
@@ -226,7 +227,7 @@ def main(argv=None):
         warnings.filterwarnings('ignore', message='.* has no BatchNorm for')  # said above
 
         config = dict(
-            resolve_input_data_config(model, args=data_args(args), verbose=True),
+            name_flags(args, 'mean', 'std')(resolve_input_data_config)(model, args=data_args(args), verbose=True),
             crop_border_pixels=args.crop_border_pixels)
         dataset = create_dataset(
             args.dataset, args.data_dir, args.split, class_map=args.class_map, download=args.dataset_download,
@@ -236,8 +237,7 @@ def main(argv=None):
             input_img_mode=choose_img_mode(in_chans, args.input_img_mode), seed=args.seed, decode=args.decode,
         )
         classes = read_classes(args.valid_labels, model.num_classes) if args.valid_labels else None
-        if not args.class_map:
-            check_classes(args, dataset, model, classes)
+        check_classes(args, dataset, model, classes)
         evaluator = partial(create_evaluator, args.task, threshold=args.multilabel_threshold)
         if args.task == 'multilabel':
             encode_labels(dataset, model.num_classes, args.target_format)
@@ -393,10 +393,10 @@ def check_classes(args, dataset, model, classes):
     where = f'Split {args.split!r} of {args.data_dir or args.dataset}'
     num_classes, numbers = count_classes(dataset), number_classes(dataset)
     expected = model.num_classes if classes is None else len(classes)
-    if num_classes not in (None, expected):
+    if num_classes is not None and (num_classes > expected if args.class_map else num_classes != expected):
         what = 'the model' if classes is None else f'--valid-labels {args.valid_labels}'
         raise UserError(f'{where} has {num_classes} classes, {what} has {expected}.')
-    path = labels_beside(args.checkpoint) if classes is None else None
+    path = labels_beside(args.checkpoint) if classes is None and not args.class_map else None
     if path and numbers:
         expected = {name: i for i, name in enumerate(read_label_names(path))}
         differ = explain_classes({str(name): i for name, i in numbers.items()}, expected)

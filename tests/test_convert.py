@@ -270,6 +270,9 @@ def test_truncated_checkpoint(suffix, trained, tmp_path, capsys):
     (['--num-classes', '5'], 'fc.weight is (10, 32), expected (5, 32)'),
     (['--resolutions', '64', '64'], 'names 64 twice'),
     (['--label-names', 'nowhere.txt'], 'nowhere.txt does not exist'),
+    (['--mean', '0.5', '0.5'], 'mean is (0.5, 0.5), expected one value or 3'),
+    (['--std', '0'], '--std is 0.0, expected a number above 0'),
+    (['--interpolation', 'cubic'], "--interpolation is 'cubic', expected one of nearest, "),
 ])
 def test_arguments_that_do_not_fit(flags, message, trained, tmp_path, capsys):
     assert message in run('convert', trained[1], '--output', tmp_path / 'out', *flags, code=1, capsys=capsys)

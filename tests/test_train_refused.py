@@ -69,7 +69,12 @@ def test_missing_package_leaves_nothing_behind(images, tmp_path, capfd, monkeypa
     (['--opt', 'sgdd'], '--opt sgdd: Optimizer sgdd not found in registry'),
     (['--opt', 'adamw', '--opt-kwargs', 'caution=1', 'speed=3'], "speed': 3}: "),
     (['--aa', 'original-x3'], '--aa original-x3 --color-jitter 0.4'),
-    (['--smoothing', '1.5'], '--smoothing 1.5: AssertionError'),
+    (['--smoothing', '1.5'], '--smoothing is 1.5, expected a number of at least 0 and at most 1'),
+    (['--ratio', '0', '1'], '--ratio is 0.0, expected a number above 0'),
+    (['--seed', '-1'], '--seed is -1, expected an integer from 0 to'),
+    (['--crop-pct', '0'], '--crop-pct is 0.0, expected a number of at least 0.1'),
+    (['--mean', '0.5', '0.5'], '--mean [0.5, 0.5]: mean must have one value or 3'),
+    (['--sched', 'cosin'], "--sched cosin: Unknown scheduler 'cosin'"),
     (['--model-kwargs', 'width'], '--model-kwargs width: expected key=value'),
     (['--lrr', '1'], 'unknown flag --lrr, did you mean --lr?'),
     (['--device', 'gpu'], '--device gpu: Expected one of cpu, cuda'),
@@ -85,6 +90,12 @@ def test_bad_training_input(images, tmp_path, capfd, flags, message):
     line = fails(train_rs.main, [images, *TINY, '--epochs', '1', '--output', tmp_path / 'out', *flags], capfd)
     assert message in line
     assert not (tmp_path / 'out').exists()
+
+
+def test_class_map_of_more_classes_than_the_model(images, tmp_path, capfd):
+    (tmp_path / 'classes.txt').write_text('emu\ncat\ndog\n')
+    argv = [images, *TINY, '--output', tmp_path / 'out', '--num-classes', '2', '--class-map', tmp_path / 'classes.txt']
+    assert 'classes.txt numbers 3 classes, the model has 2' in fails(train_rs.main, argv, capfd)
 
 
 def test_network_that_cannot_take_the_smallest_size(images, tmp_path, capfd):

@@ -2,6 +2,7 @@
 import argparse
 import csv
 import json
+import os
 import shutil
 import time
 
@@ -173,10 +174,26 @@ def test_validation_compares_the_classes_that_are_named_beside_the_checkpoint(im
     (['--model', MODEL, '--input-size', '3', '32', '16'], '--input-size 3 32 16: expected a square'),
     (['--model', MODEL, '--input-size', '3', '32', '32', '--in-chans', '1'], '--input-size 3 32 32: expected'),
     (['--model', MODEL, '--num-gpu', '2'], '--num-gpu'),
+    (['--model', MODEL, '--crop-pct', '0'], '--crop-pct is 0.0, expected a number of at least 0.1 and at most 4'),
+    (['--model', MODEL, '--std', '0', '1', '1'], '--std is 0.0, expected a number above 0'),
+    (['--model', MODEL, '--seed', '-1'], '--seed is -1, expected an integer from 0 to 4294967295'),
+    (['--model', MODEL, '--device', 'gpu'], '--device gpu: Expected one of cpu, cuda'),
+    (['--model', 'rs_resnet10t.imagenette', '--mean', '0', '0'], '--mean [0.0, 0.0]: mean must have one value or 3'),
+    (['--model', 'rs_resnet10t.imagenette', '--class-map', 'nowhere'], '--class-map nowhere does not exist or is not'),
     *(([f"--{flag.replace('_', '-')}", '1'], 'is not supported: ') for flag in validate_rs._REFUSED),
 ])
 def test_bad_validation_input(images, capfd, flags, message):
     assert message in fails(validate_rs.main, [images, '--workers', '0', '--device', 'cpu', *flags], capfd)
+
+
+def test_class_maps_that_do_not_fit(images, trained, tmp_path, capfd):
+    argv = [images, '--workers', '0', '--device', 'cpu', '--checkpoint', trained / 'last.pth.tar', '--class-map']
+    (tmp_path / 'three.txt').write_text('cat\nemu\ndog\n')
+    assert 'has 3 classes, the model has 2' in fails(validate_rs.main, [*argv, tmp_path / 'three.txt'], capfd)
+    (tmp_path / 'map.pkl').write_text('cat')
+    assert 'map.pkl cannot be read: ' in fails(validate_rs.main, [*argv, tmp_path / 'map.pkl'], capfd)
+    os.mkfifo(tmp_path / 'pipe.txt')
+    assert 'is not a regular file' in fails(validate_rs.main, [*argv, tmp_path / 'pipe.txt'], capfd)
 
 
 def test_validation_of_a_checkpoint_of_other_classes(images, trained, capfd):

@@ -18,7 +18,7 @@ from torch.nn.modules.module import (
 from timm_rs_runtime.errors import UserError, one_line
 from timm_rs_runtime.preprocess import PREPROCESSING
 
-from ._compat import download_from_hf
+from ._compat import download_from_hf, get_model_input_config
 from .checkpoint import (
     adapt_reference,
     adapt_state_dict,
@@ -104,7 +104,7 @@ def load_model(
             raise UserError(f'{source} records its model, leave out what describes it except the resolutions.')
         kwargs.update(num_classes=num_classes)
         model = _create_named(f'local-dir:{source}' if is_folder else source, resolutions, keep_plain, kwargs)
-        model.pretrained_cfg.update(data_config)
+        _set_preprocessing(model, data_config, source)
         return LoadedModel(model.eval(), source)
 
     checkpoint = read_checkpoint(source, use_ema, name)
@@ -135,7 +135,8 @@ def load_model(
     model.load_state_dict(_adapt(model, state_dict, path))
     for key in _ORIGIN:
         model.pretrained_cfg.pop(key, None)
-    model.pretrained_cfg.update(data, **data_config)
+    model.pretrained_cfg.update(data)
+    _set_preprocessing(model, data_config, path)
     model.multilabel_threshold = args.get('multilabel_threshold') if args.get('task') == 'multilabel' else None
     return LoadedModel(model, path, args, checkpoint.epoch)
 
@@ -315,6 +316,14 @@ def _adapt(model: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str
         name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
         raise UserError(f'{source} does not fit {name}: {mismatch}.')
     return state_dict
+
+
+def _set_preprocessing(model: nn.Module, data: Mapping[str, Any], source: str) -> None:
+    channels = get_model_input_config(model)['input_size'][0]
+    for name in ('mean', 'std'):
+        if len(data.get(name, [0])) not in (1, channels):
+            raise UserError(f'{source}: {name} is {data[name]}, expected one value or {channels}.')
+    model.pretrained_cfg.update(data)
 
 
 def _plain_name(name: str) -> str:

@@ -4,6 +4,7 @@ import os
 from typing import Any, List, Optional
 
 from timm_rs_runtime.errors import KeyValues
+from timm_rs_runtime.fields import check_argument
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +34,9 @@ def add_packed(parser: argparse.ArgumentParser) -> None:
 def load(args: argparse.Namespace) -> Any:
     """Load the checkpoint that the arguments of add_source name."""
     from timm_rs.load import load_model
+    from timm_rs_runtime.preprocess import PREPROCESSING
 
-    data = {k: getattr(args, k) for k in ('mean', 'std', 'interpolation', 'crop_pct')}
+    given = {k: getattr(args, k) for k in ('mean', 'std', 'interpolation', 'crop_pct')}
     loaded = load_model(
         args.checkpoint,
         args.model,
@@ -42,7 +44,8 @@ def load(args: argparse.Namespace) -> Any:
         args.num_classes,
         args.use_ema,
         model_kwargs=args.model_kwargs,
-        data_config={k: v for k, v in data.items() if v},
+        data_config={
+            k: check_argument(f"--{k.replace('_', '-')}", v, PREPROCESSING[k]) for k, v in given.items() if v},
     )
     if loaded.source != args.checkpoint:  # the best or last checkpoint in the output folder of a run
         print(f'{args.checkpoint}: {os.path.basename(loaded.source)} is read')

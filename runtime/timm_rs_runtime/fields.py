@@ -14,9 +14,9 @@ from typing import Any, Callable, Dict, Mapping, Sequence, Union
 from .errors import UserError, one_line
 
 __all__ = [
-    'MAX_BYTES', 'MAX_CLASSES', 'MAX_SIZE', 'array', 'check_argument', 'check_counts', 'check_fields', 'either',
-    'flag', 'integer', 'number', 'optional', 'parse_json', 'plain', 'read_json', 'read_text', 'record', 'resolutions',
-    'shown', 'size_text', 'table', 'text']
+    'MAX_BYTES', 'MAX_CLASSES', 'MAX_SIZE', 'array', 'check_argument', 'check_fields', 'check_numbers',
+    'crop_share', 'either', 'flag', 'integer', 'number', 'optional', 'parse_json', 'plain', 'read_json',
+    'read_text', 'record', 'resolutions', 'shown', 'size_text', 'table', 'text']
 
 MAX_BYTES = 2 ** 24  # of a text file
 MAX_CLASSES = 10 ** 6
@@ -96,18 +96,22 @@ def check_argument(name: str, value: Any, check: Check) -> Any:
         raise UserError(f'{name}{e.place} is {shown(e.value)}, expected {e.expected}.') from None
 
 
-def check_counts(args: Namespace) -> None:
-    """Check the flags that say how many processes to start, or how much memory to take.
+def check_numbers(args: Namespace, **further: Check) -> None:
+    """Check the numbers that flags hold, those in lists too.
+
+    Args:
+        args: The flags; those that are missing or None are left out.
+        further: Checks of flags that only some commands have.
 
     Raises:
         UserError: One is out of bounds.
 
     Example:
-        >>> check_counts(Namespace(workers=10 ** 9, batch_size=8))
+        >>> check_numbers(Namespace(workers=10 ** 9, batch_size=8))
         Traceback (most recent call last):
         timm_rs_runtime.errors.UserError: --workers is 1000000000, expected an integer from 0 to 1024.
     """
-    for name, check in _COUNTS.items():
+    for name, check in {**_NUMBERS, **further}.items():
         values = getattr(args, name, None)
         for value in values if isinstance(values, (list, tuple)) else (values,):
             if value is not None:
@@ -207,6 +211,11 @@ def resolutions() -> Check:
     return check
 
 
+def crop_share() -> Check:
+    """Expect the side of a crop as a share of the resized image; the crop may be larger than the image."""
+    return number(0.1, 4)
+
+
 def size_text(value: Any) -> int:
     """Expect an input size in pixels as the key of a table, which JSON keeps as text."""
     if type(value) is str and value.isdecimal() and len(value) <= 4:
@@ -303,8 +312,12 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f'it holds {name}')
 
 
-_COUNTS = dict(
+_NUMBERS = dict(
     workers=integer(0, 1024),
+    seed=integer(0, 2 ** 32 - 1),
+    mean=number(),
+    std=number(0, above=True),
+    crop_pct=crop_share(),
     **dict.fromkeys(('batch_size', 'validation_batch_size', 'log_freq'), integer(1, 10 ** 6)),
     **dict.fromkeys(('resolution', 'resolutions', 'img_size'), integer(1, MAX_SIZE)),
 )

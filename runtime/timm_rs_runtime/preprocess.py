@@ -19,7 +19,7 @@ PREPROCESSING = dict(
     mean=fields.array(fields.number(), 1, fields.MAX_SIZE),
     std=fields.array(fields.number(0, above=True), 1, fields.MAX_SIZE),
     interpolation=fields.text(choices=[name.lower() for name in Image.Resampling.__members__]),
-    crop_pct=fields.number(0, 4, above=True),  # the crop may be larger than the image
+    crop_pct=fields.crop_share(),
     crop_mode=fields.text(choices=('center', 'squash', 'border')),
 )
 _ATTRIBUTES = fields.record(dict(PREPROCESSING, decode=fields.text(choices=tuple(MARGINS))))

@@ -13,10 +13,12 @@ from timm import data as timm_data
 from timm.data import MultiLabelTarget
 from timm.data.loader import fast_collate
 from timm.data.readers import img_extensions
+from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from timm_rs_runtime.errors import UserError
+from timm_rs_runtime import fields
+from timm_rs_runtime.errors import UserError, one_line
 from timm_rs_runtime.images import extensions, split_folder
 
 from ..resolutions import check_resolutions
@@ -123,6 +125,8 @@ def create_dataset(name: str, root: Optional[str], split: str, decode: str = 'ex
         if not os.path.isfile(root):  # a tar
             root = split_folder(root, split)
         source, kwargs['search_split'] = root, False
+    if kwargs.get('class_map'):
+        kwargs['class_map'] = _read_class_map(kwargs['class_map'], root or '')
     try:
         with _all_extensions():
             dataset = timm_data.create_dataset(name, root=root, split=split, **kwargs)
@@ -155,6 +159,19 @@ def encode_labels(dataset: Dataset, num_classes: int, target_format: Optional[st
             f'{dataset.source} has one label per image, expected lists of labels as in a data set hfds/, hfids/, '
             'wds/ or tfds/.')
     dataset.target_transform = MultiLabelTarget(num_classes, dense=target_format == 'multihot')
+
+
+def _read_class_map(name: str, root: str) -> Mapping[Any, int]:
+    """Return the index of each class by its name, from a file that may be in the folder of the data set."""
+    path = next(filter(os.path.isfile, (name, os.path.join(root, name))), None)
+    if path is None:
+        raise UserError(f'--class-map {name} does not exist or is not a regular file.')
+    try:
+        found = load_class_map(path)
+    except Exception as e:  # what a foreign file makes its readers raise is not documented
+        raise UserError(f'--class-map {path} cannot be read: {one_line(e)}') from e
+    check = fields.table(lambda key: key, fields.integer(0, fields.MAX_CLASSES - 1), fields.MAX_CLASSES)
+    return fields.check_fields(found, check, f'--class-map {path}')
 
 
 @contextmanager

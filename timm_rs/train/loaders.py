@@ -186,7 +186,7 @@ def build_loaders(
             train_loader, eval_loader, normalize, mixup, erase, train_loader.order, errors, eval_samples)
     if not isinstance(train_set, IterableDataset):
         train_set = SeededDataset(train_set, mix_seed(args.seed, args.rank))
-    train_loader = name_flags(args, 'aa', 'color_jitter', 'scale', 'ratio', 'mean', 'std')(create_loader)(
+    train_loader = name_flags(args, 'aa', 'color_jitter')(create_loader)(
         train_set,
         input_size=(args.in_chans, args.resolutions[0], args.resolutions[0]),
         batch_size=args.batch_size,
@@ -302,4 +302,4 @@ def resolve_data_config(args: argparse.Namespace, model: nn.Module, verbose: boo
     size = (args.in_chans, args.resolutions[0], args.resolutions[0])
     chosen = {k: getattr(args, k) for k in ('mean', 'std', 'interpolation', 'crop_pct')}
     flags = dict(input_size=size, **{k: v for k, v in chosen.items() if v})
-    return resolve_input_data_config(model, args=flags, verbose=verbose)
+    return name_flags(args, 'mean', 'std')(resolve_input_data_config)(model, args=flags, verbose=verbose)

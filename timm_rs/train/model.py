@@ -84,6 +84,10 @@ def build_model(
         load_weights(model, args.initial_checkpoint)
     args.resolutions = list(check_resolutions(model.resolutions))
     args.num_classes = model.num_classes
+    if classes and args.num_classes <= max(classes.values()):
+        raise UserError(
+            f'--class-map {args.class_map} numbers {max(classes.values()) + 1} classes, the model has '
+            f'{args.num_classes}: give --num-classes.')
     metrics = create_evaluator(args.task).metric_names
     if args.eval_metric in metrics:
         args.eval_metric += '_mean'

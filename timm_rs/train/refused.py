@@ -43,11 +43,17 @@ _NOT_DECODED = dict(  # values that go with --decoded-cache, the one to give fir
     aa=(None,), vflip=(0.,), no_aug=(False,), aug_repeats=(0,), train_crop_mode=('rrc', None),
     train_interpolation=('bilinear',))
 _LENGTHS = dict(scale=(2,), ratio=(2,), cutmix_minmax=(2,), opt_betas=(2, 3))
-_LEAST = dict(
-    epochs=1, batch_size=1, validation_batch_size=1, grad_accum_steps=1, num_classes=1, in_chans=1, workers=0,
-    log_interval=1, max_unreadable=0, val_interval=1, recovery_interval=0, checkpoint_hist=1, push_interval=0,
-    stop_epoch=1, start_epoch=0, decoded_cache_side=1, decoded_cache_gb=0., sizes_per_update=1,
-)
+_NUMBERS = {name: check for check, names in (
+    (fields.number(1), (
+        'epochs', 'grad_accum_steps', 'num_classes', 'in_chans', 'log_interval', 'val_interval', 'checkpoint_hist',
+        'stop_epoch', 'decoded_cache_side', 'sizes_per_update')),
+    (fields.number(0), (
+        'recovery_interval', 'push_interval', 'start_epoch', 'decoded_cache_gb', 'mixup', 'cutmix')),
+    (fields.number(0, above=True), ('ratio', 'kd_temperature')),
+    (fields.number(0, 1), (
+        'scale', 'hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'mixup_prob',
+        'mixup_switch_prob', 'drop', 'drop_connect', 'drop_path', 'smoothing', 'model_ema_decay')),
+) for name in names}
 
 
 class Refuse(argparse.Action):
@@ -97,12 +103,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             parser.error(f"--{name.replace('_', '-')} is {value}, expected a finite number.")
-    for name, least in _LEAST.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            parser.error(f"--{name.replace('_', '-')} is {value}, expected at least {least}.")
     try:
-        fields.check_counts(args)
+        fields.check_numbers(args, **_NUMBERS)
     except UserError as e:
         parser.error(str(e))
     if args.stop_epoch is not None and args.stop_epoch > args.epochs:
@@ -123,8 +125,6 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error('--decoded-cache-side needs --decoded-cache.')
     if args.label_free and not (args.self_teacher or args.kd_model_name):
         parser.error('--label-free needs a teacher, --self-teacher or --kd-model-name.')
-    if args.kd_temperature <= 0:
-        parser.error(f'--kd-temperature is {args.kd_temperature:g}, expected more than 0.')
     if not 0 <= args.small_steps < 1:
         parser.error(f'--small-steps is {args.small_steps:g}, expected a share of the updates, from 0 to below 1.')
     if args.small_steps and args.sizes_per_update:

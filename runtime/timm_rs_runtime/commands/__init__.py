@@ -10,7 +10,7 @@ import sys
 from typing import Mapping, Optional, Sequence
 
 from ..errors import OneLineParser, did_you_mean, one_line_errors
-from ..fields import check_counts
+from ..fields import check_numbers
 from ..version import __version__
 
 __all__ = ['COMMANDS', 'run_command']
@@ -70,5 +70,5 @@ def run_command(
     parser.set_defaults(argv=argv, program=parser.prog)
     args = parser.parse_args(argv[1:])
     with one_line_errors(parser.prog, args.traceback):
-        check_counts(args)
+        check_numbers(args)
         module.run(args)
