@@ -1,6 +1,7 @@
 """The classifier that is fitted before training begins"""
 import logging
 import random
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -10,7 +11,9 @@ from command_lines import TINY
 from PIL import Image
 
 import train_rs
-from timm_rs.train.classifier import fit_linear
+from timm_rs.train import MultiResolutionTask
+from timm_rs.train.classifier import fit_classifier, fit_linear
+from timm_rs.train.options import parse_args
 
 COLOURS = dict(blue=(30, 60, 220), green=(30, 200, 60), red=(220, 40, 30))
 
@@ -65,6 +68,21 @@ def weights(tmp_path_factory):
     torch.manual_seed(0)
     torch.save(timm.create_model('test_resnet').state_dict(), path)
     return path
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'mobilenetv3_small_050', 'dla46x_c'])
+def test_the_layer_is_found(name):
+    """Linear layers of torch and of timm, and convolutions."""
+    torch.manual_seed(0)
+    model = timm.create_model(f'rs_{name}', num_classes=3, resolutions=(64, 32))
+    task = MultiResolutionTask(model, verbose=False)
+    args = parse_args(['x', '-b', '6', '--resolutions', '64', '32', '--num-classes', '3'])
+    args.distributed, args.rank = False, 0
+    images, target = torch.randn(6, 3, 64, 64), torch.arange(6) % 3
+    loaders = SimpleNamespace(
+        train=[(images, target)] * 5, begin_epoch=lambda epoch: None, prepare=lambda *batch: batch)
+    fit_classifier(task, loaders, args)
+    assert not model.training and all((z.argmax(-1) == target).all() for z in model(task.pyramid(images)))
 
 
 def train(colours, weights, output, *flags):

@@ -33,30 +33,30 @@ def fit_classifier(task: MultiResolutionTask, loaders: Loaders, args: argparse.N
     """
     model = utils.unwrap_model(task.trainable_module)
     head = model.get_classifier()
+    is_linear = isinstance(head, (nn.Linear, nn.Conv2d))  # of one pixel, as timm writes its classifiers
     is_softmax = args.task != 'multilabel' and not args.bce_loss and args.loss in (None, 'ce')
     has_flags = args.head_init_scale is not None or args.head_init_bias is not None
-    if type(head) is not nn.Linear or not is_softmax or has_flags or args.num_classes > _IMAGES:
+    if not is_linear or not is_softmax or has_flags or args.num_classes > _IMAGES:
         return
     model.eval()
-    features, targets = [], []
+    features, targets, rows = [], [], []
+    handle = head.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].flatten(1).float().cpu()))
     loaders.begin_epoch(0)
     count = min(-(-_IMAGES // args.batch_size), len(loaders.train))
     for images, target in tqdm(
             islice(loaders.train, count), desc='Fit the classifier', total=count, leave=False,
             disable=None if args.rank == 0 else True):
         images, target = loaders.prepare(images, target)
-        rows = []
-        for x in task.pyramid(images):
-            model.switch_to(x.shape[-1])
-            rows.append(model.forward_head(model.forward_features(x), pre_logits=True).float().cpu())
+        rows.clear()
+        model(task.pyramid(images))
         features.append(torch.stack(rows))
         targets.append(target.cpu() if target.ndim > 1 else F.one_hot(target.cpu(), args.num_classes))
-    model.switch_to(args.resolutions[0])
+    handle.remove()
     features, targets = torch.cat(features, 1), torch.cat(targets).float()
-    if features.shape[1] < 2 or features.shape[2:] != (head.in_features,) or not features.isfinite().all():
+    if len(targets) < 2 or features.shape[2] != head.weight[0].numel() or not features.isfinite().all():
         return
     weight, bias, accuracy = fit_linear(features, targets)
-    head.weight.copy_(weight)
+    head.weight.copy_(weight.view_as(head.weight))
     if head.bias is not None:
         head.bias.copy_(bias)
     if args.distributed:
