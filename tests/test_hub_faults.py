@@ -1,4 +1,6 @@
 """What the Hub, the network or the user does wrong while a network is pushed"""
+import time
+
 import huggingface_hub
 import pytest
 import timm
@@ -87,6 +89,15 @@ def test_no_server(hub, model, monkeypatch):
     hub.close()
     with pytest.raises(HubError, match='Cannot push to user/net: .*[Cc]onnect'):
         push_to_hub(model, REPO)
+
+
+@pytest.mark.skipif(not hasattr(huggingface_hub, 'set_client_factory'), reason='clients with requests cannot')
+def test_a_hub_that_does_not_answer(hub, model, monkeypatch):
+    monkeypatch.setattr('hub_server._Handler.create_repo', lambda self: time.sleep(5))
+    monkeypatch.setattr('timm_rs.hub.push._PATIENCE', 0.5)
+    with pytest.raises(HubError, match='Cannot push to user/net: .*timed out'):
+        push_to_hub(model, REPO)
+    assert huggingface_hub.utils.get_session().timeout.read is None
 
 
 def test_no_hub(hub, model, monkeypatch):

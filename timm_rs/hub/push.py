@@ -26,6 +26,7 @@ from .convert import write_model
 __all__ = ['HubError', 'TrainingPush', 'has_averaged_metrics', 'push_to_hub', 'read_metrics']
 
 _logger = logging.getLogger('train')
+_PATIENCE = 300  # seconds for the next bytes from the Hub; its client would wait for ever
 _ROWS = fields.array(fields.table(fields.text(), fields.plain()))
 _METRICS = fields.table(
     lambda key: key if key == ENSEMBLE else fields.size_text(key), fields.table(fields.text(), fields.number()))
@@ -82,17 +83,18 @@ def push_to_hub(
             asked for and it is public.
     """
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import get_session, validate_repo_id
 
     model = unwrap_model(model)
     if not isinstance(model, SwitchableMixin):
         raise UserError(f'{type(model).__name__} is not switchable; timm.models.push_to_hf_hub pushes plain networks.')
     validate_repo_id(repo_id)
     license = license or model.pretrained_cfg.get('license') or 'apache-2.0'
-    api = HfApi(token=token, library_name='timm_rs')
+    api, client = HfApi(token=token, library_name='timm_rs'), get_session()
     with tempfile.TemporaryDirectory() as folder:
         write_model(model, folder, label_names, packed)
         text, metadata = model_card(model, repo_id, metrics, recipe, dataset, license)
+        before, client.timeout = getattr(client, 'timeout', None), _PATIENCE
         try:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if private and not api.model_info(repo_id).private:
@@ -116,6 +118,8 @@ def push_to_hub(
             if secret:
                 message = message.replace(secret, '<token>')
             raise HubError(f'Cannot push to {repo_id}: {message}') from e
+        finally:
+            client.timeout = before
 
 
 def read_metrics(path: str, epoch: Optional[int] = None) -> Dict[Union[int, str], Dict[str, float]]:
