@@ -12,6 +12,7 @@ from timm_rs.export.export import export_switchable  # noqa: E402
 from timm_rs_runtime import Cascade, CascadeSession, ImageError, NotFiniteError, Session  # noqa: E402
 from timm_rs_runtime.cascade import read_cascade, softmax, write_cascade  # noqa: E402
 from timm_rs_runtime.fitting import collect_logits, label_folders  # noqa: E402
+from timm_rs_runtime.predict import Predictor  # noqa: E402
 
 RESOLUTIONS = (64, 48, 32)
 MADDS = {96: 1, 160: 3, 224: 6}
@@ -103,7 +104,7 @@ class Scripted:
     def check_resolution(self, resolution):
         return resolution
 
-    def check_takes_images(self):
+    def check_classifies(self):
         pass
 
     def read(self, image, resolution):
@@ -164,10 +165,11 @@ def test_unusable_thresholds(session, thresholds, message):
         CascadeSession(session, thresholds)
 
 
-def test_no_cascade_without_classes(tmp_path):
+@pytest.mark.parametrize('answer', [lambda path: CascadeSession(path, {48: 0.}), Predictor])
+def test_features_are_not_answers(tmp_path, answer):
     export_switchable(rs_model(num_classes=0), str(tmp_path / 'features.onnx'))
     with pytest.raises(ValueError, match='features.onnx has no classes, expected a classifier'):
-        CascadeSession(str(tmp_path / 'features.onnx'), {48: 0.})
+        answer(str(tmp_path / 'features.onnx'))
 
 
 # Files and the command

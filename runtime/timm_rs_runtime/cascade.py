@@ -108,9 +108,7 @@ class CascadeSession(Closable):
         self._is_owner = self.session is not path
         for resolution in self.cascade.resolutions:
             self.session.check_resolution(resolution)
-        if not self.session.num_classes:
-            raise UserError(f'{self.session.path} has no classes, expected a classifier.')
-        self.session.check_takes_images()
+        self.session.check_classifies()
         check_one_label(self.session)
         super().__init__(partial(
             type(self), os.path.abspath(path) if self._is_owner else path, self.cascade, threads, mode, decode))

@@ -44,7 +44,7 @@ class Predictor:
             decode: str = 'scaled',
     ):
         self.session = session = Session.open(path, threads, mode, decode)
-        session.check_takes_images()
+        session.check_classifies()
         self._resolution = session.check_resolution(resolution)
         self._adaptive = None if budget_ms is None else AdaptiveSession(session, budget_ms)
         self._cascade = None if cascade is None else CascadeSession(session, cascade)

@@ -60,6 +60,7 @@ class Replica:
 
     def __init__(self, path: str, budget_ms: float, k: int = 5, max_pixels: int = MAX_PIXELS, **options: Any):
         self.session = AdaptiveSession(path, budget_ms, refuse_late=True, **options)
+        self.session.session.check_classifies()
         self._k, self._max_pixels = k, max_pixels
         self._threads = ThreadPoolExecutor(MAX_ONGOING)
         self._name = f'{socket.gethostname()}-{os.getpid()}'

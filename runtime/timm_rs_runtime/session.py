@@ -248,6 +248,12 @@ class Session(Closable):
         if self.preprocessing is None:
             raise ImageError(f'{self.path} takes {len(self.mean)} channels, expected float32 arrays instead of images.')
 
+    def check_classifies(self) -> None:
+        """Raise UserError if it does not take images, or answers with features instead of classes."""
+        self.check_takes_images()
+        if not self.num_classes:
+            raise UserError(f'{self.path} has no classes, expected a classifier.')
+
     def _check_batch(self, images: np.ndarray, resolution: Optional[int]) -> int:
         channels = len(self.mean)
         if images.dtype != np.float32 or images.ndim != 4 or images.shape[1] != channels:

@@ -106,6 +106,7 @@ def build_app(session: Session) -> Any:
         import gradio
     except ImportError as e:
         raise ImportError('The page needs Gradio: pip install gradio.') from e
+    session.check_classifies()
     latency, overhead = measure_latency(session)  # medians: one run of each size would change from picture to picture
     milliseconds = {r: 1e3 * (overhead + seconds) for r, seconds in latency.items()}
     slowest_ms = max(milliseconds.values())
