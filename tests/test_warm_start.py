@@ -8,7 +8,7 @@ import torch
 from conftest import assert_equal, images, randomize_bn
 
 from timm_rs.hub.convert import save_model
-from timm_rs.load import load_model
+from timm_rs.load import load_model, read_preprocessing
 from timm_rs.train import MultiResolutionTask
 from timm_rs.train.loaders import resolve_data_config
 from timm_rs.train.loop import choose_statistics
@@ -227,6 +227,19 @@ def test_preprocessing_goes_from_the_weights_to_the_checkpoint(kind, flags, expe
     torch.save(dict(state_dict=built.state_dict(), args=args), tmp_path / 'new.pth.tar')
     read = load_model(str(tmp_path / 'new.pth.tar')).model.pretrained_cfg
     assert {k: read[k] for k in PREPROCESSING} == {k: trained_with[k] for k in PREPROCESSING}
+
+
+def test_a_config_that_is_not_read_is_noted(tmp_path, recwarn):
+    folder = tmp_path / 'model'
+    save_model(create('rs_resnet18', num_classes=3), str(folder))
+    load_model(str(folder))
+    read_preprocessing(str(folder))
+    assert not [w for w in recwarn if 'config.json' in str(w.message)]
+    path = str(folder / 'model.safetensors')
+    with pytest.warns(UserWarning, match=f'config.json beside it.*give its folder, {folder}'):
+        load_model(path, 'rs_resnet18', model_kwargs=TINY)
+    with pytest.warns(UserWarning, match='config.json beside it'):
+        read_preprocessing(path)
 
 
 def test_segmentation_models_pytorch():

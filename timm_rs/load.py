@@ -108,6 +108,7 @@ def load_model(
         return LoadedModel(model.eval(), source)
 
     checkpoint = read_checkpoint(source, use_ema, name)
+    _note_config(source)
     state_dict, args, path = checkpoint.state_dict, checkpoint.args, checkpoint.path
     saved = args.get('model') or ''
     is_same = name is None or ':' in saved or _plain_name(name) == _plain_name(saved)
@@ -169,9 +170,19 @@ def read_preprocessing(source: str) -> Dict[str, Any]:
         found = read_config(os.path.join(source, 'config.json'), source)[1]
     else:
         args = read_checkpoint(source).args
+        _note_config(source)
         named = timm.get_pretrained_cfg(args.get('model') or '')
         found = {**(named.to_dict() if named else {}), **{k: v for k, v in args.items() if v}}
     return {k: found[k] for k in PREPROCESSING if found.get(k)}
+
+
+def _note_config(path: str) -> None:
+    """Warn of a config.json beside a file of weights, which is read with its folder only."""
+    folder = os.path.dirname(path) or '.'
+    if is_model_folder(folder):
+        warnings.warn(
+            f'{path}: the config.json beside it, which records model and preprocessing, is not read; give its folder, '
+            f'{folder}, to use it.', stacklevel=3)
 
 
 def model_args(
