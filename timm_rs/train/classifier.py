@@ -53,20 +53,19 @@ def fit_classifier(task: MultiResolutionTask, loaders: Loaders, args: argparse.N
         targets.append(target.cpu() if target.ndim > 1 else F.one_hot(target.cpu(), args.num_classes))
     handle.remove()
     features, targets = torch.cat(features, 1), torch.cat(targets).float()
-    if len(targets) < 2 or features.shape[2] != head.weight[0].numel() or not features.isfinite().all():
-        return
-    weight, bias, accuracy = fit_linear(features, targets)
-    head.weight.copy_(weight.view_as(head.weight))
-    if head.bias is not None:
-        head.bias.copy_(bias)
+    if len(targets) > 1 and features.shape[2] == head.weight[0].numel() and features.isfinite().all():
+        weight, bias, accuracy = fit_linear(features, targets)
+        head.weight.copy_(weight.view_as(head.weight))
+        if head.bias is not None:
+            head.bias.copy_(bias)
+        found = ', '.join(f'{100 * a:.1f} at {r}' for a, r in zip(accuracy.tolist(), args.resolutions))
+        if utils.is_primary(args):
+            _logger.info(
+                f'The new classifier is fitted to the features of {len(targets)} images as they are: top-1 {found} px, '
+                'on a fifth of them that was held out.')
     if args.distributed:
         for parameter in head.parameters():
             dist.broadcast(parameter, 0)
-    found = ', '.join(f'{100 * a:.1f} at {r}' for a, r in zip(accuracy.tolist(), args.resolutions))
-    if utils.is_primary(args):
-        _logger.info(
-            f'The new classifier is fitted to the features of {len(targets)} images as they are: top-1 {found} px, on '
-            'a fifth of them that was held out.')
 
 
 def fit_linear(features: torch.Tensor, targets: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
