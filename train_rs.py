@@ -205,13 +205,15 @@ def fit(run, args, preemption):
             lrs = [g['lr'] for g in run.optimizer.param_groups]
             row = {f'train_{k}': v for k, v in dict(train_metrics, **ensemble_weights(run.model)).items()}
             row.update({f'eval_{k}': v for k, v in eval_metrics.items()}, lr=sum(lrs) / len(lrs))
-            append_summary(os.path.join(run.output_dir, 'summary.csv'), dict(epoch=epoch, **row))
-            write_scalars(run.writer, epoch, dict(row, images_per_second=rate))
+            try:
+                append_summary(os.path.join(run.output_dir, 'summary.csv'), dict(epoch=epoch, **row))
+                write_scalars(run.writer, epoch, dict(row, images_per_second=rate))
+            finally:  # the weights are kept, even where the row cannot be written
+                if eval_metrics:
+                    run.saver.save_checkpoint(epoch, metric=metric)
+                else:
+                    run.saver.save_recovery(epoch, batch_idx=len(run.loaders.train) - 1)
             _logger.info(f'Epoch {epoch}: {rate:.1f} images/s')
-            if eval_metrics:
-                run.saver.save_checkpoint(epoch, metric=metric)
-            else:
-                run.saver.save_recovery(epoch, batch_idx=len(run.loaders.train) - 1)
             if milestone:
                 run.saver.save_milestone(epoch + 1)
         if run.push is not None and args.push_interval and (epoch + 1) % args.push_interval == 0:

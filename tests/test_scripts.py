@@ -47,6 +47,19 @@ def test_best_checkpoint_follows_the_metric(images, tmp_path):
     assert best['epoch'] == losses.index(min(losses))
 
 
+def test_an_epoch_is_kept_where_its_row_cannot_be_written(images, tmp_path, monkeypatch, capfd):
+    def damage(path, row):
+        if row['epoch'] == 1:
+            Path(path).write_bytes(b'\xff\xfe')  # as a spreadsheet saves it
+        return append(path, row)
+
+    append = train_rs.append_summary
+    monkeypatch.setattr(train_rs, 'append_summary', damage)
+    argv = [images, *TINY, '--epochs', '3', '--output', tmp_path, '--experiment', 'r']
+    assert 'summary.csv' in fails(train_rs.main, argv, capfd)
+    assert torch.load(tmp_path / 'r' / 'last.pth.tar', weights_only=False)['epoch'] == 1
+
+
 @pytest.mark.parametrize('split', ['train', 'validation'])
 def test_classes_of_both_splits_are_the_same(images, tmp_path, capfd, split):
     shutil.copytree(images, tmp_path / 'images')
