@@ -16,6 +16,7 @@ continues as if it had not been killed.
 import importlib
 import logging
 import os
+import shlex
 import sys
 import time
 from contextlib import ExitStack, nullcontext
@@ -91,8 +92,8 @@ def train(run, args):
             run.saver.save_recovery(progress.epoch, progress.batch)
             _logger.warning(
                 f'SIGTERM: saved after batch {progress.batch} of epoch {progress.epoch}, '
-                f'continue with --resume auto --output {os.path.dirname(run.output_dir)} '
-                f'--experiment {os.path.basename(run.output_dir)}.')
+                f'continue with --resume auto --output {shlex.quote(os.path.dirname(run.output_dir))} '
+                f'--experiment {shlex.quote(os.path.basename(run.output_dir))}.')
         preemption.barrier()  # a launcher ends the others when one has ended
         raise SystemExit(128 + 15) from None
     finally:
