@@ -20,6 +20,7 @@ _logger = logging.getLogger('train')
 _IMAGES = 5_000  # at most; a fifth of them is held out
 _PENALTIES = 10. ** torch.arange(-4, 2)
 _SCALES = 2. ** torch.arange(0, 9)
+_SHRINK = 0.25  # of these logits, so that the layers before the classifier learn more; see docs/findings.md
 
 
 @torch.no_grad()
@@ -55,9 +56,9 @@ def fit_classifier(task: MultiResolutionTask, loaders: Loaders, args: argparse.N
     features, targets = torch.cat(features, 1), torch.cat(targets).float()
     if len(targets) > 1 and features.shape[2] == head.weight[0].numel() and features.isfinite().all():
         weight, bias, accuracy = fit_linear(features, targets)
-        head.weight.copy_(weight.view_as(head.weight))
+        head.weight.copy_(_SHRINK * weight.view_as(head.weight))
         if head.bias is not None:
-            head.bias.copy_(bias)
+            head.bias.copy_(_SHRINK * bias)
         found = ', '.join(f'{100 * a:.1f} at {r}' for a, r in zip(accuracy.tolist(), args.resolutions))
         if utils.is_primary(args):
             _logger.info(
