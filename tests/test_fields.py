@@ -153,7 +153,7 @@ def test_metadata():
     (dict(mean=[.5]), 'mean has 1 channels, but std has 3'),
     (dict(std=[.5, .5, 0]), 'std[2] is 0, expected a number above 0'),
     (dict(interpolation='best'), "interpolation is 'best', expected one of nearest"),
-    (dict(crop_pct=True), 'crop_pct is True, expected a number above 0 and at most 4'),
+    (dict(crop_pct=True), 'crop_pct is True, expected a number of at least 0.1 and at most 4'),
     (dict(class_names='ab'), "class_names is 'ab', expected a list"),
 ])
 def test_bad_metadata(change, message):

@@ -16,6 +16,7 @@ from timm.utils import NativeScaler
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from timm_rs.data.datasets import PyramidNormalizer
 from timm_rs.train import loop
 from timm_rs.train.builders import build_optimizer, build_task
 from timm_rs.train.loaders import Loaders
@@ -76,7 +77,9 @@ def build(*flags, name='test_resnet', frozen=False, resolutions=RESOLUTIONS, dty
 
 def train(args, task, data, optimizer=None, scaler=None, autocast=None):
     """Train for an epoch and return the mean loss terms."""
-    loaders = Loaders(data, None, None, None, None, None, ReadErrors(0), None)
+    images = data[0][0]
+    normalize = PyramidNormalizer([0.] * 3, [1.] * 3, images.device, images.dtype, args.channels_last)
+    loaders = Loaders(data, None, normalize, None, None, None, ReadErrors(0), None)
     optimizer = optimizer or build_optimizer(args, task.trainable_module)
     if args.torchcompile:
         torch.compiler.reset()
