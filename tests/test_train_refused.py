@@ -57,6 +57,8 @@ def test_missing_package_leaves_nothing_behind(images, tmp_path, capfd, monkeypa
     (['--distill', 'both'], "invalid choice: 'both'"),
     (['--small-steps', '1'], '--small-steps is 1, expected a share of the updates'),
     (['--small-steps', '0.5', '--sizes-per-update', '1'], '--small-steps does not go with --sizes-per-update'),
+    (['--all-sizes-from', '0.5'], '--all-sizes-from needs --small-steps or --sizes-per-update'),
+    (['--sizes-per-update', '1', '--all-sizes-from', '1.5'], '--all-sizes-from'),
     (['--private', 'statistics', '--model-ema'], '--private statistics does not go with --model-ema'),
     (['--mixup', '0.2', '--batch-size', '3'], '--batch-size is 3, expected an even one'),
     (['--scale', '0.5'], '--scale is [0.5], expected 2 numbers'),

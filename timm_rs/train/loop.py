@@ -234,9 +234,11 @@ def choose_statistics(task: MultiResolutionTask, images: torch.Tensor, args: arg
 def choose_levels(args: argparse.Namespace, epoch: int, update: int) -> Optional[Tuple[int, ...]]:
     """Return the indices of the resolutions that an update trains, None for all.
 
-    With --sizes-per-update they are drawn at random; with --small-steps some updates train only the smaller half. They
-    are the same on all processes and after a resume.
+    With --sizes-per-update they are drawn at random; with --small-steps some updates train only the smaller half; both
+    end at --all-sizes-from. They are the same on all processes and after a resume.
     """
+    if args.all_sizes_from is not None and epoch >= args.all_sizes_from * args.epochs:
+        return None
     count, generator = len(args.resolutions), random.Random(mix_seed(args.seed, epoch, update))
     if args.sizes_per_update:
         return tuple(sorted(generator.sample(range(count), args.sizes_per_update)))

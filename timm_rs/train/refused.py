@@ -52,7 +52,7 @@ _NUMBERS = {name: check for check, names in (
     (fields.number(0, above=True), ('ratio', 'kd_temperature')),
     (fields.number(0, 1), (
         'scale', 'hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'mixup_prob',
-        'mixup_switch_prob', 'drop', 'drop_connect', 'drop_path', 'smoothing', 'model_ema_decay')),
+        'mixup_switch_prob', 'drop', 'drop_connect', 'drop_path', 'smoothing', 'model_ema_decay', 'all_sizes_from')),
 ) for name in names}
 
 
@@ -129,6 +129,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f'--small-steps is {args.small_steps:g}, expected a share of the updates, from 0 to below 1.')
     if args.small_steps and args.sizes_per_update:
         parser.error('--small-steps does not go with --sizes-per-update.')
+    if args.all_sizes_from is not None and not (args.small_steps or args.sizes_per_update):
+        parser.error('--all-sizes-from needs --small-steps or --sizes-per-update, which it ends.')
     if args.private != 'both' and args.model_ema:
         parser.error(
             f'--private {args.private} does not go with --model-ema, which averages what is shared repeatedly.')
