@@ -1,7 +1,10 @@
 """Images decoded once, and training from them"""
 import csv
+import logging
 import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -31,6 +34,19 @@ def run(images, tmp_path, name, *flags):
 
 def listing(tmp_path):
     return {p: p.stat().st_mtime_ns for p in (tmp_path / 'cache').glob('*/*')}
+
+
+def test_waiting_for_another_process_is_said(tmp_path, caplog):
+    pytest.importorskip('fcntl')
+    caplog.set_level(logging.INFO)
+    with ThreadPoolExecutor() as pool:
+        with cache._lock(str(tmp_path)):
+            waiting = pool.submit(lambda: cache._lock(str(tmp_path)).__enter__())
+            end = time.monotonic() + 60
+            while f'Another process fills {tmp_path}' not in caplog.text:
+                assert not waiting.done() and time.monotonic() < end
+                time.sleep(0.01)
+        waiting.result(timeout=60)
 
 
 def assert_same(found, expected):

@@ -111,11 +111,15 @@ def test_not_again_when_a_run_is_resumed(colours, weights, tmp_path, caplog):
     assert torch.equal(after['fc.weight'], before['fc.weight']) and 'The new classifier' not in caplog.text
 
 
-@pytest.mark.parametrize('flags', [['--new-classifier-init', 'zero'], ['--bce-loss'], ['--head-init-scale', '1']])
-def test_not_where_flags_say_otherwise(colours, weights, tmp_path, caplog, flags):
+@pytest.mark.parametrize('flags, reason', [
+    (['--new-classifier-init', 'zero'], None), (['--bce-loss'], 'the loss is not cross entropy'),
+    (['--head-init-scale', '1'], 'flags set its first weights')])
+def test_not_where_flags_say_otherwise(colours, weights, tmp_path, caplog, flags, reason):
     caplog.set_level(logging.INFO)
     found = train(colours, weights, tmp_path, *flags)['state_dict']
-    assert bool(found['fc.weight'].any()) == ('--head-init-scale' in flags) and 'The new classifier' not in caplog.text
+    assert bool(found['fc.weight'].any()) == ('--head-init-scale' in flags)
+    assert 'The new classifier is fitted' not in caplog.text
+    assert caplog.text.count(f'The new classifier is not fitted before training: {reason}.') == (reason is not None)
 
 
 def test_training_itself_is_the_same_after_it(colours, weights, tmp_path):

@@ -168,8 +168,8 @@ def test_some_updates_of_the_smaller_sizes(images, tmp_path):
 
 def test_the_last_epochs_train_all_sizes(images, tmp_path):
     train_rs.main([
-        str(images), *TINY, '--epochs', '4', '--output', str(tmp_path), '--experiment', 'r', '--resolutions', '32', '16',
-        '--sizes-per-update', '1', '--all-sizes-from', '0.5'])
+        str(images), *TINY, '--epochs', '4', '--output', str(tmp_path), '--experiment', 'r',
+        '--resolutions', '32', '16', '--sizes-per-update', '1', '--all-sizes-from', '0.5'])
     found = torch.load(tmp_path / 'r' / 'last.pth.tar', weights_only=False)['state_dict']
     steps = [int(found[f'bn1.{r}.num_batches_tracked']) for r in (32, 16)]
     assert sum(steps) == 4 + 2 * 4  # two updates per epoch

@@ -127,6 +127,12 @@ def test_validation_takes_the_flags_of_timm(images, trained, tmp_path, monkeypat
     assert float(cropped['top5']) == row['top5'] and float(cropped['loss']) != row['loss']
 
 
+@pytest.mark.parametrize('workers', ['0', '1'])
+def test_a_border_that_leaves_nothing(images, trained, workers, capfd):
+    argv = [images, '--checkpoint', trained / 'last.pth.tar', '--crop-border-pixels', '999', '--workers', workers]
+    assert '--crop-border-pixels 999 leaves nothing of an image of ' in fails(validate_rs.main, argv, capfd)
+
+
 @pytest.mark.parametrize('flags', ['--amp', '--model-dtype bfloat16', '--amp --model-dtype bfloat16'])
 def test_validation_in_bfloat16(images, trained, tmp_path, flags):
     """At sizes whose last maps are larger than 1x1, where torch's kernels for CPUs are right."""

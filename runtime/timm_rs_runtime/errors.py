@@ -23,11 +23,17 @@ class UserError(ValueError):
 def one_line(error: Union[BaseException, str], most: int = 1000) -> str:
     """Return an error's message in one printable line of at most `most` characters, its class if it has none.
 
+    What a worker process of torch raised, whose message is a traceback here, gets its own message again.
+
     Example:
         >>> one_line(ValueError('two\\nlines')), one_line(KeyError())
         ('two lines', 'KeyError')
     """
-    text = ' '.join(str(error).split()) or type(error).__name__
+    text, kind = str(error), type(error)
+    if text.startswith('Caught '):
+        prefix = '' if kind.__module__ == 'builtins' else f'{kind.__module__}.'
+        text = text.rpartition(f'\n{prefix}{kind.__qualname__}: ')[2]
+    text = ' '.join(text.split()) or kind.__name__
     text = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text if len(text) <= most else f'{text[:most - 4]} ...'
 

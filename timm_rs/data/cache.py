@@ -1,6 +1,7 @@
 """Images decoded once, kept in files that are mapped into memory"""
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -26,6 +27,7 @@ except ImportError:  # not on Windows
 
 __all__ = ['CropLoader', 'Decoded', 'DecodedLoader', 'Squash', 'open_decoded']
 
+_logger = logging.getLogger('train')
 _META = 'meta.json'  # written last
 
 Layout = Dict[str, Tuple[Tuple[int, ...], np.dtype]]  # shape and dtype by file
@@ -101,7 +103,11 @@ def _stat(name: str) -> Tuple[int, int]:
 def _lock(root: str) -> Iterator[None]:
     with open(os.path.join(root, '.lock'), 'w') as f:
         if fcntl is not None:
-            fcntl.flock(f, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _logger.info(f'Another process fills {root}; waiting for it.')
+                fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
 

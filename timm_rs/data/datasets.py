@@ -289,7 +289,10 @@ def choose_img_mode(in_chans: int, mode: Optional[str] = None) -> str:
     return mode
 
 
-def _transform_pyramid(image: Image.Image, transforms: Sequence[Callable]) -> List[Any]:
+def _transform_pyramid(image: Image.Image, transforms: Sequence[Callable], border: int = 0) -> List[Any]:
+    if min(image.size) <= 2 * border:
+        width, height = image.size
+        raise UserError(f'--crop-border-pixels {border} leaves nothing of an image of {width}x{height} pixels.')
     return [transform(image) for transform in transforms]
 
 
@@ -370,5 +373,5 @@ def create_eval_loader(
     dataset.transform = partial(_transform_pyramid, transforms=[
         timm_data.create_transform((channels, r, r), is_training=False, use_prefetcher=True, **config)
         for r in resolutions
-    ])
+    ], border=config.get('crop_border_pixels') or 0)
     return loader

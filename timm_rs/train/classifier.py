@@ -34,10 +34,15 @@ def fit_classifier(task: MultiResolutionTask, loaders: Loaders, args: argparse.N
     """
     model = utils.unwrap_model(task.trainable_module)
     head = model.get_classifier()
-    is_linear = isinstance(head, (nn.Linear, nn.Conv2d))  # of one pixel, as timm writes its classifiers
-    is_softmax = args.task != 'multilabel' and not args.bce_loss and args.loss in (None, 'ce')
-    has_flags = args.head_init_scale is not None or args.head_init_bias is not None
-    if not is_linear or not is_softmax or has_flags or args.num_classes > _IMAGES:
+    obstacles = {
+        'it is not one linear layer': not isinstance(head, (nn.Linear, nn.Conv2d)),  # of one pixel, as timm writes its
+        'the loss is not cross entropy': args.task == 'multilabel' or args.bce_loss or args.loss not in (None, 'ce'),
+        'flags set its first weights': args.head_init_scale is not None or args.head_init_bias is not None,
+        f'there are more than {_IMAGES} classes': args.num_classes > _IMAGES}
+    if any(obstacles.values()):
+        if utils.is_primary(args):
+            reasons = ', '.join(reason for reason, found in obstacles.items() if found)
+            _logger.info(f'The new classifier is not fitted before training: {reasons}.')
         return
     model.eval()
     features, targets, rows = [], [], []

@@ -56,8 +56,8 @@ def create_parser() -> argparse.ArgumentParser:
     add('--sizes-per-update', type=int, default=None, metavar='N',
         help='number of resolutions, drawn at random, that each update trains (default: all)')
     add('--all-sizes-from', type=float, default=None, metavar='P',
-        help='share of the epochs after which --small-steps or --sizes-per-update ends, so that all updates of the last '
-             'epochs train all resolutions (default: they do not end)')
+        help='share of the epochs after which --small-steps or --sizes-per-update ends: each later update trains all '
+             'resolutions (default: it does not end)')
     add('--private', default='both', choices=('both', 'statistics', 'none'),
         help='what of a BatchNorm is private to a resolution: both halves (default); only the running statistics, '
              'while all resolutions train one weight and bias; or nothing')

@@ -46,13 +46,15 @@ _LENGTHS = dict(scale=(2,), ratio=(2,), cutmix_minmax=(2,), opt_betas=(2, 3))
 _NUMBERS = {name: check for check, names in (
     (fields.number(1), (
         'epochs', 'grad_accum_steps', 'num_classes', 'in_chans', 'log_interval', 'val_interval', 'checkpoint_hist',
-        'stop_epoch', 'decoded_cache_side', 'sizes_per_update')),
+        'stop_epoch', 'decoded_cache_side', 'sizes_per_update', 'save_epochs')),
     (fields.number(0), (
         'recovery_interval', 'push_interval', 'start_epoch', 'decoded_cache_gb', 'mixup', 'cutmix')),
     (fields.number(0, above=True), ('ratio', 'kd_temperature')),
+    (fields.number(0, 1, above=True), ('layer_decay',)),
     (fields.number(0, 1), (
         'scale', 'hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'mixup_prob',
-        'mixup_switch_prob', 'drop', 'drop_connect', 'drop_path', 'smoothing', 'model_ema_decay', 'all_sizes_from')),
+        'mixup_switch_prob', 'drop', 'drop_connect', 'drop_path', 'smoothing', 'model_ema_decay', 'all_sizes_from',
+        'opt_betas')),
 ) for name in names}
 
 
