@@ -230,3 +230,9 @@ def test_missing_package(dataset, package, capfd, monkeypatch, tmp_path):
     monkeypatch.setattr(timm_rs.data.datasets, 'find_spec', lambda name: None)
     line = fails(['--dataset', dataset, '--data-dir', str(tmp_path), *TINY], capfd)
     assert f"--dataset {dataset} needs the package {package}: pip install ./runtime '.[stream]'" in line
+
+
+def test_a_reader_that_timm_does_not_have(capfd, tmp_path):
+    """timm would read the folder."""
+    line = fails(['--dataset', 'hfd/x', str(tmp_path), *TINY], capfd)
+    assert 'Unknown data set hfd/x, expected torch/, hfds/, hfids/, tfds/ or wds/ before the name.' in line

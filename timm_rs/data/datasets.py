@@ -113,7 +113,9 @@ def create_dataset(name: str, root: Optional[str], split: str, decode: str = 'ex
         dataset = DigitsDataset(split, input_img_mode=mode)
         dataset.source = source
         return dataset
-    kind, _, _ = name.lower().partition('/')
+    kind, slash, _ = name.lower().partition('/')
+    if slash and kind not in ('folder', 'torch', *_PACKAGES):  # timm would read the folder
+        raise UserError(f'Unknown data set {name}, expected torch/, hfds/, hfids/, tfds/ or wds/ before the name.')
     if kind in _PACKAGES and find_spec(_PACKAGES[kind]) is None:
         how = 'tensorflow tensorflow_datasets' if kind == 'tfds' else "./runtime '.[stream]'"
         raise ImportError(f'--dataset {name} needs the package {_PACKAGES[kind]}: pip install {how}.')
