@@ -59,6 +59,7 @@ def test_command(folder, tmp_path, photographs, capsys):
     (['--precision', 'fp16', '--quantize', 'int8', '--data-dir', 'x'], 'fp16 does not go with --quantize int8'),
     (['--precision', 'fp16', '--format', 'executorch'],
      '--precision fp16 does not go with --format executorch, only with onnx and coreml'),
+    (['--format', 'litert', '--quantize', 'int8', '--data-dir', 'x'], 'int8 is for ONNX and ExecuTorch'),
     (['--int8-format', 'qoperator'], '--int8-format needs --quantize int8 and --format onnx'),
     (['--split-batch-norm', '--resolution', '48'], '--split-batch-norm is for one ONNX file for all resolutions'),
 ])
@@ -72,7 +73,7 @@ def test_command_tells_what_is_wrong(folder, tmp_path, capsys, flags, message):
 @pytest.mark.parametrize('name, format, message', [
     ('a.pt', 'onnx', '.pt is for --format torchscript, not onnx'),
     ('a.onnx', 'executorch', '.onnx is for --format onnx, not executorch'),
-    ('a.tflite', None, 'a.tflite: unknown suffix, expected .onnx, .pte, .mlpackage, .pt2, .pt, or --format'),
+    ('a.mnn', None, 'a.mnn: unknown suffix, expected .onnx, .pte, .tflite, .mlpackage, .pt2, .pt, or --format'),
 ])
 def test_a_suffix_of_another_format_is_refused(folder, tmp_path, capsys, name, format, message):
     with pytest.raises(SystemExit):

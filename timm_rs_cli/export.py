@@ -19,8 +19,9 @@ EXAMPLES = [
 ]
 
 SUFFIXES = {
-    '.onnx': 'onnx', '.pte': 'executorch', '.mlpackage': 'coreml', '.pt2': 'torch-export', '.pt': 'torchscript'}
-PHONES = 'executorch', 'coreml'  # a function for each resolution, of a fixed batch size
+    '.onnx': 'onnx', '.pte': 'executorch', '.tflite': 'litert', '.mlpackage': 'coreml', '.pt2': 'torch-export',
+    '.pt': 'torchscript'}
+PHONES = 'executorch', 'litert', 'coreml'  # a function for each resolution, of a fixed batch size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,12 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--format', choices=sorted(SUFFIXES.values()),
         help=f"default: that of FILE's suffix, {', '.join(SUFFIXES)}; without one onnx")
     add('--resolution', type=int, metavar='N',
-        help='take this resolution out (default: one file for all of them, ONNX, ExecuTorch or Core ML)')
+        help='take this resolution out (default: one file for all of them, ONNX, ExecuTorch, LiteRT or Core ML)')
     batch = parser.add_mutually_exclusive_group()
     batch.add_argument('--batch-size', type=int, metavar='N',
-        help='images of a batch, with --resolution, ExecuTorch or Core ML')
+        help='images of a batch, with --resolution, ExecuTorch, LiteRT or Core ML')
     batch.add_argument('--dynamic-batch', action='store_true',
-        help='batches of any number of images (the default; one image with ExecuTorch and Core ML)')
+        help='batches of any number of images (the default; one image with ExecuTorch, LiteRT and Core ML)')
     add('--tolerance', type=float, default=0., metavar='X',
         help='accept differences of logits between network and file up to X (default: what float32 rounding explains)')
     add('--precision', default='float32', choices=('float32', 'fp16'),
@@ -53,7 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from timm_rs.export import export_coreml, export_executorch, export_int8, export_resolution, export_switchable
+    from timm_rs.export import (
+        export_coreml,
+        export_executorch,
+        export_int8,
+        export_litert,
+        export_resolution,
+        export_switchable,
+    )
     from timm_rs_runtime.images import find_images, split_folder
     from timm_rs_runtime.unreadable import ReadErrors
 
@@ -63,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--output {args.output}: unknown suffix, expected {', '.join(SUFFIXES)}, or --format.")
     if SUFFIXES.get(suffix, args.format) != args.format:
         raise UserError(f'--output {args.output}: {suffix} is for --format {SUFFIXES[suffix]}, not {args.format}.')
-    is_program, is_package = (args.format == name for name in PHONES)
+    is_program, is_litert, is_package = (args.format == name for name in PHONES)
     if args.format in PHONES and (args.resolution is not None or args.dynamic_batch):
         what = '--dynamic-batch' if args.dynamic_batch else '--resolution'
         raise UserError(
@@ -72,11 +80,13 @@ def run(args: argparse.Namespace) -> None:
         what, why = ('--quantize int8', 'int8 is for ONNX and ExecuTorch') if args.quantize else (
             '--overwrite', 'it is a folder, and no folder is overwritten')
         raise UserError(f'--format coreml does not go with {what}: {why}.')
+    if is_litert and args.quantize:
+        raise UserError('--format litert does not go with --quantize int8: int8 is for ONNX and ExecuTorch.')
     if args.resolution is None and args.format not in PHONES and (args.format != 'onnx' or args.batch_size):
         what = f'--format {args.format}' if args.format != 'onnx' else '--batch-size'
         raise UserError(
-            f'{what} needs --resolution: one file for all resolutions is ONNX, of any batch size, ExecuTorch or '
-            'Core ML.')
+            f'{what} needs --resolution: one file for all resolutions is ONNX, of any batch size, ExecuTorch, LiteRT '
+            'or Core ML.')
     if bool(args.quantize) != bool(args.data_dir):
         raise UserError('--quantize int8 and --data-dir DIR need each other.')
     if args.quantize and args.resolution is not None:
@@ -98,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
         images, errors = find_images(folder, args.images), ReadErrors(args.max_unreadable)
     model = load(args).model
     common = dict(class_names=labels, overwrite=args.overwrite)
-    if is_program:
+    if is_program or is_litert:
         common.update(batch_size=args.batch_size or 1)
     if args.quantize:
         export = export_executorch if is_program else partial(export_int8, int8_format=args.int8_format or 'qdq')
@@ -112,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
         lines = {r: f'function forward_{r}, not compared with the network, for only macOS and iOS run it'
                  for r in model.resolutions}
     elif args.resolution is None:
-        export = export_executorch if is_program else partial(
+        export = export_executorch if is_program else export_litert if is_litert else partial(
             export_switchable, precision=args.precision, split_batch_norm=args.split_batch_norm)
         errors = export(model, args.output, tolerance=args.tolerance, **common)
         lines = {r: f'differs from the network by at most {error:.2g}' for r, error in errors.items()}

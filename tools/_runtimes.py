@@ -58,6 +58,13 @@ def executorch(path: str, size: Optional[int]) -> Run:
     return lambda x: method.execute([torch.from_numpy(x)])[0].numpy().copy()
 
 
+def litert(path: str, size: Optional[int]) -> Run:
+    from ai_edge_litert.interpreter import Interpreter
+
+    run = Interpreter(path, num_threads=1).get_signature_runner(f'forward_{size}')
+    return lambda x: run(images=x)['logits']
+
+
 def reference(path: str, size: Optional[int]) -> Run:
     import onnx.version_converter
     from onnx.reference import ReferenceEvaluator
@@ -168,6 +175,7 @@ RUNTIMES = {
     'OpenVINO, any size': ('openvino', openvino, False),
     'OpenVINO, fixed size': ('openvino', openvino, True),
     'ExecuTorch': ('executorch', executorch, True),
+    'LiteRT': ('litert-torch', litert, True),
     "ONNX's reference evaluator": ('onnx', reference, False),
     'MNN': ('MNN', mnn, False),
     'tract, any size': ('tract', tract, False),

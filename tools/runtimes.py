@@ -28,7 +28,7 @@ from _table import write_json, write_rows
 from tqdm import tqdm
 
 import timm_rs
-from timm_rs.export import export_executorch, export_int8, export_resolution, export_switchable
+from timm_rs.export import export_executorch, export_int8, export_litert, export_resolution, export_switchable
 from timm_rs.export.describe import describe
 from timm_rs_runtime.files import atomic_write
 from timm_rs_runtime.format import preprocessing_of
@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / 'results' / 'runtimes.csv'
 PAGE = ROOT / 'docs' / 'runtimes.md'
 MARKS = '<!-- table: python tools/runtimes.py -->', '<!-- end of table -->'
+SUFFIXES = {'ExecuTorch': '.pte', 'LiteRT': '.tflite'}  # the others run ONNX files
 COLUMNS = ('runtime', 'version', 'file', 'size', 'images', 'problem', 'error', 'same_top1', 'latency', 'file_size')
 MINUTES = 20  # of a file in a runtime, for one that compiles on a busy machine
 
@@ -57,14 +58,16 @@ def main():
     rows = [row for row in read_rows(args.output) if row['runtime'] not in runtimes]
     with tempfile.TemporaryDirectory() as folder:
         images = find_images(split_folder(args.data_dir, 'train'), args.images)
-        files = write_onnx(model, folder, images) if set(runtimes) - {'ExecuTorch'} else {}
+        files = write_onnx(model, folder, images) if set(runtimes) - set(SUFFIXES) else {}
         if 'ExecuTorch' in runtimes:
             files.update(write_programs(model, folder, images))
+        if 'LiteRT' in runtimes:
+            files.update(write_litert(model, folder))
         expected = write_inputs(model, folder, find_images(split_folder(args.data_dir, 'validation'), args.images))
         for runtime in tqdm(runtimes, disable=None):
             for form, (path, plain) in files.items():
-                if (runtime == 'ExecuTorch') == path.endswith('.pte'):
-                    rows += run(runtime, form.removesuffix('.pte'), path, plain, folder, expected)
+                if path.endswith(SUFFIXES.get(runtime, '.onnx')):
+                    rows += run(runtime, form.partition('.')[0], path, plain, folder, expected)
                     rows.sort(key=lambda row: list(RUNTIMES).index(row['runtime']))
                     write_rows(args.output, COLUMNS, rows)
     write_json(args.output.with_suffix('.json'), dict(
@@ -121,6 +124,18 @@ def write_programs(model, folder, images):
         lower({r: torch.export.export(fuse_batch_norms(model.at(r), x), (x,))}, {}, plain[r])
         export_executorch(of_one_size(model, r), plain_int8[r], images)
     return files
+
+
+def write_litert(model, folder):
+    """Return as write_onnx the file of LiteRT; a plain file has its BatchNorms fused."""
+    from timm_rs.export.batch_norm import reduce_batch_norms  # needs litert-torch
+    from timm_rs.export.litert import convert, save
+
+    path, plain = f'{folder}/float32.tflite', {r: f'{folder}/float32-{r}.tflite' for r in model.resolutions}
+    export_litert(model, path)
+    for r in model.resolutions:
+        save(convert({r: model.at(r)}, 1, reduce_batch_norms), {}, plain[r])
+    return {'float32.tflite': (path, plain)}
 
 
 def of_one_size(model, resolution):

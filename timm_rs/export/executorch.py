@@ -44,7 +44,7 @@ _LEAST_SCALE = 1e-8
 
 def trace_float(plain: Dict[int, nn.Module], batch_size: int) -> Dict[int, Any]:
     """Return the torch.export program of each resolution; BatchNorms multiply and add."""
-    return {r: _trace(split_batch_norms(network, shaped=True), network, r, batch_size) for r, network in plain.items()}
+    return {r: _trace(split_batch_norms(network, form='image'), network, r, batch_size) for r, network in plain.items()}
 
 
 def trace_int8(plain: Dict[int, nn.Module], batches: Dict[int, Sequence[np.ndarray]]) -> Dict[int, Any]:
@@ -62,7 +62,7 @@ def trace_int8(plain: Dict[int, nn.Module], batches: Dict[int, Sequence[np.ndarr
     for resolution, network in plain.items():
         fused = fuse_batch_norms(_on_levels(network), example_images(network, resolution, 2))
         first = first or fused
-        fused = split_batch_norms(_with_signs_of(fused, first), shaped=True)
+        fused = split_batch_norms(_with_signs_of(fused, first), form='image')
         images = [torch.from_numpy(batch) for batch in batches[resolution]]
         traced = _trace(fused, network, resolution, len(images[0])).module()
         with tracing(network, resolution), torch.no_grad():

@@ -27,7 +27,7 @@ from .verify import Run, compare_int8, verify
 
 __all__ = [
     'FORMATS', 'INT8_FORMATS', 'PRECISIONS',
-    'export_coreml', 'export_executorch', 'export_int8', 'export_resolution', 'export_switchable',
+    'export_coreml', 'export_executorch', 'export_int8', 'export_litert', 'export_resolution', 'export_switchable',
 ]
 
 FORMATS = ('onnx', 'torch-export', 'torchscript')
@@ -178,6 +178,41 @@ def export_executorch(
         if images:
             return compare_int8(run, plain, batches, metadata['architecture'])
         return verify(run, plain, metadata['architecture'], tolerance, (batch_size,))
+
+
+def export_litert(
+        model: nn.Module,
+        path: str,
+        class_names: Optional[Sequence[str]] = None,
+        batch_size: int = 1,
+        tolerance: float = 0.,
+        overwrite: bool = False,
+) -> Dict[int, float]:
+    """Write one LiteRT file with a signature for each resolution, see timm_rs.export.litert.
+
+    The signature forward_160 takes `images` [batch_size, C, 160, 160] and returns `logits`.
+
+    Args:
+        model: Switchable network.
+        path: File to write, complete or not at all.
+        batch_size: Images of a batch.
+        class_names, tolerance, overwrite: See export_switchable.
+
+    Returns:
+        As export_switchable.
+
+    Raises:
+        ExportError: The network cannot be traced or converted, or differs from its file.
+        UserError: The network is not switchable, a weight is not finite, or the number of names is wrong.
+    """
+    check_new_file(path, overwrite)
+    _check_batch_size(batch_size)
+    plain, metadata = _take_all(model, class_names)
+    from .litert import convert, load, save  # needs litert-torch
+
+    with atomic_path(path, overwrite) as partial:
+        save(convert(plain, batch_size), metadata, partial)
+        return verify(load(partial), plain, metadata['architecture'], tolerance, (batch_size,))
 
 
 def export_coreml(
