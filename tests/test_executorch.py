@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import mixed_network
+from conftest import mixed_network, randomize_bn
 from PIL import Image
 
 from timm_rs.export import ExportError, export_executorch
@@ -19,11 +19,7 @@ SIZES = (16, 12)
 @pytest.fixture(scope='module')
 def small():
     """With BatchNorms of other signs at the smaller size."""
-    model = mixed_network(SIZES)
-    for private in (model[1], model[5]):
-        for resolution in SIZES:
-            private[resolution].weight.data.uniform_(0.5, 1.5)
-            private[resolution].bias.data.normal_(std=0.5)
+    model = randomize_bn(mixed_network(SIZES))
     model[5][12].weight.data[::2] *= -1
     return model
 

@@ -5,7 +5,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import mixed_network
+from conftest import mixed_network, randomize_bn
 
 from timm_rs.export import ExportError, export_litert
 from timm_rs_runtime.errors import UserError
@@ -18,13 +18,7 @@ SIZES = (16, 12)
 
 @pytest.fixture(scope='module')
 def small():
-    """With another BatchNorm at each size."""
-    model = mixed_network(SIZES)
-    for private in (model[1], model[5]):
-        for resolution in SIZES:
-            private[resolution].weight.data.uniform_(0.5, 1.5)
-            private[resolution].bias.data.normal_(std=0.5)
-    return model
+    return randomize_bn(mixed_network(SIZES))
 
 
 @pytest.fixture(scope='module')
@@ -63,7 +57,7 @@ def test_mistakes_leave_a_file_as_it_is(small, tmp_path, change):
     assert path.read_text() == 'mine' and os.listdir(tmp_path) == ['a.tflite']
 
 
-def test_another_network_is_no_file(small, tmp_path, monkeypatch):
+def test_a_file_that_differs_from_the_network_is_not_kept(small, tmp_path, monkeypatch):
     from timm_rs.export import litert
 
     monkeypatch.setattr(litert, 'load', lambda path: lambda images: torch.zeros(len(images), 5))

@@ -54,14 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from timm_rs.export import (
-        export_coreml,
-        export_executorch,
-        export_int8,
-        export_litert,
-        export_resolution,
-        export_switchable,
-    )
+    from timm_rs import export as exports
     from timm_rs_runtime.images import find_images, split_folder
     from timm_rs_runtime.unreadable import ReadErrors
 
@@ -71,17 +64,17 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--output {args.output}: unknown suffix, expected {', '.join(SUFFIXES)}, or --format.")
     if SUFFIXES.get(suffix, args.format) != args.format:
         raise UserError(f'--output {args.output}: {suffix} is for --format {SUFFIXES[suffix]}, not {args.format}.')
-    is_program, is_litert, is_package = (args.format == name for name in PHONES)
+    is_program, is_package = args.format == 'executorch', args.format == 'coreml'
     if args.format in PHONES and (args.resolution is not None or args.dynamic_batch):
         what = '--dynamic-batch' if args.dynamic_batch else '--resolution'
         raise UserError(
             f'--format {args.format} does not go with {what}: it has all resolutions and a fixed batch size.')
-    if is_package and (args.quantize or args.overwrite):
-        what, why = ('--quantize int8', 'int8 is for ONNX and ExecuTorch') if args.quantize else (
-            '--overwrite', 'it is a folder, and no folder is overwritten')
-        raise UserError(f'--format coreml does not go with {what}: {why}.')
-    if is_litert and args.quantize:
-        raise UserError('--format litert does not go with --quantize int8: int8 is for ONNX and ExecuTorch.')
+    if args.quantize and args.format in ('litert', 'coreml'):
+        raise UserError(
+            f'--format {args.format} does not go with --quantize int8: int8 is for ONNX and ExecuTorch.')
+    if is_package and args.overwrite:
+        raise UserError(
+            '--format coreml does not go with --overwrite: it is a folder, and no folder is overwritten.')
     if args.resolution is None and args.format not in PHONES and (args.format != 'onnx' or args.batch_size):
         what = f'--format {args.format}' if args.format != 'onnx' else '--batch-size'
         raise UserError(
@@ -108,26 +101,28 @@ def run(args: argparse.Namespace) -> None:
         images, errors = find_images(folder, args.images), ReadErrors(args.max_unreadable)
     model = load(args).model
     common = dict(class_names=labels, overwrite=args.overwrite)
-    if is_program or is_litert:
+    if args.format in PHONES:
         common.update(batch_size=args.batch_size or 1)
     if args.quantize:
-        export = export_executorch if is_program else partial(export_int8, int8_format=args.int8_format or 'qdq')
+        export = exports.export_executorch if is_program else partial(
+            exports.export_int8, int8_format=args.int8_format or 'qdq')
         found = export(model, args.output, images, errors=errors, **common)
         count = len(images) - len(errors.names)
         print_read(count, len(errors.names), folder)
         lines = {r: f"top-1 of {row['agreement']:.1%} of {count} images as the network's, "
                     f"logits {row['error']:.1%} off" for r, row in found.items()}
     elif is_package:
-        export_coreml(model, args.output, labels, args.batch_size or 1, args.tolerance, args.precision)
+        exports.export_coreml(model, args.output, labels, args.batch_size or 1, args.tolerance, args.precision)
         lines = {r: f'function forward_{r}, not compared with the network, for only macOS and iOS run it'
                  for r in model.resolutions}
     elif args.resolution is None:
-        export = export_executorch if is_program else export_litert if is_litert else partial(
-            export_switchable, precision=args.precision, split_batch_norm=args.split_batch_norm)
+        phones = dict(executorch=exports.export_executorch, litert=exports.export_litert)
+        export = phones.get(args.format) or partial(
+            exports.export_switchable, precision=args.precision, split_batch_norm=args.split_batch_norm)
         errors = export(model, args.output, tolerance=args.tolerance, **common)
         lines = {r: f'differs from the network by at most {error:.2g}' for r, error in errors.items()}
     else:
-        error = export_resolution(
+        error = exports.export_resolution(
             model, args.resolution, args.output, args.format, args.batch_size, labels, args.tolerance, args.overwrite,
             args.precision)
         lines = {args.resolution: f'differs from the network by at most {error:.2g}'}

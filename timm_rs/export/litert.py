@@ -1,8 +1,8 @@
 """One LiteRT (TensorFlow Lite) file for all sizes, with a signature for each
 
 The converter keeps constants of equal content once. So weights that the resolutions share are in the file once, unless
-a BatchNorm that differs is fused into them, as the converter does with BatchNorms and multiplications alike. It fuses
-no convolution: here a BatchNorm of images is a depthwise one of 1x1.
+a BatchNorm that differs is fused into them, as the converter does with BatchNorms and multiplications alike. It does
+not fuse convolutions: here a BatchNorm of images is a depthwise convolution of 1x1.
 """
 import io
 import json
@@ -23,7 +23,9 @@ try:
         import litert_torch
         from ai_edge_litert.interpreter import Interpreter
 except ImportError as e:
-    raise ImportError("Exporting to LiteRT needs the packages of: pip install ./runtime '.[litert]'.") from e
+    raise ImportError(
+        "Exporting to LiteRT needs the packages of: pip install ./runtime '.[litert]', in an environment of its own."
+    ) from e
 
 __all__ = ['convert', 'load', 'save']
 
@@ -56,7 +58,8 @@ def convert(
         images = example_images(network, resolution, batch_size)
         network = _Named(rewrite(network)).eval()
         converter = converter.signature(f'forward_{resolution}', network, sample_kwargs=dict(images=images))
-    with tracing(network.network, resolution), redirect_stdout(io.StringIO()):  # its steps
+    sizes = ', '.join(map(str, plain))
+    with tracing(next(iter(plain.values())), sizes), redirect_stdout(io.StringIO()):  # its steps
         return converter.convert()
 
 

@@ -3,7 +3,7 @@ import io
 import logging
 import warnings
 from contextlib import contextmanager
-from typing import Any, Iterator, Optional
+from typing import Any, Iterator, Optional, Union
 
 import torch
 import torch.nn as nn
@@ -100,7 +100,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def tracing(network: nn.Module, resolution: int, hint: str = '') -> Iterator[None]:
+def tracing(network: nn.Module, resolution: Union[int, str], hint: str = '') -> Iterator[None]:
     """Trace quietly; what tracers raise, which has no common class, becomes an ExportError that ends with a hint."""
     try:
         with quiet():
