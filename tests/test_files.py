@@ -11,7 +11,14 @@ import threading
 import pytest
 
 from timm_rs_runtime.errors import UserError
-from timm_rs_runtime.files import atomic_folder, atomic_path, atomic_write, check_new_file, check_new_folder
+from timm_rs_runtime.files import (
+    atomic_folder,
+    atomic_path,
+    atomic_write,
+    check_new_file,
+    check_new_folder,
+    make_folder,
+)
 
 CONTEXT = multiprocessing.get_context('fork')
 
@@ -308,6 +315,14 @@ def test_an_error_leaves_no_folder(tmp_path):
         write(os.path.join(partial, 'b'))
         raise KeyError
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize('name', ['a', 'a/b', 'a/b/c'])
+def test_a_file_where_a_folder_is_expected(tmp_path, name):
+    (tmp_path / 'a').write_text('old')
+    with pytest.raises(UserError, match=f'{name} is a file or lies in one, expected a folder'):
+        make_folder(tmp_path / name)
+    assert (tmp_path / 'a').read_text() == 'old'
 
 
 def test_the_root_of_a_file_system_is_not_a_new_folder(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 import argparse
 import os
 
-from timm_rs_runtime.files import check_new_file
+from timm_rs_runtime.files import check_new_file, make_folder
 
 EXAMPLES = ['output/train/RUN']
 
@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> None:
     from timm_rs.plot import plot_accuracy_against_madds, plot_curves, read_run
 
     runs = [read_run(folder) for folder in args.runs]
-    os.makedirs(args.output, exist_ok=True)
+    make_folder(args.output)
     paths = [os.path.join(args.output, f'{name}.{args.format}') for name in ('curves', 'accuracy_vs_madds')]
     for path in paths:
         check_new_file(path, args.overwrite)

@@ -15,7 +15,8 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
-__all__ = ['STDIO', 'atomic_folder', 'atomic_path', 'atomic_write', 'check_new_file', 'check_new_folder']
+__all__ = [
+    'STDIO', 'atomic_folder', 'atomic_path', 'atomic_write', 'check_new_file', 'check_new_folder', 'make_folder']
 
 STDIO = '-'
 _PREFIX = '.part-'
@@ -52,6 +53,18 @@ def check_new_folder(path: _Path) -> None:
         raise UserError(f'{path} exists and is not overwritten, give another output.')
     if os.path.ismount(path):
         raise UserError(f'{path} is the root of a file system and cannot be replaced, give a folder in it.')
+
+
+def make_folder(path: _Path) -> None:
+    """Make a folder that does not exist yet, with those that it lies in.
+
+    Raises:
+        UserError: It, or one that it lies in, is a file.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as e:
+        raise UserError(f'{path} is a file or lies in one, expected a folder.') from e
 
 
 @contextmanager
@@ -120,11 +133,11 @@ def atomic_folder(path: _Path) -> Iterator[str]:
     """Give an empty folder to fill, which is renamed to its own name at the end, or deleted after an error.
 
     Raises:
-        UserError: The name belongs to something other than an empty folder.
+        UserError: The name belongs to something other than an empty folder, or lies in a file.
     """
     check_new_folder(path)
     path = os.path.realpath(path)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    make_folder(os.path.dirname(path))
     with _partial(path) as partial:
         os.mkdir(partial)
         mode = stat.S_IMODE(os.stat(partial).st_mode) & 0o666

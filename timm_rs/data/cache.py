@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from timm_rs_runtime.errors import UserError
-from timm_rs_runtime.files import atomic_folder
+from timm_rs_runtime.files import atomic_folder, make_folder
 from timm_rs_runtime.images import READER
 
 from .crop import crop
@@ -80,7 +80,7 @@ def open_decoded(
     path = os.path.join(root, f'{title}-{hashlib.sha256(what.encode()).hexdigest()[:16]}')
     layout = {f'{i}.npy': ((len(samples), *shape), np.dtype(dtype)) for i, (shape, dtype) in enumerate(shapes)}
     layout['targets.npy'] = (len(samples),), np.dtype('int64')
-    os.makedirs(root, exist_ok=True)
+    make_folder(root)
     with _lock(root):
         if _open(path, layout) is None:
             shutil.rmtree(path, ignore_errors=True)

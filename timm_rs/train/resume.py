@@ -18,6 +18,7 @@ from timm.models import resume_checkpoint, safe_model_name
 from torch import distributed as dist
 
 from timm_rs_runtime.errors import UserError, one_line
+from timm_rs_runtime.files import make_folder
 
 from ..checkpoint import check_archive
 from ..records import read_summary
@@ -138,7 +139,7 @@ def hold_folder(folder: str) -> Iterator[None]:
         UserError: Another process holds it, which the message names.
     """
     made = [p for p in (Path(folder), *Path(folder).parents) if not p.exists()]
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     with open(os.path.join(folder, _LOCK), 'a+') as file:
         try:
             if fcntl is not None:
