@@ -214,7 +214,8 @@ def fit(run, args, preemption):
                     run.saver.save_checkpoint(epoch, metric=metric)
                 else:
                     run.saver.save_recovery(epoch, batch_idx=len(run.loaders.train) - 1)
-            _logger.info(f'Epoch {epoch}: {rate:.1f} images/s')
+            if rate:  # none where a resumed epoch had no batch left
+                _logger.info(f'Epoch {epoch}: {rate:.1f} images/s')
             if milestone:
                 run.saver.save_milestone(epoch + 1)
         if run.push is not None and args.push_interval and (epoch + 1) % args.push_interval == 0:

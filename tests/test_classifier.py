@@ -1,6 +1,7 @@
 """The classifier that is fitted before training begins"""
 import logging
 import random
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -101,6 +102,25 @@ def test_a_new_classifier_is_fitted(colours, weights, tmp_path, caplog, flags):
     assert caplog.text.count('The new classifier is fitted to the features of 60 images') == 1
     if '--model-ema' in flags:
         assert torch.equal(found['state_dict_ema']['fc.weight'], found['state_dict']['fc.weight'])
+
+
+@pytest.mark.parametrize('flags', [
+    [], ['--mixup', '0.2'],
+    '--decoded-cache CACHE --mixup 0.2 --color-jitter 0 --train-interpolation bilinear'.split()])
+def test_without_labels_it_is_fitted_to_the_answers(colours, weights, tmp_path, caplog, flags):
+    """Whatever the folders of the training images are called, and however many there are."""
+    train(colours, weights, tmp_path / 'teacher')
+    images = tmp_path / 'images'
+    shutil.copytree(colours / 'validation', images / 'validation')
+    for i, path in enumerate(sorted((colours / 'train').glob('*/*'))):
+        folder = images / 'train' / str(i % 5)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / f'{i}.png')
+    caplog.set_level(logging.INFO)
+    found = train(
+        images, weights, tmp_path, '--label-free', '--kd-model-name', str(tmp_path / 'teacher' / 'r'),
+        *(str(tmp_path / 'cache') if flag == 'CACHE' else flag for flag in flags))
+    assert found['metric'] > 80 and 'The new classifier is fitted to the features of 60 images' in caplog.text
 
 
 def test_not_again_when_a_run_is_resumed(colours, weights, tmp_path, caplog):

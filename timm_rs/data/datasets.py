@@ -39,6 +39,7 @@ __all__ = [
     'create_dataset',
     'create_eval_loader',
     'describe',
+    'drop_labels',
     'encode_labels',
     'explain_classes',
     'imagenet_classes',
@@ -161,6 +162,15 @@ def encode_labels(dataset: Dataset, num_classes: int, target_format: Optional[st
             f'{dataset.source} has one label per image, expected lists of labels as in a data set hfds/, hfids/, '
             'wds/ or tfds/.')
     dataset.target_transform = MultiLabelTarget(num_classes, dense=target_format == 'multihot')
+
+
+def drop_labels(dataset: Dataset) -> None:
+    """Let a data set give class 0 for every image, for training on the answers of teachers."""
+    dataset.target_transform = _no_label
+
+
+def _no_label(target: Any) -> int:
+    return 0
 
 
 def _read_class_map(name: str, root: str) -> Mapping[Any, int]:

@@ -179,7 +179,7 @@ def skip_unreadable(dataset: Dataset, errors: ReadErrors, stand_in: bool) -> Dat
 def _black(dataset: Dataset, target: int) -> Tuple[Any, Any]:
     image = Image.new(getattr(dataset, 'input_img_mode', 'RGB'), (64, 64))
     encode = getattr(dataset, 'target_transform', None)
-    if encode is not None:
+    if hasattr(encode, 'num_classes'):  # of several labels
         target = torch.full((encode.num_classes,), float(target))
     return image if dataset.transform is None else dataset.transform(image), target
 

@@ -29,8 +29,8 @@ def fit_classifier(task: MultiResolutionTask, loaders: Loaders, args: argparse.N
 
     Otherwise the classifier takes a good part of a short training to become one. Fitting it first also distorts the
     features less (Kumar et al., ICLR 2022, arXiv:2202.10054). Only for a single linear layer that is trained with cross
-    entropy, without flags of its own, and for at most 5000 classes; others stay as they are. Each process takes its own
-    images, and all go on with the result of the first.
+    entropy, without flags of its own, and for at most 5000 classes; others stay as they are. With --label-free it is
+    fitted to the answers of the teachers. Each process takes its own images, and all go on with the result of the first.
     """
     model = utils.unwrap_model(task.trainable_module)
     head = model.get_classifier()
@@ -55,6 +55,8 @@ def fit_classifier(task: MultiResolutionTask, loaders: Loaders, args: argparse.N
         images, target = loaders.prepare(images, target)
         rows.clear()
         model(task.pyramid(images))
+        if task.teachers is not None and task.teachers.label_free:
+            target = task.teachers.log_mixture(task.teachers(images)).exp()
         features.append(torch.stack(rows))
         targets.append(target.cpu() if target.ndim > 1 else F.one_hot(target.cpu(), args.num_classes))
     handle.remove()
@@ -69,6 +71,8 @@ def fit_classifier(task: MultiResolutionTask, loaders: Loaders, args: argparse.N
             _logger.info(
                 f'The new classifier is fitted to the features of {len(targets)} images as they are: top-1 {found} px, '
                 'on a fifth of them that was held out.')
+    elif utils.is_primary(args):
+        _logger.info('The new classifier is not fitted before training: it does not get a finite vector per image.')
     if args.distributed:
         for parameter in head.parameters():
             dist.broadcast(parameter, 0)

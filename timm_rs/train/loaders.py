@@ -27,6 +27,7 @@ from ..data.datasets import (
     create_dataset,
     create_eval_loader,
     describe,
+    drop_labels,
     encode_labels,
     explain_classes,
     number_classes,
@@ -140,6 +141,8 @@ def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:
                 f'--task multilabel needs --num-classes: {args.data_dir or args.dataset} does not record the labels.')
         for dataset in (train_set, eval_set):
             encode_labels(dataset, args.num_classes, args.target_format)
+    if args.label_free:
+        drop_labels(train_set)
     if not isinstance(train_set, IterableDataset) and -(-len(train_set) // args.world_size) < args.batch_size:
         share = f' of {args.world_size} processes' if args.distributed else ''
         raise UserError(
@@ -253,7 +256,8 @@ def _decoded_loaders(
         found = getattr(getattr(dataset.dataset, 'reader', dataset.dataset), 'samples', None)
         if not found or not isinstance(found[0][0], str):
             raise UserError('--decoded-cache needs a folder of images, with a folder per class.')
-        samples.append([(os.path.abspath(name), target) for name, target in found])
+        unlabeled = args.label_free and dataset is train_set  # and the cache is another one
+        samples.append([(os.path.abspath(name), 0 if unlabeled else target) for name, target in found])
     largest = args.resolutions[0]
     side = args.decoded_cache_side or 2 * largest
     if side < largest:
