@@ -30,7 +30,7 @@ def fit_classifier(task: MultiResolutionTask, loaders: Loaders, args: argparse.N
     Otherwise the classifier takes a good part of a short training to become one. Fitting it first also distorts the
     features less (Kumar et al., ICLR 2022, arXiv:2202.10054). Only for a single linear layer that is trained with cross
     entropy, without flags of its own, and for at most 5000 classes; others stay as they are. With --label-free it is
-    fitted to the answers of the teachers. Each process takes its own images, and all go on with the result of the first.
+    fitted to the answers of the teachers. Each process takes its own images, and all go on with that of the first.
     """
     model = utils.unwrap_model(task.trainable_module)
     head = model.get_classifier()
