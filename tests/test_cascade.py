@@ -155,6 +155,8 @@ def test_unusable_images(session, photographs, tmp_path):
 
 @pytest.mark.parametrize('thresholds, message', [
     ({}, 'is not a cascade, expected rising resolutions'),
+    ([96, 224], 'is not a cascade, expected rising resolutions'),
+    ({96: None, 224: 0}, 'is not a cascade, expected rising resolutions'),
     ({64: 0.5, 32: 0.}, 'expected rising resolutions'),
     ({32: 0.5, 64: 0.5}, 'the last with threshold 0'),
     ({32: 1.5, 64: 0.}, 'with thresholds from 0 to 1'),

@@ -114,6 +114,16 @@ def test_jitter_is_allowed_for():
     assert controller.expected(224) == pytest.approx(0.016 * (1 + 1 / 8 + 2 * 1 / 4))
 
 
+def test_one_huge_image_does_not_make_the_next_ones_late():
+    """Its resizing took a second; small ones take 2 ms, of a budget of 100."""
+    controller = Controller({224: 0.02, 96: 0.004}, overhead=0.002)
+    controller.observe(96, 0.004, 1.)
+    assert controller.lateness([0.1]) < 0
+    for _ in range(30):  # but if all take so long, that is learned
+        controller.observe(96, 0.004, 1.)
+    assert controller.lateness([0.9]) > 0
+
+
 def test_floor():
     controller = Controller(LATENCY, floor=160)
     assert controller.resolutions == (224, 160) and controller.choose([0.001]) == 160

@@ -3,6 +3,7 @@ import copy
 import itertools
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -108,6 +109,38 @@ os._exit(0)
     assert process.stdout == f'{[7] * 8}\n'
 
 
+def test_a_forked_process_in_another_folder(file, photograph, tmp_path):
+    """It answers as its parent, and not at all from a file with other classes that has taken the place since."""
+    shutil.copy(file, tmp_path / 'm.onnx')
+    program = f"""
+import os, onnx
+from timm_rs_runtime import Session
+from timm_rs_runtime.errors import UserError
+session = Session('m.onnx')
+expected = session.predict({photograph!r}).argmax()
+def child(work):
+    pid = os.fork()
+    if not pid:
+        os.chdir('/')
+        try:
+            answer = session.predict({photograph!r}).argmax() == expected
+        except UserError as e:
+            answer = str(e)
+        print(answer, flush=True)
+        os._exit(0)
+    os.waitpid(pid, 0)
+child('same file')
+model = onnx.load('m.onnx')
+onnx.helper.set_model_props(model, {{**{{p.key: p.value for p in model.metadata_props}}, 'mean': '[0.1, 0.2, 0.3]'}})
+onnx.save(model, 'm.onnx')
+child('another file')
+"""
+    process = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', program], stdout=subprocess.PIPE, text=True, timeout=240, cwd=tmp_path)
+    assert process.stdout.splitlines() == [
+        'True', 'm.onnx is another file than at the start of the session, open it again.']
+
+
 def test_contacts_nobody():
     """ONNX Runtime from 1.29 on would report its use, from a thread of its own."""
     program = """
@@ -147,3 +180,9 @@ def test_pipes_are_refused_at_once(file, tmp_path):
     for call in (opened.predict, AdaptiveSession(opened, 1e6).predict, CascadeSession(opened, {48: 0.}).predict):
         with pytest.raises(ImageError, match='pipe.png is not a regular file, expected an image'):
             call(tmp_path / 'pipe.png')
+
+
+def test_a_file_that_was_opened_as_text(file):
+    with open(__file__, encoding='utf-8') as text, Session(file, threads=1) as opened:
+        with pytest.raises(ImageError, match='was opened as text, expected a binary file'):
+            opened.predict(text)

@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from functools import partial
+from numbers import Real
 from typing import Any, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -47,8 +48,10 @@ class Cascade:
     average: bool = False
 
     def __post_init__(self):
-        sizes, values = list(self.thresholds), list(self.thresholds.values())
-        if not sizes or sizes != sorted(sizes) or values[-1] != 0 or not all(0 <= value <= 1 for value in values):
+        table = self.thresholds if isinstance(self.thresholds, Mapping) else {}
+        sizes, values = list(table), list(table.values())
+        is_sound = all(isinstance(x, Real) for x in sizes + values) and all(0 <= value <= 1 for value in values)
+        if not sizes or not is_sound or sizes != sorted(sizes) or values[-1] != 0:
             raise UserError(
                 f'{self.thresholds} is not a cascade, expected rising resolutions with thresholds from 0 to 1, '
                 'the last with threshold 0.')

@@ -9,6 +9,7 @@ from .fields import check_argument, integer, number
 __all__ = ['Controller', 'Estimate', 'ReadingTime']
 
 MAX_PATIENCE = 10 ** 6
+SURPRISE = 4.  # the most times its mean that an overhead counts
 # How many times as long as a JPEG's the bytes and pixels of a format take, until its images have been seen; of Pillow
 # 12.3, for photographs of 500 x 375 to 4000 x 3000 pixels.
 SLOWDOWN = {'AVIF': 4.5, 'PNG': 2., 'WEBP': 3.5}
@@ -123,7 +124,9 @@ class Controller:
             count: Its images, or runs.
         """
         self._slowdown.update(inference / max(self._latency[resolution] * count, 1e-9))
-        self._overhead.update(overhead / count)
+        # How long one huge image took to resize says little about the next ones.
+        most = max(SURPRISE * self._overhead.mean, self._latency[self.resolutions[0]])
+        self._overhead.update(min(overhead / count, most))
 
     def expected(self, resolution: int) -> float:
         """Return the seconds to expect for an image that is decoded."""

@@ -222,6 +222,8 @@ def buffered(source: ImageSource) -> ImageSource:
             if getattr(source, 'seekable', bool)():
                 source.seek(0)  # as Pillow does, so that a request can be made once more
             content = source.read(MAX_BYTES + 1) or b''
+            if isinstance(content, str):
+                raise ImageError(f'{name} was opened as text, expected a binary file.')
     except ImageError:
         raise
     except FileNotFoundError as e:

@@ -232,7 +232,7 @@ def _replicas(settings: Settings) -> Any:
     fewest, most = settings.min_replicas, settings.replicas
     scaling = dict(num_replicas=most) if fewest == most else dict(autoscaling_config=dict(
         min_replicas=fewest, max_replicas=most, target_ongoing_requests=TARGET_ONGOING, upscale_delay_s=SCALE_SECONDS,
-        look_back_period_s=SCALE_SECONDS))
+        look_back_period_s=1.5 * SCALE_SECONDS))  # more than Ray's interval between its metrics
     return ray_serve.deployment(Replica).options(
         max_ongoing_requests=MAX_ONGOING, max_queued_requests=MAX_ONGOING, max_surge_percent=10,
         health_check_period_s=2, **scaling).bind(

@@ -107,14 +107,15 @@ class Session(Closable):
         self.mean, self.std = self.metadata['mean'], self.metadata['std']
         self.preprocessing = preprocessing_of(self.metadata, decode) if len(self.mean) in IMAGE_MODES else None
         self._lock = threading.RLock()  # a signal handler may close it
-        self._sessions: Optional[Dict[int, Any]] = self._open()
+        self._file = os.path.abspath(self.path)  # for a forked process in another folder
+        self._sessions: Optional[Dict[int, Any]] = self._open(self.path)
         (images,) = self._sessions[self.resolutions[0]].get_inputs()
         self._input = images.name
         self.batch_size: Optional[int] = None
         if isinstance(images.shape[0], int):
             self.batch_size = fields.check_argument(
                 f'{self.path}: the batch size', images.shape[0], fields.integer(1, MAX_IMAGES))
-        super().__init__(partial(type(self), os.path.abspath(self.path), threads, mode, warm_up, decode))
+        super().__init__(partial(type(self), self._file, threads, mode, warm_up, decode))
         if warm_up:
             self.warm_up()
 
@@ -222,19 +223,25 @@ class Session(Closable):
             images = np.concatenate([images, np.zeros((self.batch_size - count, *images.shape[1:]), images.dtype)])
         return ort.run(session, {self._input: images}, self.path)[0][:count]
 
-    def _open(self) -> Dict[int, Any]:
+    def _open(self, path: str) -> Dict[int, Any]:
         """Return the session of ONNX Runtime that serves each size."""
         if len(self.resolutions) == 1 or self.mode == 'low_memory':
-            return dict.fromkeys(self.resolutions, ort.open_onnx(self.path, self._threads))
+            return dict.fromkeys(self.resolutions, ort.open_onnx(path, self._threads))
         # With fixed height and width ONNX Runtime folds the choice of the row, the tables and then the BatchNorms.
-        return {r: ort.open_onnx(self.path, self._threads, dict(height=r, width=r)) for r in self.resolutions}
+        return {r: ort.open_onnx(path, self._threads, dict(height=r, width=r)) for r in self.resolutions}
+
+    def _open_again(self) -> Dict[int, Any]:
+        """Return the sessions of a forked process."""
+        if read_metadata(self._file) != self.metadata:
+            raise UserError(f'{self.path} is another file than at the start of the session, open it again.')
+        return self._open(self._file)
 
     def _opened(self) -> Dict[int, Any]:
         sessions = self._sessions
         if sessions is None:  # closed, or in a process that was forked
             with self._lock:
                 self._check_open()
-                self._sessions = sessions = self._sessions or self._open()
+                self._sessions = sessions = self._sessions or self._open_again()
         return sessions
 
     def _after_fork(self) -> None:
