@@ -56,7 +56,7 @@ def validate(args, run):
     results_file = args.output / f'{run}.json'
     call(
         'validate_rs.py', '--dataset', 'digits', '--checkpoint', str(args.output / run / 'last.pth.tar'), '--img-size',
-        *RESOLUTIONS, '--workers', '0', '--device', 'cpu', '--results-file', str(results_file))
+        *RESOLUTIONS, '--workers', '0', '--device', 'cpu', '--results-file', str(results_file), '--overwrite')
     return {str(row['resolution']): row for row in json.loads(results_file.read_text())}
 
 
