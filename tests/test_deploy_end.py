@@ -35,6 +35,16 @@ def test_close(file, photograph):
             call(photograph)
     opened.close()
     assert opened.resolutions == RESOLUTIONS and file in repr(opened)
+    for use in (lambda: AdaptiveSession(opened, 1e6), lambda: CascadeSession(opened, {48: 0.})):
+        with pytest.raises(ClosedError, match='was closed'):
+            use()
+
+
+def test_sessions_of_other_kinds_are_not_wrapped(file):
+    other = CascadeSession(file, {48: 0.}, threads=1)
+    for use in (lambda: AdaptiveSession(other, 1e6), lambda: CascadeSession(other, {48: 0.})):
+        with pytest.raises(UserError, match='Got CascadeSession, expected the name of a file'):
+            use()
 
 
 def test_what_runs_at_close_is_answered(file, monkeypatch):

@@ -30,6 +30,7 @@ from timm_rs_runtime import Session, UserError, replicas  # noqa: E402
 from timm_rs_runtime.cascade import softmax  # noqa: E402
 from timm_rs_runtime.ray import Worker, predict  # noqa: E402
 from timm_rs_runtime.replicas import Replicas, Settings, connect, serve  # noqa: E402
+from timm_rs_runtime.service import UPLOAD_SECONDS  # noqa: E402
 
 NAMES = [f'{i:02}.png' for i in range(12)]
 
@@ -169,13 +170,19 @@ def test_a_configuration_for_serve_deploy(port, model):
 
 
 def test_a_service_leaves_nothing_in_the_cluster(port, model):
+    """It ends although an upload stalls, before that is given up."""
     command = [
-        sys.executable, '-m', 'timm_rs_runtime', 'serve', model, '--budget-ms', '20000', '--port', str(port + 1),
+        sys.executable, '-m', 'timm_rs_runtime', 'serve', model, '--budget-ms', '2000', '--port', str(port + 1),
         '--ray', ray.get_runtime_context().gcs_address]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() and list(ray_serve.status().applications)
+        stalled = http.client.HTTPConnection('127.0.0.1', port + 1)
+        stalled.putrequest('POST', '/predict')
+        stalled.putheader('Content-Length', '1000')
+        stalled.endheaders(b'begun')
+        start = time.perf_counter()
         process.terminate()
-        assert process.wait(60) == 0
+        assert process.wait(60) == 0 and time.perf_counter() - start < UPLOAD_SECONDS
     assert not ray_serve.status().applications
 
 
@@ -246,8 +253,9 @@ def test_no_answer_in_time():
     assert status == 503 and content['retry_after'] == 1 and time.perf_counter() - start < 5
 
 
-def test_the_window():
-    """Eight may be on their way at first; a refusal takes a fifth, answers in a full window bring it back."""
+def test_the_window(monkeypatch):
+    """It begins with what a replica holds; a refusal takes a fifth, answers in a full window bring it back."""
+    monkeypatch.setattr(replicas, 'MAX_ONGOING', 8)
     refused = False
 
     async def answer(budget_ms):

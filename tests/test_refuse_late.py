@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from simulated import PHOTOGRAPH, SimulatedSession, adaptive, encoded, queue_up, slow_reading  # noqa: F401
 
-from timm_rs_runtime import AdaptiveSession, QueueFullError, UserError
+from timm_rs_runtime import AdaptiveSession, BudgetError, QueueFullError, UserError
 
 
 def patient(budget_ms=22000., **kwargs):
@@ -72,6 +72,9 @@ def test_images_that_take_longer_than_the_budget(slow_reading):
     """2560 x 2560 pixels of a PNG take 655 ms; the first is tried."""
     session, _ = adaptive(100, refuse_late=True)
     assert not session.predict(encoded(2560, 2560, 'png')).in_time
-    with pytest.raises(UserError, match='The images take 659.4 ms even at 96 px, the budget is 100 ms'):
+    with pytest.raises(BudgetError, match='The images take 659.4 ms even at 96 px, the budget is 100 ms') as e:
         session.predict(encoded(2560, 2560, 'png'))
+    assert e.value.least_ms == pytest.approx(659.4, abs=0.1)
+    with pytest.raises(BudgetError, match='the budget is 1 ms'):
+        session.predict(PHOTOGRAPH, budget_ms=1)
     assert session.predict(PHOTOGRAPH).in_time

@@ -127,6 +127,21 @@ def test_a_budget_that_is_over_at_once():
     assert found.status_code == 503 and found.headers['Retry-After'] == '1'
 
 
+def test_a_budget_that_no_size_keeps_is_not_asked_for_again(replica, monkeypatch):
+    """422 if the budget of the request is too small for its image, 503 if only what the upload left of it is."""
+    monkeypatch.setattr(replica.session, 'latency', dict.fromkeys(replica.session.latency, 10.))
+    monkeypatch.setattr(replica.session._controller, 'lateness', lambda *_: 7.)
+    monkeypatch.setattr(replica.session, '_next_trial', float('inf'))
+    assert replica.answer(encoded(), 9000.)[0] == 422
+    for budget_ms, status in ((9000, 422), (10500, 503)):
+        async def predict(content, _):
+            return replica.answer(content, 9000.)
+
+        found = TestClient(app_of(predict)).post(f'/predict?budget_ms={budget_ms}', content=encoded())
+        assert found.status_code == status and list(found.json()) == ['error']
+        assert ('Retry-After' in found.headers) == (status == 503)
+
+
 def test_a_replica_that_is_full(replica, monkeypatch):
     monkeypatch.setattr(replica.session._controller, 'lateness', lambda *_: 7.)
     monkeypatch.setattr(replica.session, '_next_trial', float('inf'))
@@ -189,13 +204,16 @@ def test_uploads_together_are_limited(monkeypatch):
 def test_health_and_metrics(client, replica):
     client.post('/predict', content=encoded())
     client.post('/predict', content=b'text')
+    client.post('/predict', content=bytes(20001))
+    client.post('/predict', data=dict(a='b'), files=dict(c=(None, 'd')))
     assert client.get('/healthz').json() == {'replicas': 1}
     lines = client.get('/metrics').text.splitlines()
     (session, stats) = asyncio.run(replica.stats())
     assert f'timm_rs_requests_total{{resolution="48",session="{session}"}} 0.0' in lines
     assert f'timm_rs_failed_total{{session="{session}"}} {float(stats["failed"])}' in lines
     assert f'timm_rs_budget_seconds{{session="{session}"}} 60.0' in lines
-    assert any(line.startswith('timm_rs_answer_seconds_count{status="422"}') for line in lines)
+    for status in (200, 400, 413, 422):
+        assert any(line.startswith(f'timm_rs_answer_seconds_count{{status="{status}"}}') for line in lines)
     found = TestClient(app_of(never)).get('/healthz')
     assert (found.status_code, found.json()) == (503, {'error': 'No replica answers.'})
 

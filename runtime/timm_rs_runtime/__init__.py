@@ -1,5 +1,5 @@
 """Runs the ONNX files of `timm-rs export` at any of their resolutions; needs NumPy, Pillow and ONNX Runtime only"""
-from .adaptive import AdaptiveSession, Prediction, QueueFullError
+from .adaptive import AdaptiveSession, BudgetError, Prediction, QueueFullError
 from .cascade import Cascade, CascadePrediction, CascadeSession
 from .controller import Controller
 from .errors import UserError
@@ -12,6 +12,7 @@ from .version import __version__
 
 __all__ = [
     'AdaptiveSession',
+    'BudgetError',
     'Cascade',
     'CascadePrediction',
     'CascadeSession',

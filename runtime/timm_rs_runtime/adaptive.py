@@ -23,7 +23,8 @@ from .images import ImageError, ImageSource, buffered, is_in_memory, name_of, op
 from .lifetime import Closable
 from .session import NotFiniteError, Session, image_list
 
-__all__ = ['AdaptiveSession', 'Prediction', 'QueueFullError', 'measure_latency', 'measure_reading']
+__all__ = [
+    'AdaptiveSession', 'BudgetError', 'Prediction', 'QueueFullError', 'measure_latency', 'measure_reading']
 
 READ_AHEAD = 3  # requests whose images are decoded while they wait
 MAX_QUEUE = 10 ** 6
@@ -38,6 +39,15 @@ class QueueFullError(UserError, RuntimeError):
         retry_after: Seconds after which it might have been in time.
     """
     retry_after = 0.
+
+
+class BudgetError(UserError):
+    """Images take longer than the budget of their request, even alone and at the smallest size.
+
+    Attributes:
+        least_ms: Milliseconds that they take.
+    """
+    least_ms = 0.
 
 
 def _too_many(reason: str, retry_after: float) -> QueueFullError:
@@ -64,6 +74,7 @@ class Prediction:
 
 @dataclass(eq=False)
 class _Request:
+    budget_ms: float
     deadline: float
     count: int
     kind: str  # format of its images
@@ -183,8 +194,8 @@ class AdaptiveSession(Closable):
 
         Raises:
             QueueFullError: Too many requests are waiting.
-            UserError: There are no images, the budget is not a positive number or, with refuse_late, too small for
-                these images, or see Session.predict.
+            BudgetError: With refuse_late, the budget is too small for these images.
+            UserError: There are no images, the budget is not a positive number, or see Session.predict.
         """
         start = self._clock()
         try:
@@ -197,7 +208,7 @@ class AdaptiveSession(Closable):
             images = self._read(images)
             if is_sent:
                 start = self._clock()
-            with self._in_line(self._request(images, start + budget_ms / 1e3)) as request:
+            with self._in_line(self._request(images, budget_ms, start)) as request:
                 images, largest = self._decode(images, request)
                 self._wait_for_turn(request)
                 resolution, logits = self._serve(images, largest)
@@ -257,13 +268,13 @@ class AdaptiveSession(Closable):
                 feasible=self.feasible,
             )
 
-    def _request(self, images: Sequence[ImageSource], deadline: float) -> _Request:
+    def _request(self, images: Sequence[ImageSource], budget_ms: float, start: float) -> _Request:
         runs = -(-len(images) // (self.session.batch_size or 1))  # a batch takes as long as a single image there
         needs = list(map(self.session.preprocessing.needed, self._controller.resolutions))
         formats, lengths, pixels = zip(*(work_of(image, needs) for image in images))
         kind, prices = max(formats), self._reading.prices(sum(lengths), map(sum, zip(*pixels)))
         self._expected_reading = self._reading.expected(kind, prices)
-        return _Request(deadline, runs, kind, prices, self._expected_reading)
+        return _Request(budget_ms, start + budget_ms / 1e3, runs, kind, prices, self._expected_reading)
 
     def _decode(self, images: Sequence[ImageSource], request: _Request) -> Tuple[List[Image.Image], int]:
         """Decode images for a size that is in time now, and return the largest size that these pixels serve."""
@@ -300,7 +311,7 @@ class AdaptiveSession(Closable):
 
         Raises:
             QueueFullError: It would be late.
-            UserError: Its own images take longer than the budget.
+            BudgetError: Its own images take longer than its budget.
         """
         now, floor = self._clock(), self._controller.resolutions[-1]
         late = self._lateness([*self._line, request])
@@ -310,9 +321,11 @@ class AdaptiveSession(Closable):
             request.trial = now
             return
         least_ms = 1e3 * (self.latency[floor] * request.count + request.prices[-1])
-        if least_ms > self.budget_ms:
-            raise UserError(
-                f'The images take {least_ms:.1f} ms even at {floor} px, the budget is {self.budget_ms:g} ms.')
+        if least_ms > request.budget_ms:
+            error = BudgetError(
+                f'The images take {least_ms:.1f} ms even at {floor} px, the budget is {request.budget_ms:g} ms.')
+            error.least_ms = least_ms
+            raise error
         raise _too_many(f'{len(self._line)} requests are being served or waiting, one more would be late', late)
 
     def _wait_for_turn(self, request: _Request) -> None:

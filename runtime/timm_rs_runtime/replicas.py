@@ -5,6 +5,7 @@ which Ray Serve runs on any machine of its cluster, answer images, and refuse th
 """
 import asyncio
 import logging
+import math
 import os
 import secrets
 import signal
@@ -41,6 +42,7 @@ __all__ = ['Replicas', 'Settings', 'app', 'serve']
 STATS_SECONDS = 2.
 TARGET_ONGOING = 2.  # requests in a replica, in the mean, above which Ray Serve starts another one ...
 SCALE_SECONDS = 10.  # ... after so long
+SHUTDOWN_SECONDS = 5  # that uploads get, besides the budget of those that have arrived
 
 
 def connect(address: Optional[str], **options: Any) -> None:
@@ -67,14 +69,14 @@ def connect(address: Optional[str], **options: Any) -> None:
 class Replicas:
     """The replicas behind a handle of Ray Serve; a request whose replica dies goes to another one.
 
-    Only so many requests are on their way as come back in time: the window grows by one in the time of an answer and
-    shrinks by a fifth in a budget that saw a refusal, as TCP's. One more is refused here, at once.
+    Only so many requests are on their way as come back in time: the window shrinks by a fifth in a budget that saw a
+    refusal and grows by one in the time of an answer, as TCP's. One more is refused here, at once.
     """
 
     def __init__(self, handle: Any):
         self._handle = handle
         self._hop = Estimate(0.002)  # seconds that a request takes to a replica and back
-        self._ongoing, self._window, self._shrinks_at = 0, 8., 0.
+        self._ongoing, self._window, self._shrinks_at = 0, float(MAX_ONGOING), 0.
 
     async def predict(self, content: bytes, budget_ms: float) -> Answer:
         """Answer an image within a budget."""
@@ -205,7 +207,8 @@ def serve(settings: Settings, address: Optional[str] = None, host: str = '127.0.
         print(f'{settings.path}: http://{host}:{port}/predict', flush=True)
         try:
             uvicorn.Server(uvicorn.Config(
-                _app_of(front, settings), log_level='error', access_log=False)).run([listener])
+                _app_of(front, settings), log_level='critical', access_log=False,
+                timeout_graceful_shutdown=SHUTDOWN_SECONDS + math.ceil(settings.budget_ms / 1e3))).run([listener])
         finally:
             ray_serve.delete(name)
     finally:

@@ -5,7 +5,7 @@ import os
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Awaitable, Callable, Dict, Mapping, Tuple
+from typing import Any, Awaitable, Callable, Dict, Mapping, Optional, Tuple
 
 try:
     from fastapi import FastAPI, HTTPException, Query, Request
@@ -18,7 +18,7 @@ try:
 except ImportError as e:
     raise ImportError("Serving over HTTP needs the packages of: pip install './runtime[ray]'.") from e
 
-from .adaptive import AdaptiveSession, QueueFullError
+from .adaptive import AdaptiveSession, BudgetError, QueueFullError
 from .errors import UserError, one_line
 from .images import MAX_PIXELS, open_header
 from .metrics import Collector
@@ -81,6 +81,8 @@ class Replica:
             return 503, dict(error=one_line(e), retry_after=e.retry_after)
         except (InferenceError, NotFiniteError) as e:
             return 500, dict(error=one_line(e))
+        except BudgetError as e:
+            return 422, dict(error=one_line(e), least_ms=e.least_ms)
         except UserError as e:
             return 422, dict(error=one_line(e))
         best = top(found.logits[0], session.class_names, self._k, session.threshold)
@@ -110,22 +112,28 @@ def create_app(
     app = FastAPI(title='timm_rs', docs_url=None, redoc_url=None)  # these pages fetch scripts of others
     registry = CollectorRegistry()
     answers = Histogram(
-        'timm_rs_answer_seconds', 'Time from the end of an upload to its answer, by status of HTTP.', ['status'],
-        registry=registry, buckets=[budget_ms / 1e3 * x for x in (0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 1, 1.5)])
+        'timm_rs_answer_seconds', 'Time from the end of an upload to its answer, by HTTP status; refusals take none.',
+        ['status'], registry=registry,
+        buckets=[budget_ms / 1e3 * x for x in (0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 1, 1.5)])
     held = 0
 
+    def refuse(request: Request, status: int, reason: str, headers: Optional[Mapping[str, str]] = None) -> JSONResponse:
+        if request.url.path == '/predict':
+            answers.labels(status).observe(0)
+        return JSONResponse(dict(error=reason), status, headers)
+
     @app.exception_handler(StarletteHTTPException)
-    async def explain(_: Request, error: StarletteHTTPException) -> JSONResponse:
-        return JSONResponse(dict(error=str(error.detail)), error.status_code, error.headers)
+    async def explain(request: Request, error: StarletteHTTPException) -> JSONResponse:
+        return refuse(request, error.status_code, str(error.detail), error.headers)
 
     @app.exception_handler(RequestValidationError)
-    async def explain_value(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def explain_value(request: Request, error: RequestValidationError) -> JSONResponse:
         reasons = (f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors())
-        return JSONResponse(dict(error=one_line('; '.join(reasons))), 422)
+        return refuse(request, 422, one_line('; '.join(reasons)))
 
     @app.exception_handler(Exception)
-    async def explain_bug(_: Request, error: Exception) -> JSONResponse:
-        return JSONResponse(dict(error='This is a bug of the service.'), 500)
+    async def explain_bug(request: Request, error: Exception) -> JSONResponse:
+        return refuse(request, 500, 'This is a bug of the service.')
 
     async def read(request: Request, content: bytearray) -> None:
         nonlocal held
@@ -174,6 +182,8 @@ def create_app(
             status, found = 503, dict(error='The budget is over before the image is read.', retry_after=1.)
             if left_ms > 0:
                 status, found = await predict(image, left_ms)
+            if found.pop('least_ms', math.inf) <= budget_ms:  # it was too late only for what was left
+                status, found = 503, dict(found, retry_after=1.)
         except asyncio.TimeoutError:
             raise HTTPException(
                 408, f'The body did not arrive within {upload_seconds:g} s.', {'Connection': 'close'}) from None

@@ -121,8 +121,15 @@ class Session(Closable):
 
     @classmethod
     def open(cls, model: Any, threads: Optional[int] = None, mode: str = 'fast', decode: str = 'scaled') -> Any:
-        """Return a session as it is, or open a file."""
-        return model if hasattr(model, 'predict') else cls(model, threads, mode, decode=decode)
+        """Return a session as it is, or open a file.
+
+        Raises:
+            UserError: It is a session of another kind, or a closed one, or the file is not an export of timm_rs.
+        """
+        if not hasattr(model, 'preprocess'):
+            return cls(model, threads, mode, decode=decode)
+        model._check_open()
+        return model
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}({self.path!r}, mode={self.mode!r}, resolutions={self.resolutions})'
