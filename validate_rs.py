@@ -37,6 +37,8 @@ from timm_rs._compat import get_model_input_config
 from timm_rs.data.datasets import (
     INTERPOLATIONS,
     PyramidNormalizer,
+    check_class_folders,
+    check_labels,
     choose_img_mode,
     count_classes,
     create_dataset,
@@ -44,6 +46,7 @@ from timm_rs.data.datasets import (
     describe,
     encode_labels,
     explain_classes,
+    explain_labels,
     number_classes,
 )
 from timm_rs.data.readers import skip_unreadable
@@ -62,10 +65,10 @@ from timm_rs.evaluate import (
 from timm_rs.load import load_model
 from timm_rs.records import labels_beside, read_label_names
 from timm_rs.resolutions import check_resolutions, neighbours
-from timm_rs.train.faults import name_flags
+from timm_rs.train.faults import name_flags, open_device
 from timm_rs.train.refused import add_refused
 from timm_rs_runtime.errors import KeyValues, OneLineParser, UserError, one_line, one_line_errors
-from timm_rs_runtime.fields import array, check_argument, check_numbers, integer, read_json, read_text
+from timm_rs_runtime.fields import MAX_SIZE, array, check_argument, check_numbers, integer, read_json, read_text
 from timm_rs_runtime.files import atomic_write, check_new_file
 from timm_rs_runtime.preprocess import MARGINS
 from timm_rs_runtime.unreadable import MAX_UNREADABLE, ReadErrors
@@ -197,7 +200,7 @@ def main(argv=None):
                 'of --in-chans and --img-size if these are given.')
 
     with one_line_errors('validate_rs.py', args.traceback):
-        check_numbers(args)
+        check_numbers(args, crop_border_pixels=integer(0, MAX_SIZE))
         if args.results_file:
             check_new_file(args.results_file, args.overwrite)
         if args.multilabel_threshold is not None and not 0 < args.multilabel_threshold < 1:
@@ -212,9 +215,11 @@ def main(argv=None):
         if args.device.startswith('cuda') and not torch.cuda.is_available():
             _logger.warning(f'No GPU for --device {args.device}, running on the CPU.')
             args.device = 'cpu'
-        device = name_flags(args, 'device')(torch.device)(args.device)
+        device = open_device(args)
         utils.random_seed(args.seed)
         model = build_model(args, device)
+        if args.resolutions and not isinstance(model, SwitchableMixin):
+            raise UserError('--resolutions is for a switchable network, expected --img-size for a plain one.')
         resolutions = args.img_size or getattr(model, 'resolutions', None)
         if resolutions is None:
             resolutions = (model.pretrained_cfg['input_size'][-1],)
@@ -243,6 +248,8 @@ def main(argv=None):
             encode_labels(dataset, model.num_classes, args.target_format)
         elif args.real_labels:
             evaluator = use_real_labels(dataset, args.real_labels)
+        else:
+            check_labels(dataset, model.num_classes if classes is None else len(classes))
         errors = ReadErrors(args.max_unreadable)
         _logger.info(f'Validation reads {describe(dataset)}.')
         readable = skip_unreadable(dataset, errors, stand_in=False)
@@ -359,6 +366,9 @@ class RealLabels(ClassificationEvaluator):
             self.counts[1] += right[0]
             self.counts[2] += any(right)
 
+    def compute(self, distributed=False):
+        return dict(super().compute(distributed), images=int(self.counts[0]))
+
 
 def use_real_labels(dataset, path):
     """Let a folder give the numbers of its images as labels, and return what makes an evaluator of real labels."""
@@ -381,27 +391,37 @@ def use_real_labels(dataset, path):
 
 def read_classes(path, num_classes):
     """Return the indices in a file, one a line."""
+    lines = read_text(path).split()
     try:
-        classes = [int(line) for line in read_text(path).split()]
+        classes = [int(line) for line in lines]
     except ValueError as e:
         raise UserError(f'--valid-labels {path}: expected the index of a class in each line, {e}.') from e
+    twice = next((c for i, c in enumerate(classes) if c in classes[:i]), None)
+    if twice is not None:
+        raise UserError(f'--valid-labels {path}: class {twice} is in two lines.')
     return check_argument(f'--valid-labels {path}: line', classes, array(integer(0, num_classes - 1), 1, num_classes))
 
 
 def check_classes(args, dataset, model, classes):
-    """Refuse a data set with other classes than the model's, which a file beside its checkpoint may name."""
+    """Refuse a data set with other classes than the model's, which it or a file beside its checkpoint may name."""
+    check_class_folders(dataset)
     where = f'Split {args.split!r} of {args.data_dir or args.dataset}'
     num_classes, numbers = count_classes(dataset), number_classes(dataset)
     expected = model.num_classes if classes is None else len(classes)
     if num_classes is not None and (num_classes > expected if args.class_map else num_classes != expected):
         what = 'the model' if classes is None else f'--valid-labels {args.valid_labels}'
         raise UserError(f'{where} has {num_classes} classes, {what} has {expected}.')
-    path = labels_beside(args.checkpoint) if classes is None and not args.class_map else None
-    if path and numbers:
+    if classes is not None or args.class_map or not numbers:
+        return
+    path = labels_beside(args.checkpoint)
+    if path:
         expected = {name: i for i, name in enumerate(read_label_names(path))}
         differ = explain_classes({str(name): i for name, i in numbers.items()}, expected)
-        if differ:
-            raise UserError(f'{where} has other classes than {path}: {differ}. A --class-map could number them.')
+    else:
+        differ = explain_labels(numbers, model.pretrained_cfg.get('label_names'))
+    if differ:
+        raise UserError(
+            f"{where} has other classes than {path or 'the model'}: {differ}. A --class-map could number them.")
 
 
 def format_table(rows):

@@ -177,7 +177,10 @@ def test_what_gives_no_logits_is_not_taught():
 
 @pytest.mark.parametrize('resolution,batches,kwargs,message', [
     (64, None, {}, 'expected a new size'),
-    (0, None, {}, 'expected a new size'),
+    (64, None, {}, 'expected a new size'),
+    (0, None, {}, 'holds 0, expected positive integers'),
+    (True, None, {}, 'holds True, expected positive integers'),
+    (48, [torch.rand(64, 3, 64, 64)], dict(lr=1e30), 'The loss at 48 px is not finite, expected a smaller lr'),
     (48, None, {}, 'needs a loader'),
     (48, [torch.rand(8, 3, 64, 64)], {}, 'gives 8 images, expected at least 64'),
     (48, [torch.rand(64, 3, 48, 48)], {}, 'images of 48x48, expected 64x64'),

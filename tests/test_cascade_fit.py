@@ -14,7 +14,7 @@ pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 
 from timm_rs_cli import main  # noqa: E402
-from timm_rs_runtime import Cascade, CascadeSession  # noqa: E402
+from timm_rs_runtime import Cascade, CascadeSession, Session, UserError  # noqa: E402
 from timm_rs_runtime.cascade import read_cascade, softmax  # noqa: E402
 from timm_rs_runtime.fitting import (  # noqa: E402
     collect_logits,
@@ -140,7 +140,9 @@ def test_class_folders(session, photographs):
     assert len(label_folders(photographs, session, most=5)[0]) == 5
 
 
-def test_folders_in_the_order_of_classes(session, tmp_path):
+def test_folders_in_the_order_of_classes(file, tmp_path):
+    session = Session(file, threads=1)
+    session.class_names = None
     for i in range(10):
         (tmp_path / f'{i}x').mkdir()
         Image.new('RGB', (4, 4)).save(tmp_path / f'{i}x' / 'a.png')
@@ -149,7 +151,7 @@ def test_folders_in_the_order_of_classes(session, tmp_path):
     assert label_folders(tmp_path, session)[1].tolist() == list(range(10))
     (tmp_path / 'more').mkdir()
     Image.new('RGB', (4, 4)).save(tmp_path / 'more' / 'a.png')
-    with pytest.raises(ValueError, match='0x is not a class folder: .* 10 folders .*, found 11 folders'):
+    with pytest.raises(ValueError, match='0x is not a class folder: .* 10 folders .*, found 11'):
         label_folders(tmp_path, session)
     Image.new('RGB', (4, 4)).save(tmp_path / 'a.png')
     with pytest.raises(ValueError, match='a.png is not in a class folder'):
@@ -183,7 +185,7 @@ def test_one_folder_is_none_of_the_known_classes(tmp_path):
     for name in ('Church', 'dog', 'tench'):
         (tmp_path / name).mkdir()
         Image.new('RGB', (4, 4)).save(tmp_path / name / 'a.png')
-    with pytest.raises(ValueError, match='Church is not a class folder: expected the names of classes, as dog is one'):
+    with pytest.raises(ValueError, match='Church is not a class folder: expected the names of classes, such as dog'):
         label_folders(tmp_path, Named)
 
 
@@ -257,6 +259,21 @@ def test_unreadable_images_are_left_out(file, session, photographs, tmp_path, ca
     paths, labels = label_folders(tmp_path / 'all', session)
     right = np.mean(session.predict(paths, 48).argmax(-1) == labels)
     assert found['rows'][1]['accuracy'] == pytest.approx(right, abs=1e-6)
+
+
+def test_folders_of_other_classes_are_not_numbered_by_their_order(session, tmp_path):
+    for i in range(10):
+        (tmp_path / f'{i}x').mkdir()
+        Image.new('RGB', (4, 4)).save(tmp_path / f'{i}x' / 'a.png')
+    with pytest.raises(UserError, match='0x is not a class folder: expected the names of classes, such as apple, or'):
+        label_folders(tmp_path, session)
+
+
+@pytest.mark.parametrize('target', ['nan', '-5', '0.8', '101'])
+def test_a_target_is_in_percent(file, tmp_path, capsys, target):
+    with pytest.raises(SystemExit):
+        main(['fit-cascade', file, '--data-dir', str(tmp_path), '--target-accuracy', target, '-o', 'c.json'])
+    assert '--target-accuracy is ' in capsys.readouterr().err
 
 
 def test_command_overwrites_nothing(file, photographs, tmp_path, capsys):

@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from command_lines import images as photographs  # noqa: F401
 from command_lines import run
 from conftest import assert_equal, images, randomize_bn
 from PIL import Image
@@ -176,6 +177,23 @@ def test_calibrate_reports_the_accuracy(tmp_path, capsys, caplog):
     with pytest.raises(SystemExit):
         run('calibrate', tmp_path / 'nine', *argv[2:], '--test-split', 'val', '--output', tmp_path / 'none')
     assert '--test-split val has 10 classes, the model has 9' in capsys.readouterr().err
+
+
+def test_calibrate_reports_no_accuracy_on_other_classes(photographs, tmp_path, capsys):
+    save_model(rs_model(num_classes=2), tmp_path / 'model', ['cat', 'emu'])
+    with pytest.raises(SystemExit):
+        run('calibrate', tmp_path / 'model', '--resolution', 40, '--data-dir', photographs, '--method', 'copy',
+            '--test-split', 'validation', '--output', tmp_path / 'none')
+    assert "has other classes than the model: class 1 is 'dog', expected 'emu'" in capsys.readouterr().err
+
+
+def test_images_of_a_mode_that_only_training_reads(trained, tmp_path, capsys):
+    checkpoint = torch.load(trained[1], weights_only=False)
+    checkpoint['args'].input_img_mode = 'YCbCr'
+    torch.save(checkpoint, tmp_path / 'last.pth.tar')
+    with pytest.raises(SystemExit):
+        run('convert', tmp_path / 'last.pth.tar', '--output', tmp_path / 'none')
+    assert "takes images in Pillow's mode YCbCr (--input-img-mode), which only" in capsys.readouterr().err
 
 
 def test_modes_survive_the_count_of_multiply_adds():

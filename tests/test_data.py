@@ -4,10 +4,11 @@ import tarfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
 
-from timm_rs.data.datasets import choose_img_mode, create_dataset, describe
+from timm_rs.data.datasets import check_labels, choose_img_mode, create_dataset, describe
 from timm_rs.data.readers import UNREADABLE, skip_unreadable
 from timm_rs_runtime import ImageError
 from timm_rs_runtime.errors import UserError
@@ -136,11 +137,68 @@ def test_too_many(dataset):
 
 
 def test_a_shard_is_read_by_the_key_that_is_asked_for(tmp_path):
-    """Where it does not name jpg, timm finds no image."""
+    """Samples without it are unreadable."""
     pytest.importorskip('webdataset')
     dataset = create_dataset(**write_shard(tmp_path), input_key='png', input_img_mode='L')
-    (image, first), (_, second) = skip_unreadable(dataset, ReadErrors(), stand_in=False)
-    assert np.array_equal(image, GRADIENT) and (first, second) == (0, UNREADABLE)
+    (image, first), *others = skip_unreadable(dataset, ReadErrors(), stand_in=False)
+    assert np.array_equal(image, GRADIENT) and first == 0
+    assert [target for _, target in others] == [UNREADABLE] * 3
+
+
+def test_samples_of_a_shard_without_label_or_image_are_counted(tmp_path):
+    """timm would leave them out without a word."""
+    pytest.importorskip('webdataset')
+    image = encoded(Image.fromarray(GRADIENT), 'PNG')
+    with tarfile.open(tmp_path / 'val-0.tar', 'w') as tar:
+        for name, content in (
+                ('a.png', image), ('a.cls', b'1'), ('b.png', image), ('c.png', image), ('c.cls', b'cat'),
+                ('d.jpeg', image), ('d.cls', b'1')):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    dataset = create_dataset('wds/x', str(tmp_path), 'val-0.tar', num_samples=4, input_img_mode='L')
+    errors = ReadErrors()
+    found = list(skip_unreadable(dataset, errors, stand_in=False))
+    assert [target for _, target in found] == [1, UNREADABLE, UNREADABLE, UNREADABLE]
+    errors.check()
+    b, c, d = errors.names.values()
+    assert "its label cannot be read: KeyError: 'cls'" in b and 'its label cannot be read: ValueError: ' in c
+    assert d == 'it holds jpeg, cls, expected an image, jpg or png or webp (--input-key)'
+
+
+@pytest.mark.parametrize('label', [-1, 2, None, 'cat', 0.5, [0, 1]])
+def test_labels_that_are_none_of_the_classes(label):
+    class Data:
+        source, target_transform = 'split of data', None
+
+    check_labels(Data, 2)
+    with pytest.raises(UserError, match='split of data.* label'):
+        Data.target_transform(label)
+    assert [Data.target_transform(found) for found in (0, np.int64(1), torch.tensor(1))] == [0, 1, 1]
+
+
+def test_splits_and_fields_that_a_data_set_lacks(tmp_path):
+    (tmp_path / 'data').mkdir()
+    arguments = dict(write_parquet(tmp_path / 'data'), root=str(tmp_path / 'cache'))
+    with pytest.raises(UserError, match="Cannot read split 'valid' of data set hfds/.*Unknown split"):
+        create_dataset(**dict(arguments, split='valid'))
+    for flag, key in (('--input-key', 'img'), ('--target-key', 'fine_label')):
+        key = {flag[2:].replace('-', '_'): key}
+        with pytest.raises(UserError, match=f'has nothing in a field .*, give {flag}: it has image, label'):
+            create_dataset(**arguments, **key)
+
+
+def test_a_row_without_an_image(tmp_path):
+    datasets = pytest.importorskip('datasets')
+    features = datasets.Features(dict(image=datasets.Image(), label=datasets.Value('int64')))
+    image = dict(bytes=encoded(Image.fromarray(GRADIENT), 'PNG'), path='a.png')
+    datasets.Dataset.from_dict(dict(image=[image, None], label=[0, 1]), features=features).to_parquet(
+        str(tmp_path / 'validation-0.parquet'))
+    dataset = create_dataset(f'hfds/{tmp_path}', str(tmp_path / 'cache'), 'validation', input_img_mode='L')
+    dataset.transform, errors = Image.Image.copy, ReadErrors()
+    assert [target for _, target in skip_unreadable(dataset, errors, stand_in=False)] == [0, UNREADABLE]
+    errors.check()
+    assert list(errors.names) == ['number 1']
 
 
 def test_timm_finds_all_formats_that_are_read(tmp_path):

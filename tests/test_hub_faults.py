@@ -9,11 +9,12 @@ from test_hub import NAME, REPO, assert_restores, card, create, hub, model, rese
 
 from timm_rs.hub.push import HubError, push_to_hub
 from timm_rs_cli import main
+from timm_rs_runtime import UserError
 
 
 @pytest.mark.parametrize('repo_id', ['user/net/x', 'user/ne t', ''])
 def test_malformed_repo_id(repo_id, hub, model):
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError, match='is not a name of a repository, expected user/name'):
         push_to_hub(model, repo_id)
     assert not hub.requests
 

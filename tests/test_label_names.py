@@ -7,7 +7,7 @@ from timm_rs.records import labels_beside, read_label_names, write_label_names
 def test_label_names_beside_checkpoints(tmp_path):
     names = tmp_path / 'label_names.txt'
     for numbers, num_classes in ((None, 2), ({}, 2), (dict(cat=0), 2), (dict(cat=0, dog=0), 2), (dict(cat=1, dog=2), 2),
-                                 ({'two\nlines': 0}, 1)):
+                                 ({'two\nlines': 0}, 1), ({'': 0, 'cat': 1}, 2), ({'caf\udce9': 0, 'cat': 1}, 2)):
         write_label_names(str(tmp_path), numbers, num_classes)
         assert not names.exists()
     write_label_names(str(tmp_path), {'hund \u2028 ä': 1, 'cat': 0}, 2)

@@ -107,6 +107,8 @@ def test_folder_of_a_network_quantized_by_hand(tmp_path):
 def test_file_size(tmp_path):
     model = timm.create_model('rs_resnet18_w2a32')
     save_model(model, str(tmp_path / 'packed'), packed=True)
+    config = json.loads((tmp_path / 'packed' / 'config.json').read_text())
+    assert config['model_type'] == 'timm_rs_packed'  # which transformers does not know
     assert os.path.getsize(tmp_path / 'packed' / 'model.safetensors') <= 5.5e6
 
 

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from command_lines import images as photographs  # noqa: F401
 from conftest import assert_equal, images, plain_model, randomize_bn, rs_model
 from timm.models import is_model
+from timm.utils import reparameterize_model
 
 from timm_rs import add_resolution, make_switchable
 from timm_rs.evaluate import count_madds
 from timm_rs.quant import ActivationQuantizer, QuantConv2d, fold, is_quantized, quantize
+from timm_rs_runtime import UserError
 
 RESOLUTIONS = (64, 48, 32)
 QUANTIZED = ('rs_preresnet18_w2a2', 'rs_preresnet50_w2a2', 'rs_resnet18_w2a32', 'rs_resnet50_w2a32')
@@ -93,10 +95,11 @@ def test_same_padding():
     (dict(weight_bits=0), 'weight_bits is 0, expected an integer from 1 to 8'),
     (dict(weight_bits=9), 'weight_bits is 9'),
     (dict(weight_bits=32), 'weight_bits is 32'),
-    (dict(activation_bits=16), 'activation_bits is 16, expected an integer from 1 to 8'),
+    (dict(activation_bits=16), 'activation_bits is 16, expected an integer from 1 to 8, or 32'),
     (dict(skip='layer9.*'), "skip names 'layer9.*', which matches no convolution"),
     (dict(skip='*'), 'no convolution to quantize'),
     (dict(fixed_activation_basis=True), 'needs activation_bits'),
+    (dict(skip=5), 'skip is 5, expected names of layers'),
 ])
 def test_bad_arguments(kwargs, message):
     model = rs_model()
@@ -269,6 +272,20 @@ def test_copies(copy_model):
     assert_equal(bases(model), before)
     other.switch_to(48)
     assert {m._switch.active for m in quantizers(other).values()} == {48} and model.resolution == 32
+
+
+def test_branches_are_fused_after_folding():
+    """timm's reparameterization would take the weights, not their levels."""
+    model = quantize(timm.create_model('rs_repghostnet_050', resolutions=(64, 32), num_classes=3), weight_bits=2).eval()
+    x = torch.randn(2, 3, 32, 32)
+    for network in (model, model.at(32), pickle.loads(pickle.dumps(model.at(32)))):
+        with pytest.raises(UserError, match='fold the network first'):
+            reparameterize_model(network)
+    folded = fold(model)
+    with pytest.raises(UserError, match='take a resolution out'):
+        reparameterize_model(folded)
+    for network in (folded.at(32), fold(model.at(32))):
+        torch.testing.assert_close(reparameterize_model(network)(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_a_new_resolution():

@@ -28,6 +28,14 @@ def test_one_class(images, tmp_path, capfd):
     assert not (tmp_path / 'out').exists()
 
 
+def test_images_beside_the_class_folders(images, tmp_path, capfd):
+    shutil.copytree(images, tmp_path / 'loose')
+    shutil.copy(images / 'train' / 'cat' / '1.jpg', tmp_path / 'loose' / 'train' / 'cover.jpg')
+    argv = [tmp_path / 'loose', *TINY, '--epochs', '1', '--output', tmp_path / 'out']
+    assert 'train holds images that are in no folder of a class' in fails(train_rs.main, argv, capfd)
+    assert not (tmp_path / 'out').exists()
+
+
 @pytest.mark.parametrize('package,flag', [('wandb', '--log-wandb'), ('torch.utils.tensorboard', '--log-tensorboard')])
 def test_missing_package_leaves_nothing_behind(images, tmp_path, capfd, monkeypatch, package, flag):
     monkeypatch.setitem(sys.modules, package, None)
@@ -83,6 +91,10 @@ def test_missing_package_leaves_nothing_behind(images, tmp_path, capfd, monkeypa
     (['--model-kwargs', 'width'], '--model-kwargs width: expected key=value'),
     (['--lrr', '1'], 'unknown flag --lrr, did you mean --lr?'),
     (['--device', 'gpu'], '--device gpu: Expected one of cpu, cuda'),
+    (['--device', 'mps'], '--device mps: '),
+    (['--target-key', 'label'], '--target-key label is for data sets hfds/'),
+    (['--task', 'multilabel', '--target-format', 'multihot'], '--target-format multihot is for data sets hfds/'),
+    (['--model-kwargs', 'quantization=2'], 'quantization is 2, expected a mapping with some of weight_bits'),
     (['--val-split', 'nothing'], "holds train, validation; expected one of them as the split instead of 'nothing'"),
     (['--train-split', 'validation'], 'gives the same images for training and validation'),
     (['--train-split', ''], "holds train, validation; expected one of them as the split instead of ''"),
@@ -101,6 +113,27 @@ def test_class_map_of_more_classes_than_the_model(images, tmp_path, capfd):
     (tmp_path / 'classes.txt').write_text('emu\ncat\ndog\n')
     argv = [images, *TINY, '--output', tmp_path / 'out', '--num-classes', '2', '--class-map', tmp_path / 'classes.txt']
     assert 'classes.txt numbers 3 classes, the model has 2' in fails(train_rs.main, argv, capfd)
+
+
+def test_class_map_gives_the_number_of_classes(images, tmp_path, caplog):
+    """One of a file with a byte order mark; folders that it does not name are named."""
+    for split in 'train', 'validation':
+        shutil.copytree(images / split, tmp_path / 'data' / split)
+        shutil.copytree(images / split / 'cat', tmp_path / 'data' / split / 'emu')
+    (tmp_path / 'classes.txt').write_text('cat\ndog\n', encoding='utf-8-sig')
+    argv = [tmp_path / 'data', *TINY, '--epochs', '1', '--output', tmp_path, '--experiment', 'run', '--class-map',
+            tmp_path / 'classes.txt']
+    caplog.set_level('INFO')
+    train_rs.main(list(map(str, argv)))
+    assert (tmp_path / 'run' / 'label_names.txt').read_text() == 'cat\ndog\n'
+    assert f"{tmp_path / 'data' / 'train'}: 1 folders are not in --class-map and left out: emu" in caplog.text
+    assert 'has 2 classes, so the model has as many' in caplog.text
+
+
+def test_class_map_with_an_empty_line(images, tmp_path, capfd):
+    (tmp_path / 'classes.txt').write_text('cat\n\ndog\n')
+    argv = [images, *TINY, '--output', tmp_path / 'out', '--class-map', tmp_path / 'classes.txt']
+    assert 'classes.txt: a class has no name, as of an empty line' in fails(train_rs.main, argv, capfd)
 
 
 def test_network_that_cannot_take_the_smallest_size(images, tmp_path, capfd):
@@ -145,4 +178,6 @@ def test_bad_config(tmp_path, capfd, content, message):
 
 def test_batch_that_is_too_small_for_batchnorm(images, tmp_path, capfd):
     argv = [images, *TINY, '--epochs', '1', '--output', tmp_path, '--batch-size', '1']
-    assert 'BatchNorm needs more than one value per channel, --batch-size 1' in fails(train_rs.main, argv, capfd)
+    for flags in ([], ['--bn-statistics', 'auto']):
+        line = fails(train_rs.main, [*argv, *flags], capfd)
+        assert 'BatchNorm needs more than one value per channel, --batch-size 1' in line

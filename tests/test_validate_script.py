@@ -184,12 +184,37 @@ def test_validation_compares_the_classes_that_are_named_beside_the_checkpoint(im
     (['--model', MODEL, '--std', '0', '1', '1'], '--std is 0.0, expected a number above 0'),
     (['--model', MODEL, '--seed', '-1'], '--seed is -1, expected an integer from 0 to 4294967295'),
     (['--model', MODEL, '--device', 'gpu'], '--device gpu: Expected one of cpu, cuda'),
+    (['--model', MODEL, '--device', 'mps'], '--device mps: '),
+    (['--model', MODEL, '--crop-border-pixels', '-3'], '--crop-border-pixels is -3, expected an integer from 0'),
+    (['--model', 'rs_resnet10t.imagenette', '--target-key', 'label'], '--target-key label is for data sets hfds/'),
     (['--model', 'rs_resnet10t.imagenette', '--mean', '0', '0'], '--mean [0.0, 0.0]: mean must have one value or 3'),
     (['--model', 'rs_resnet10t.imagenette', '--class-map', 'nowhere'], '--class-map nowhere does not exist or is not'),
     *(([f"--{flag.replace('_', '-')}", '1'], 'is not supported: ') for flag in validate_rs._REFUSED),
 ])
 def test_bad_validation_input(images, capfd, flags, message):
     assert message in fails(validate_rs.main, [images, '--workers', '0', '--device', 'cpu', *flags], capfd)
+
+
+def test_classes_that_the_network_names_are_compared_too(images, tmp_path, capfd):
+    model = timm.create_model(MODEL, resolutions=(32, 16), num_classes=2).eval()
+    save_model(model, tmp_path / 'model', ['cat', 'dog'])
+    validated(images, tmp_path, '--model', f"local-dir:{tmp_path / 'model'}")
+    save_model(model, tmp_path / 'other', ['cat', 'emu'])
+    argv = [images, '--model', f"local-dir:{tmp_path / 'other'}", '--device', 'cpu', '--workers', '0']
+    assert "other classes than the model: class 1 is 'dog', expected 'emu'" in fails(validate_rs.main, argv, capfd)
+
+
+def test_sizes_of_a_plain_network_are_those_of_images(images, tmp_path, capfd):
+    save_model(timm.create_model(MODEL[3:], num_classes=2).eval(), tmp_path / 'plain')
+    argv = [images, '--model', f"local-dir:{tmp_path / 'plain'}", '--device', 'cpu', '--resolutions', '32']
+    assert '--resolutions is for a switchable network, expected --img-size' in fails(validate_rs.main, argv, capfd)
+
+
+def test_images_beside_the_class_folders(images, trained, tmp_path, capfd):
+    shutil.copytree(images, tmp_path / 'loose')
+    shutil.copy(images / 'train' / 'cat' / '1.jpg', tmp_path / 'loose' / 'validation' / 'cover.jpg')
+    argv = [tmp_path / 'loose', '--checkpoint', trained / 'last.pth.tar', '--device', 'cpu']
+    assert 'holds images that are in no folder of a class' in fails(validate_rs.main, argv, capfd)
 
 
 def test_class_maps_that_do_not_fit(images, trained, tmp_path, capfd):
@@ -244,7 +269,7 @@ def test_real_labels(imagenet, trained, tmp_path, capfd):
     argv = ['--checkpoint', str(trained / 'last.pth.tar'), '--real-labels', str(path)]
     rows = validated(imagenet, tmp_path, *argv)
     assert all(row['top1'] == row['top5'] == pytest.approx(200 / 3) for row in rows.values())
-    assert {(row['images'], row['unreadable']) for row in rows.values()} == {(4, 1)}
+    assert {(row['images'], row['unreadable']) for row in rows.values()} == {(3, 1)}
     path.write_text('[[], [], [], [1], [0]]')  # one counts, the loss is that of its label in the data set, dog
     loss = validated(imagenet, tmp_path, *argv)[32]['loss']
     other = tmp_path / 'one' / 'dog' / 'a.JPEG'
@@ -287,9 +312,10 @@ def test_valid_labels(images, tmp_path, capfd):
     argv = [images, '--model', f"local-dir:{tmp_path / 'three'}", '--device', 'cpu', '--workers', '0', '--valid-labels']
     for content, message in (
             ('2\n0\n1\n', f'has 2 classes, --valid-labels {path} has 3'), ('dog\n', 'expected the index of a class'),
-            ('3\n0\n', 'line[0] is 3, expected an integer from 0 to 2')):
+            ('3\n0\n', 'line[0] is 3, expected an integer from 0 to 2'), ('2\n2\n', 'class 2 is in two lines')):
         path.write_text(content)
         assert message in fails(validate_rs.main, [*argv, path], capfd)
+    assert '/none does not exist or' in fails(validate_rs.main, [*argv, tmp_path / 'none'], capfd)
 
 
 def test_retry_takes_smaller_batches(images, trained, tmp_path, capfd, monkeypatch):

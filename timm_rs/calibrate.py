@@ -21,7 +21,7 @@ from .data.readers import UNREADABLE
 from .data.resample import INTERPOLATIONS, downscale
 from .evaluate import METRICS, create_evaluator
 from .private_bn import PrivateBN, interpolate
-from .resolutions import nearest_resolution, neighbours
+from .resolutions import check_resolutions, nearest_resolution, neighbours
 from .switchable import SwitchableMixin
 
 __all__ = ['METHODS', 'add_resolution', 'measure_statistics', 'tune']
@@ -92,7 +92,8 @@ def add_resolution(
         raise UserError(f'{type(model).__name__} is a plain network, expected a switchable one (make_switchable).')
     if method not in METHODS:
         raise UserError(f'Unknown method {method!r}, expected one of {", ".join(METHODS)}.')
-    if not isinstance(resolution, int) or resolution <= 0 or resolution in model.resolutions:
+    (resolution,) = check_resolutions((resolution,))
+    if resolution in model.resolutions:
         raise UserError(f'Cannot add resolution {resolution!r} to {model.resolutions}, expected a new size in pixels.')
     if method == 'tune_bn_head' and not hasattr(model, 'get_classifier'):
         raise UserError(f'{type(model).__name__} has no classifier to teach (get_classifier), take method tune_bn.')
@@ -240,6 +241,8 @@ def tune(
                 else:
                     target, log_p = (F.log_softmax(z.float(), dim=-1) for z in (target, logits))
                 loss = F.kl_div(log_p, target, reduction='batchmean', log_target=True)
+                if not loss.isfinite():
+                    raise UserError(f'The loss at {resolution} px is not finite, expected a smaller lr than {lr:g}.')
                 for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
                     parameter.grad = gradient  # only of these, whatever gradients the others hold
                 optimizer.step()
@@ -299,7 +302,8 @@ def _insert(model: nn.Module, resolution: int) -> None:
             module._modules = type(module._modules)((str(r), layers[str(r)]) for r in resolutions)
     index = known.index(nearest)
     values = dict(zip(known, model.alpha.data))
-    model.alpha = nn.Parameter(torch.stack([values.get(r, model.alpha.data[index]) for r in resolutions]))
+    alpha = torch.stack([values.get(r, model.alpha.data[index]) for r in resolutions])
+    model.alpha = nn.Parameter(alpha, requires_grad=model.alpha.requires_grad)
     model._switch.resolutions = resolutions
     if hasattr(model, '_model_args'):
         model._model_args['resolutions'] = resolutions

@@ -223,16 +223,18 @@ def evaluate(
     counts = dict(zip(('images', 'unreadable'), counts.tolist()))
     return {
         key: dict(
-            e.compute(distributed=distributed), **counts, images_per_second=num_images / max(seconds[key], 1e-9))
+            counts, **e.compute(distributed=distributed), images_per_second=num_images / max(seconds[key], 1e-9))
         for key, e in evaluators.items()
     }
 
 
 def check_images(metrics: Dict[Union[int, str], Dict[str, float]]) -> None:
-    """Raise UnreadableError if all images of an evaluation were unreadable, so that there is nothing to average."""
+    """Raise UnreadableError if an evaluation saw no images, or none that can be read, so that nothing is averaged."""
     row = next(iter(metrics.values()))
-    if row['unreadable'] and not row['images']:
-        raise UnreadableError(f"None of the {row['unreadable']} images can be read.")
+    if not row['images']:
+        raise UnreadableError(
+            f"None of the {row['unreadable']} images can be read." if row['unreadable'] else
+            'The data set gave no images to evaluate on.')
 
 
 def _now(device: torch.device) -> float:

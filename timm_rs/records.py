@@ -219,9 +219,19 @@ def write_label_names(folder: str, numbers: Optional[Mapping[str, int]], num_cla
         num_classes: Number of classes.
     """
     names = sorted(numbers or {}, key=(numbers or {}).get)
-    if [numbers[name] for name in names] == list(range(num_classes)) and not any({'\n', '\r'} & {*n} for n in names):
+    if [numbers[name] for name in names] != list(range(num_classes)):
+        return
+    unusable = next((name for name in names if not _is_line(str(name))), None)
+    if unusable is not None:
+        _logger.warning(f'{unusable!r} cannot be a line of {LABEL_FILE}, so the names of the classes are not kept.')
+    else:
         with atomic_write(os.path.join(folder, LABEL_FILE), overwrite=True) as f:
             f.writelines(f'{name}\n' for name in names)
+
+
+def _is_line(name: str) -> bool:
+    """Return whether read_label_names would read it again as it is."""
+    return 0 < len(name) <= 1000 and not {'\n', '\r'} & {*name} and name.encode(errors='replace').decode() == name
 
 
 def read_csv(path: str) -> List[Dict[str, str]]:

@@ -269,6 +269,9 @@ class SwitchableMixin:
         return _new_switchable, (self._plain_class,), self.__dict__.copy()
 
 
+FOLDING = ('fuse', 'reparameterize', 'switch_to_deploy')  # as timm names what makes one layer of several
+
+
 def view(network: nn.Module, switch: Switch, resolution: Optional[int] = None) -> nn.Module:
     """Return new modules that hold the tensors of a switchable network themselves, not copies.
 
@@ -308,14 +311,14 @@ def view(network: nn.Module, switch: Switch, resolution: Optional[int] = None) -
             if name.endswith('_hooks') and isinstance(value, dict):
                 copied[name] = value
                 hooks.append((memo[id(module)], name))
-            elif value is not _refuse_folding or resolution is None:
+            elif value is not refuse_folding or resolution is None:
                 copied[name] = _counterpart(value, memo)
     for module, name in hooks:  # an owner that is a part of the network is there by then
         vars(module)[name] = _counterpart(vars(module)[name], memo, module)
     return memo[id(network)]
 
 
-def _refuse_folding(*_: Any, **__: Any) -> None:
+def refuse_folding(*_: Any, **__: Any) -> None:
     raise UserError(
         'A switchable network has a BatchNorm for each resolution, which cannot all be folded into one layer: take a '
         'resolution out, reparameterize_model(model.at(size)).')
@@ -408,6 +411,6 @@ def _make_private(module: nn.Module, switch: Switch) -> None:
                     private[id(child)] = (child, PrivateBN(child, switch.resolutions, switch))
                 parent._modules[name] = private[id(child)][1]
     for parent in module.modules():
-        for name in ('fuse', 'reparameterize', 'switch_to_deploy'):  # as timm names it, for the active one only
+        for name in FOLDING:  # for the active one only
             if hasattr(type(parent), name) and any(isinstance(m, PrivateBN) for m in parent.modules()):
-                setattr(parent, name, _refuse_folding)
+                setattr(parent, name, refuse_folding)

@@ -3,7 +3,7 @@ import argparse
 import os
 from typing import Any, List, Optional
 
-from timm_rs_runtime.errors import KeyValues
+from timm_rs_runtime.errors import KeyValues, UserError
 from timm_rs_runtime.fields import check_argument
 
 
@@ -33,7 +33,9 @@ def add_packed(parser: argparse.ArgumentParser) -> None:
 
 def load(args: argparse.Namespace) -> Any:
     """Load the checkpoint that the arguments of add_source name."""
+    from timm_rs._compat import get_model_input_config
     from timm_rs.load import load_model
+    from timm_rs_runtime.images import MODES
     from timm_rs_runtime.preprocess import PREPROCESSING
 
     given = {k: getattr(args, k) for k in ('mean', 'std', 'interpolation', 'crop_pct')}
@@ -47,6 +49,11 @@ def load(args: argparse.Namespace) -> Any:
         data_config={
             k: check_argument(f"--{k.replace('_', '-')}", v, PREPROCESSING[k]) for k, v in given.items() if v},
     )
+    mode, channels = loaded.args.get('input_img_mode'), get_model_input_config(loaded.model)['input_size'][0]
+    if mode and mode != MODES.get(channels, mode):
+        raise UserError(
+            f"{loaded.source} takes images in Pillow's mode {mode} (--input-img-mode), which only train_rs.py and "
+            f'validate_rs.py give it: everything else reads {MODES[channels]}.')
     if loaded.source != args.checkpoint:  # the best or last checkpoint in the output folder of a run
         print(f'{args.checkpoint}: {os.path.basename(loaded.source)} is read')
     return loaded

@@ -39,15 +39,26 @@ def run(args: argparse.Namespace) -> None:
     from timm.data.model_config import resolve_input_data_config
 
     from timm_rs.calibrate import add_resolution
-    from timm_rs.data.datasets import choose_img_mode, count_classes, create_dataset, encode_labels
+    from timm_rs.data.datasets import (
+        check_labels,
+        choose_img_mode,
+        count_classes,
+        create_dataset,
+        encode_labels,
+        explain_labels,
+        number_classes,
+    )
     from timm_rs.data.readers import CheckedLoader, ReadableDataset
     from timm_rs.hub.convert import save_model
+    from timm_rs.train.faults import open_device
     from timm_rs_runtime.unreadable import ReadErrors
 
     check_new_folder(args.output)
     check_argument('--images', args.images, integer(1, 10 ** 9))
     labels = read_labels(args)
-    device = torch.device(args.device if torch.cuda.is_available() or not args.device.startswith('cuda') else 'cpu')
+    if args.device.startswith('cuda') and not torch.cuda.is_available():
+        args.device = 'cpu'
+    device = open_device(args)
     model = load(args).model.to(device)
     config = resolve_input_data_config(model)
     size = max(args.resolution, model.resolutions[0])
@@ -77,6 +88,10 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(
                 f'--test-split {args.test_split} has {count_classes(test_set) or "no"} classes, the model has '
                 f'{model.num_classes}.')
+        differ = explain_labels(number_classes(test_set), labels or model.pretrained_cfg.get('label_names'))
+        if differ:
+            raise UserError(f'--test-split {args.test_split} has other classes than the model: {differ}.')
+        check_labels(test_set, model.num_classes)
     logging.basicConfig(level=logging.INFO, format='%(message)s')
     add_resolution(model, args.resolution, loader, args.method, epochs=args.epochs, lr=args.lr, test_loader=test_loader)
     if loader is not None:

@@ -250,9 +250,9 @@ def label_folders(
 ) -> Tuple[List[str], np.ndarray]:
     """Return images of a folder of class folders, and their classes.
 
-    A class folder has the name of a class or, for ImageNet, its WordNet id. Otherwise there must be as many folders as
-    classes, in the order of timm's training: by name, numbers in it by value, capitals as small letters. The innermost
-    folder of an image is that of its class.
+    A class folder has the name of a class or, for ImageNet, its WordNet id. If the file records no names there must be
+    as many folders as classes, in the order of timm's training: by name, numbers in it by value, capitals as small
+    letters. The innermost folder of an image is that of its class.
 
     Args:
         folder: The folder.
@@ -272,9 +272,9 @@ def label_folders(
     unknown = [name for name in names if name not in index]
     if unknown:
         known = [name for name in names if name in index]
-        expected = f'the names of classes, as {known[0]} is one' if known else (
-            f'the names of classes or WordNet ids, or {session.num_classes} folders in the order of the classes, '
-            f'found {len(names)} folders')
+        expected = f'{session.num_classes} folders in the order of the classes, found {len(names)}'
+        if known or session.class_names is not None:
+            expected = f'the names of classes, such as {(known or session.class_names)[0]}, or WordNet ids'
         raise UserError(f'{folder}: {unknown[0]} is not a class folder: expected {expected}.')
     paths = spread(paths, most)
     return paths, np.array([index[_class_of(path)] for path in paths])
@@ -293,7 +293,8 @@ def _class_index(names: Sequence[str], session: Session) -> Dict[str, int]:
         known = {name: i for i, name in enumerate(listed or ())}
         if set(names) & set(known):  # the caller names those that are not
             return known
-    return {name: i for i, name in enumerate(names)} if len(names) == session.num_classes else {}
+    is_known = session.class_names is not None  # then other names are other classes
+    return {} if is_known or len(names) != session.num_classes else {name: i for i, name in enumerate(names)}
 
 
 def measure_images(session: Session, images: Sequence[str], rounds: int = 3) -> Tuple[Dict[int, float], float]:

@@ -28,7 +28,7 @@ try:
     from ray.exceptions import RayActorError
     from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 except ImportError as e:
-    raise ImportError("Ray Serve needs the packages of: pip install './runtime[ray]'.") from e
+    raise ImportError("Ray needs the packages of: pip install './runtime[ray]'.") from e
 
 from .adaptive import AdaptiveSession
 from .controller import Estimate

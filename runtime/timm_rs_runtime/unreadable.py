@@ -61,7 +61,8 @@ class ReadErrors:
         """Note, in any process, that an image cannot be read, and whether no other one stands in for it."""
         if is_last or name not in self._reported:
             self._reported.add(name)
-            reason = one_line(getattr(reason, '__cause__', None) or reason).removeprefix(f'{name} is ').rstrip('.')
+            reason = one_line(getattr(reason, '__cause__', None) or reason).rstrip('.')
+            reason = reason.removeprefix(f'{name} ').removeprefix('is ')
             with open(self._path, 'ab', buffering=0) as f:  # each line in one piece, behind those of the others
                 f.write(json.dumps([name, reason, is_last]).encode() + b'\n')
 

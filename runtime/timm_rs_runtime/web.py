@@ -1,6 +1,8 @@
 """A local web page: a picture, its answer at every size beside latency and cost, and a slider for the budget"""
 import math
 import os
+import signal
+from contextlib import suppress
 from html import escape
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -190,5 +192,7 @@ def serve(
         max_file_size=_MAX_UPLOAD, theme=gradio.themes.Default(**_SYSTEM_FONTS), footer_links=[])
     print(f'{session.path}: {address}', flush=True)
     if block:
+        with suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # which deletes the pictures
         app.block_thread()
     return app, address

@@ -1,4 +1,6 @@
 """Data sets by name, and evaluation loaders that decode an image once for all resolutions"""
+import logging
+import operator
 import os
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +27,8 @@ from ..resolutions import check_resolutions
 from .lazy import read_image
 from .readers import ImageDataset, StreamDataset
 
+_logger = logging.getLogger(__name__)
+
 _PACKAGES = dict(wds='webdataset', hfds='datasets', hfids='datasets', tfds='tensorflow_datasets')
 _IMG_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 
@@ -34,6 +38,8 @@ __all__ = [
     'INTERPOLATIONS',
     'DigitsDataset',
     'PyramidNormalizer',
+    'check_class_folders',
+    'check_labels',
     'choose_img_mode',
     'count_classes',
     'create_dataset',
@@ -42,6 +48,7 @@ __all__ = [
     'drop_labels',
     'encode_labels',
     'explain_classes',
+    'explain_labels',
     'imagenet_classes',
     'number_classes',
     'share_shards',
@@ -110,6 +117,13 @@ def create_dataset(name: str, root: Optional[str], split: str, decode: str = 'ex
         ImportError: The package that reads the data set is not installed.
     """
     source, mode = f'split {split!r} of {name}', kwargs.get('input_img_mode') or 'RGB'
+    if name.lower().partition('/')[0] not in _PACKAGES:
+        for key in ('input_key', 'target_key', 'target_format'):
+            if kwargs.get(key):
+                flag = f"--{key.replace('_', '-')} {kwargs[key]}"
+                raise UserError(
+                    f'{flag} is for data sets hfds/, hfids/, wds/ and tfds/: {name or root} has no fields, and one '
+                    'label per image.')
     if name == 'digits':
         dataset = DigitsDataset(split, input_img_mode=mode)
         dataset.source = source
@@ -130,11 +144,15 @@ def create_dataset(name: str, root: Optional[str], split: str, decode: str = 'ex
         source, kwargs['search_split'] = root, False
     if kwargs.get('class_map'):
         kwargs['class_map'] = _read_class_map(kwargs['class_map'], root or '')
+        if source == root:
+            _name_unmapped(root, kwargs['class_map'])
     try:
         with _all_extensions():
             dataset = timm_data.create_dataset(name, root=root, split=split, **kwargs)
-    except (AssertionError, FileNotFoundError, NotADirectoryError, RuntimeError) as e:
+    except (AssertionError, FileNotFoundError, NotADirectoryError, RuntimeError, ValueError) as e:
         raise UserError(f'Cannot read split {split!r} of data set {name or root}: {e}') from e
+    if kind == 'hfds':
+        _check_columns(dataset.reader, source)
     read = partial(read_image, mode=mode, decode=decode)
     if isinstance(dataset, timm_data.IterableImageDataset):
         dataset = StreamDataset(dataset.reader, kind)
@@ -164,6 +182,38 @@ def encode_labels(dataset: Dataset, num_classes: int, target_format: Optional[st
     dataset.target_transform = MultiLabelTarget(num_classes, dense=target_format == 'multihot')
 
 
+def check_labels(dataset: Dataset, num_classes: int) -> None:
+    """Let a data set of one label per image raise UserError where this is not one of so many classes.
+
+    Args:
+        dataset: Data set of create_dataset.
+        num_classes: Number of classes.
+    """
+    if getattr(dataset, 'target_transform', False) is None:
+        dataset.target_transform = partial(_check_label, num_classes=num_classes, source=dataset.source)
+
+
+def _check_label(target: Any, num_classes: int, source: str) -> int:
+    if isinstance(target, (list, tuple)):
+        raise UserError(f'{source} has several labels per image, which needs --task multilabel.')
+    try:
+        found = operator.index(target)
+    except TypeError:
+        found = -1
+    if not 0 <= found < num_classes:
+        raise UserError(
+            f'{source}: the label of an image is {fields.shown(target)}, expected the index of one of the '
+            f'{num_classes} classes, from 0 to {num_classes - 1}.')
+    return found
+
+
+def check_class_folders(dataset: Dataset) -> None:
+    """Raise UserError if a folder of class folders holds images beside these, which timm takes for one more class."""
+    if '' in (number_classes(dataset) or ()):
+        raise UserError(
+            f'{dataset.source} holds images that are in no folder of a class: put each into one, or elsewhere.')
+
+
 def drop_labels(dataset: Dataset) -> None:
     """Let a data set give class 0 for every image, for training on the answers of teachers."""
     dataset.target_transform = _no_label
@@ -183,7 +233,31 @@ def _read_class_map(name: str, root: str) -> Mapping[Any, int]:
     except Exception as e:  # what a foreign file makes its readers raise is not documented
         raise UserError(f'--class-map {path} cannot be read: {one_line(e)}') from e
     check = fields.table(lambda key: key, fields.integer(0, fields.MAX_CLASSES - 1), fields.MAX_CLASSES)
-    return fields.check_fields(found, check, f'--class-map {path}')
+    found = fields.check_fields(found, check, f'--class-map {path}')
+    found = {name.removeprefix('\ufeff') if isinstance(name, str) else name: i for name, i in found.items()}
+    if '' in found:
+        raise UserError(f'--class-map {path}: a class has no name, as of an empty line.')
+    return found
+
+
+def _name_unmapped(root: str, class_map: Mapping[Any, int]) -> None:
+    """Warn of class folders that a class map does not name, whose images timm leaves out."""
+    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name not in class_map)
+    left_out = [name for name in folders if any(entry.is_file() for entry in os.scandir(os.path.join(root, name)))]
+    if left_out:
+        listed = ', '.join(left_out[:3]) + ', ...' * (len(left_out) > 3)
+        _logger.warning(f'{root}: {len(left_out)} folders are not in --class-map and left out: {listed}')
+
+
+def _check_columns(reader: Any, source: str) -> None:
+    """Raise UserError if a data set hfds/ lacks the fields of the image and of the label."""
+    rows, image, label = reader.dataset.data, reader.image_key, reader.label_key.split('/')[0]
+    held = set(rows.column_names)
+    if len(rows) and rows.column(image).null_count == len(rows):  # timm's reader adds it, empty, if there is none
+        held.remove(image)
+    for flag, name in (('--input-key', image), ('--target-key', label)):
+        if name not in held and not (name == label and reader.target_keys):
+            raise UserError(f"{source} has nothing in a field {name!r}, give {flag}: it has {', '.join(sorted(held))}.")
 
 
 @contextmanager
@@ -269,6 +343,26 @@ def explain_classes(found: Mapping[Any, int], expected: Mapping[Any, int]) -> Op
         for i in sorted(found.keys() | expected.keys()) if found.get(i) != expected.get(i)
     ]
     return '; '.join(differ[:3]) or None
+
+
+def explain_labels(classes: Optional[Mapping[Any, int]], labels: Optional[Sequence[str]]) -> Optional[str]:
+    """Return in words how classes of a data set differ from the names that weights record, None if they do not.
+
+    Only the first name of a class counts, and WordNet ids are looked up. Another number of classes is not compared.
+
+    Args:
+        classes: The index of each class by its name, if the data set records them.
+        labels: Names in their order, if there are any.
+    """
+    if not classes or not labels or len(labels) != max(classes.values()) + 1:
+        return None
+    wordnet = dict(zip(*imagenet_classes(1000)))
+
+    def first_name(label: Any) -> str:
+        return wordnet.get(label, str(label)).split(',')[0].replace('_', ' ').lower()
+
+    return explain_classes(
+        {first_name(name): i for name, i in classes.items()}, {first_name(name): i for i, name in enumerate(labels)})
 
 
 def choose_img_mode(in_chans: int, mode: Optional[str] = None) -> str:

@@ -45,7 +45,7 @@ class ImageDataset(timm_data.ImageDataset):
         image = self.read(file)
         if self.transform is not None:
             image = self.transform(image)
-        return image, -1 if target is None else _encoded(self, target)
+        return image, _encoded(self, target)
 
 
 class ReadableDataset(Dataset):
@@ -89,7 +89,7 @@ class ReadableDataset(Dataset):
             return self.dataset.samples[index][0]
         try:
             return self.dataset.filename(index, absolute=True) or f'number {index}'
-        except (AttributeError, NotImplementedError):
+        except (AttributeError, NotImplementedError, TypeError):  # timm's, of rows without an image
             return f'number {index}'
 
 
@@ -134,12 +134,14 @@ class StreamDataset(timm_data.IterableImageDataset):
         waiting, last = 0, None
         for number, (source, target) in enumerate(self._sources()):
             try:
+                if isinstance(source, ImageError):
+                    raise source
                 image = self.read(source)
                 images = [self._transformed(image) for _ in range(1 + waiting)]
             except ImageError as e:
                 if self.errors is None:
                     raise
-                name = name_of(source)
+                name = source.name if isinstance(source, ImageError) else name_of(source)
                 self.errors.report(f'number {number}' if name == name_of(None) else name, e)
                 if self.stand_in:
                     waiting += 1
@@ -185,13 +187,13 @@ def _black(dataset: Dataset, target: int) -> Tuple[Any, Any]:
 
 
 def _encoded(dataset: Dataset, target: Any) -> Any:
-    """Return the label or labels of an image as the loss takes them."""
+    """Return the label or labels of an image as the loss takes them, -1 for none if it does not look at them."""
     if dataset.target_transform is None:
-        if isinstance(target, (list, tuple)):
-            raise UserError(f'{dataset.source} has several labels per image, which needs --task multilabel.')
-        return target
+        return -1 if target is None else target
     try:
         return dataset.target_transform(target)
+    except UserError:
+        raise
     except (RuntimeError, TypeError, ValueError) as e:
         raise UserError(f'{dataset.source}: the labels {fields.shown(target)} of an image: {one_line(e)}') from e
 
@@ -221,21 +223,34 @@ def _open_cell(cell: Dict[str, Any]) -> Union[str, io.BytesIO]:
 
 
 def _leave_encoded_wds(reader: Reader) -> None:
-    """Let a reader give images as files; timm would skip those that it cannot read."""
+    """Let a reader give images as files, or the error instead; timm would leave out what it cannot read."""
     import webdataset
-    from timm.data.readers.reader_wds import log_and_continue
 
     decode = partial(
         wds_decoder(), image_key=reader.input_key, target_key=reader.target_keys or reader.target_key,
         alt_label=reader.split_info.alt_label, image_mode='')
 
     def leave_encoded(sample: Dict[str, Any]) -> Optional[Dict[str, Any]]:
-        key = next(key for key in reader.input_key.split(';') if key in sample)
-        decoded = decode({**sample, key: _PIXEL})  # for the label
+        keys, name = reader.input_key.split(';'), f"{sample['__url__']}: {sample['__key__']}"
+        key = next((key for key in keys if key in sample), None)
+        if key is None:
+            held = ', '.join(key for key in sample if not key.startswith('_'))
+            return _no_sample(keys[0], name, f"it holds {held}, expected an image, {' or '.join(keys)} (--input-key)")
+        try:
+            decoded = decode({**sample, key: _PIXEL})  # for the label
+        except (KeyError, TypeError, ValueError) as e:
+            return _no_sample(key, name, f'its label cannot be read: {type(e).__name__}: {one_line(e)}')
         if decoded is None:
             return None
         file = io.BytesIO(sample[key])
-        file.name = f"{sample['__url__']}: {sample['__key__']}.{key}"
+        file.name = f'{name}.{key}'
         return {key: file, 'target': decoded['target']}
 
-    reader.ds.pipeline[-2] = webdataset.map(leave_encoded, handler=log_and_continue)
+    reader.ds.pipeline[-2] = webdataset.map(leave_encoded)
+
+
+def _no_sample(key: str, name: str, reason: str) -> Dict[str, Any]:
+    """Return a sample of a WebDataset with the error instead of its image."""
+    error = ImageError(reason)
+    error.name = name
+    return {key: error, 'target': None}

@@ -94,6 +94,8 @@ def write_model(
     config = json.loads(path.read_text())
     config.get('model_args', {}).pop('num_classes', None)  # is at the top already; transformers fails on a second one
     config['pretrained_cfg'].pop('label_names', None)
+    if packed:
+        config['model_type'] = 'timm_rs_packed'  # transformers would begin with new weights where it finds packed ones
     if getattr(model, 'multilabel_threshold', None):
         config.update(
             problem_type='multi_label_classification',  # as transformers calls it

@@ -15,7 +15,7 @@ import torch.nn as nn
 from timm.utils import unwrap_model
 
 from timm_rs_runtime import fields
-from timm_rs_runtime.errors import UserError
+from timm_rs_runtime.errors import UserError, one_line
 
 from ..evaluate import ENSEMBLE, METRICS
 from ..records import find_checkpoint, read_csv, to_number
@@ -83,12 +83,15 @@ def push_to_hub(
             asked for and it is public.
     """
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.utils import get_session, validate_repo_id
+    from huggingface_hub.utils import HFValidationError, get_session, validate_repo_id
 
     model = unwrap_model(model)
     if not isinstance(model, SwitchableMixin):
         raise UserError(f'{type(model).__name__} is not switchable; timm.models.push_to_hf_hub pushes plain networks.')
-    validate_repo_id(repo_id)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as e:
+        raise UserError(f'{repo_id!r} is not a name of a repository, expected user/name: {one_line(e)}') from None
     license = license or model.pretrained_cfg.get('license') or 'apache-2.0'
     api, client = HfApi(token=token, library_name='timm_rs'), get_session()
     with tempfile.TemporaryDirectory() as folder:

@@ -126,8 +126,7 @@ def _create_rs(
     model.pretrained_cfg.update(sources, architecture=PREFIX + name)
     model._model_args = dict(resolutions=model.resolutions)  # timm does not store defaults, config.json needs them
     if quantization:
-        config = quantization if isinstance(quantization, QuantConfig) else QuantConfig(**quantization)
-        quantize(model, **asdict(config), trained=pretrained)
+        quantize(model, **asdict(QuantConfig.of(quantization)), trained=pretrained)
     load_bases(model, bases)
     return model
 

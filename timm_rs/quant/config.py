@@ -1,6 +1,6 @@
 """How a network is quantized"""
-from dataclasses import dataclass
-from typing import Any, Sequence, Union
+from dataclasses import dataclass, fields
+from typing import Any, Mapping, Sequence, Union
 
 from timm_rs_runtime.errors import UserError
 
@@ -35,13 +35,30 @@ class QuantConfig:
     def __post_init__(self):
         check_bits(self.weight_bits, 'weight_bits')
         if self.activation_bits != FLOAT_BITS:
-            check_bits(self.activation_bits, 'activation_bits')
+            check_bits(self.activation_bits, 'activation_bits', f', or {FLOAT_BITS}')
         elif self.fixed_activation_basis:
             raise UserError('fixed_activation_basis needs activation_bits from 1 to 8.')
-        object.__setattr__(self, 'skip', (self.skip,) if isinstance(self.skip, str) else tuple(self.skip))
+        skip = (self.skip,) if isinstance(self.skip, str) else self.skip
+        if not isinstance(skip, (list, tuple)) or not all(isinstance(name, str) for name in skip):
+            raise UserError(f'skip is {self.skip!r}, expected names of layers.')
+        object.__setattr__(self, 'skip', tuple(skip))
+
+    @classmethod
+    def of(cls, values: Any) -> 'QuantConfig':
+        """Return it as it is, or made of a mapping of its attributes.
+
+        Raises:
+            UserError: It is something else.
+        """
+        known = [field.name for field in fields(cls)]
+        if isinstance(values, Mapping) and set(values) <= set(known):
+            return cls(**values)
+        if isinstance(values, cls):
+            return values
+        raise UserError(f"quantization is {values!r}, expected a mapping with some of {', '.join(known)}.")
 
 
-def check_bits(bits: Any, what: str) -> int:
+def check_bits(bits: Any, what: str, or_else: str = '') -> int:
     """Return a number of bits.
 
     Raises:
@@ -52,5 +69,5 @@ def check_bits(bits: Any, what: str) -> int:
         2
     """
     if not isinstance(bits, int) or isinstance(bits, bool) or bits not in BITS:
-        raise UserError(f'{what} is {bits!r}, expected an integer from {BITS[0]} to {BITS[-1]}.')
+        raise UserError(f'{what} is {bits!r}, expected an integer from {BITS[0]} to {BITS[-1]}{or_else}.')
     return bits

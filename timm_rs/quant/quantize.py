@@ -6,7 +6,7 @@ share the weights; only the BatchNorms stay private.
 import copy
 import fnmatch
 from dataclasses import asdict
-from typing import Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -15,7 +15,7 @@ from timm.layers import Conv2dSame
 from timm_rs_runtime.errors import UserError
 
 from .._compat import FeatureDictNet, FeatureGetterNet, FeatureHookNet
-from ..switchable import SwitchableMixin
+from ..switchable import FOLDING, SwitchableMixin, refuse_folding
 from .config import FLOAT_BITS, QuantConfig
 from .packing import unpack_state_dict
 from .quantizers import (
@@ -82,6 +82,11 @@ def quantize(
         model.load_state_dict(dict(model.state_dict(), **bases))
     if config.activation_bits != FLOAT_BITS:
         _quantize_activations(model, layers, config)
+    for module in model.modules():
+        if is_quantized(module):
+            for name in FOLDING:
+                if hasattr(type(module), name):
+                    setattr(module, name, _refuse_reparameterization)
     model._quantization = config
     if hasattr(model, '_model_args'):
         model._model_args['quantization'] = asdict(config)  # as timm writes it into config.json
@@ -91,6 +96,12 @@ def quantize(
 def is_quantized(model: nn.Module) -> bool:
     """Return whether a network holds quantized layers."""
     return any(isinstance(m, (QuantConv2d, ActivationQuantizer)) for m in model.modules())
+
+
+def _refuse_reparameterization(*_: Any, **__: Any) -> None:
+    raise UserError(
+        'The levels of a quantized layer would be lost: fold the network first, '
+        'reparameterize_model(fold(model.at(size))).')
 
 
 class StepFunction(nn.Module):
@@ -144,6 +155,11 @@ def fold(model: nn.Module) -> nn.Module:
     for layer in model.modules():
         if isinstance(layer, QuantConv2d):
             _fold_conv(layer)
+    for module in model.modules():
+        for name in [n for n in FOLDING if vars(module).get(n) is _refuse_reparameterization]:
+            delattr(module, name)
+            if isinstance(model, SwitchableMixin):
+                setattr(module, name, refuse_folding)
     getattr(model, '_model_args', {}).pop('quantization', None)
     vars(model).pop('_quantization', None)
     return model

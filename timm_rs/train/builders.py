@@ -13,13 +13,13 @@ from timm.utils.distributed import init_distributed_device, world_info_from_env
 from timm_rs_runtime import fields
 from timm_rs_runtime.errors import UserError
 
+from ..data.datasets import explain_labels
 from ..load import load_model
 from ..records import labels_beside, read_label_names
 from ..switchable import SwitchableMixin
-from .faults import name_flags
+from .faults import name_flags, open_device
 from .loaders import resolve_data_config
 from .loss import EnsembleDistillationLoss
-from .model import explain_labels
 from .pyramid import ResolutionPyramid
 from .refused import is_mixing
 from .task import MultiResolutionTask
@@ -42,6 +42,7 @@ def select_device(args: argparse.Namespace) -> torch.device:
     if args.sync_bn and args.device.startswith('cpu'):
         raise UserError('--sync-bn needs GPUs: synchronized BatchNorm does not run on a CPU.')
     device = name_flags(args, 'device')(init_distributed_device)(args)
+    open_device(args)
     if args.model_dtype == 'bfloat16' and device.type == 'cpu' and torch.backends.cpu.get_cpu_capability() == 'AVX2':
         _logger.warning('This CPU has no instructions for bfloat16: float32 is several times as fast.')
     if args.aug_repeats and not args.distributed:

@@ -3,9 +3,11 @@ import argparse
 from contextlib import contextmanager
 from typing import Iterator
 
+import torch
+
 from timm_rs_runtime.errors import UserError, one_line
 
-__all__ = ['TrainingFault', 'name_flags']
+__all__ = ['TrainingFault', 'name_flags', 'open_device']
 
 
 class TrainingFault(UserError, RuntimeError):
@@ -30,3 +32,14 @@ def name_flags(args: argparse.Namespace, *flags: str) -> Iterator[None]:
         given = ' '.join(
             f'{flag} {value}' for flag, value in values.items() if value is not False and value not in (None, {}))
         raise UserError(f'{given}: {one_line(e)}') from e
+
+
+def open_device(args: argparse.Namespace) -> torch.device:
+    """Return the device of --device.
+
+    Raises:
+        UserError: There is no such device here.
+    """
+    device = name_flags(args, 'device')(torch.device)(args.device)
+    name_flags(args, 'device')(torch.zeros)(1, device=device)
+    return device

@@ -22,6 +22,8 @@ from ..data.cache import CropLoader, DecodedLoader, Squash, open_decoded
 from ..data.crop import random_boxes
 from ..data.datasets import (
     PyramidNormalizer,
+    check_class_folders,
+    check_labels,
     choose_img_mode,
     count_classes,
     create_dataset,
@@ -121,9 +123,13 @@ def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:
             f'Split {args.val_split!r} of {args.data_dir or args.dataset} has other classes than {args.train_split!r}: '
             f'{differ}. A --class-map could number them.')
     _logger.info(f'Training reads {describe(train_set)}, validation {describe(eval_set)}.')
+    keeps_classifier = args.class_map and (args.pretrained or args.initial_checkpoint)
     for split, dataset in ((args.train_split, train_set), (args.val_split, eval_set)):
         num_classes = count_classes(dataset)
-        if num_classes is None or args.class_map or args.label_free and dataset is train_set:
+        if num_classes is None or args.label_free and dataset is train_set:
+            continue
+        check_class_folders(dataset)
+        if args.class_map and (args.num_classes or keeps_classifier):  # some of the classes
             continue
         if args.num_classes is None:
             if num_classes == 1:  # every answer would be right
@@ -177,6 +183,8 @@ def build_loaders(
     if args.reprob > 0 and on_device and not args.no_aug:  # not in the prefetcher, which runs a batch ahead
         erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device)
     errors = ReadErrors(args.max_unreadable, 'another one stands in for it in training, it is left out of validation')
+    for dataset in (train_set, eval_set):
+        check_labels(dataset, args.num_classes)
     train_set = skip_unreadable(train_set, errors, stand_in=True)
     eval_set = skip_unreadable(eval_set, errors, stand_in=False)
     normalize = PyramidNormalizer(data_config['mean'], data_config['std'], device, dtype, args.channels_last)

@@ -126,14 +126,14 @@ def train_one_epoch(
         seed_all(args.seed, args.rank, epoch, batch_idx)
         images, target = loaders.prepare(images, target)
         data_time += time.perf_counter() - fetch_start
-        if args.bn_statistics == 'auto':
-            args.bn_statistics = choose_statistics(task, images, args)  # also for the checkpoint
-            task.keep_statistics = args.bn_statistics == 'running'
-            task.train()
         need_update = batch_idx == last_idx or (batch_idx + 1) % accum_steps == 0
         steps = last_accum_steps if batch_idx > last_idx - last_accum_steps else accum_steps
 
         try:
+            if args.bn_statistics == 'auto':
+                args.bn_statistics = choose_statistics(task, images, args)  # also for the checkpoint
+                task.keep_statistics = args.bn_statistics == 'running'
+                task.train()
             with nullcontext() if need_update else task.no_sync():
                 with amp_autocast():
                     losses = task(images, target)

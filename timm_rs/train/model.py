@@ -1,7 +1,7 @@
 """From flags to the network that is trained"""
 import argparse
 import logging
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any, Mapping, Optional
 
 import timm
 import torch
@@ -12,7 +12,7 @@ from timm.models import is_model
 from timm_rs_runtime.errors import UserError
 from timm_rs_runtime.preprocess import PREPROCESSING
 
-from ..data.datasets import explain_classes, imagenet_classes
+from ..data.datasets import explain_labels
 from ..evaluate import ENSEMBLE, count_madds, create_evaluator
 from ..load import load_weights, read_preprocessing, read_source
 from ..models.rs_models import PREFIX, explain_unknown_model
@@ -23,7 +23,7 @@ from .faults import name_flags
 from .loaders import resolve_data_config
 from .refused import largest_size_conflict
 
-__all__ = ['build_model', 'explain_labels']
+__all__ = ['build_model']
 
 _logger = logging.getLogger('train')
 _PLAIN = '{} is a plain network, expected a switchable one: an rs_* model, its weights by --initial-checkpoint.'
@@ -83,11 +83,16 @@ def build_model(
     if args.initial_checkpoint:
         load_weights(model, args.initial_checkpoint)
     args.resolutions = list(check_resolutions(model.resolutions))
+    numbered, is_given = max(classes.values()) + 1 if classes else model.num_classes, args.num_classes is not None
     args.num_classes = model.num_classes
-    if classes and args.num_classes <= max(classes.values()):
+    if args.num_classes < numbered:
         raise UserError(
-            f'--class-map {args.class_map} numbers {max(classes.values()) + 1} classes, the model has '
-            f'{args.num_classes}: give --num-classes.')
+            f'--class-map {args.class_map} numbers {numbered} classes, the model has {args.num_classes}: give '
+            '--num-classes.')
+    if args.num_classes > numbered and not is_given:
+        _logger.info(
+            f'--class-map {args.class_map} numbers {numbered} classes, the model keeps its {args.num_classes}: for a '
+            f'new classifier give --num-classes {numbered}.')
     metrics = create_evaluator(args.task).metric_names
     if args.eval_metric in metrics:
         args.eval_metric += '_mean'
@@ -141,26 +146,6 @@ def _has_new_classifier(args: argparse.Namespace, model: nn.Module, classes: Opt
     if differ:
         _logger.info(f'The weights are of other classes ({differ}), so the classifier is new.')
     return differ is not None
-
-
-def explain_labels(classes: Optional[Mapping[Any, int]], labels: Optional[Sequence[str]]) -> Optional[str]:
-    """Return in words how classes of a data set differ from the names that weights record, None if they do not.
-
-    Only the first name of a class counts, and WordNet ids are looked up. Another number of classes is not compared.
-
-    Args:
-        classes: The index of each class by its name, if the data set records them.
-        labels: Names in their order, if there are any.
-    """
-    if not classes or not labels or len(labels) != max(classes.values()) + 1:
-        return None
-    wordnet = dict(zip(*imagenet_classes(1000)))
-
-    def first_name(label: Any) -> str:
-        return wordnet.get(label, str(label)).split(',')[0].replace('_', ' ').lower()
-
-    return explain_classes(
-        {first_name(name): i for name, i in classes.items()}, {first_name(name): i for i, name in enumerate(labels)})
 
 
 def _record_preprocessing(args: argparse.Namespace, model: nn.Module) -> None:

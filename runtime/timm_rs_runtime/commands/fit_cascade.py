@@ -3,6 +3,7 @@ import argparse
 
 from ..cascade import write_cascade
 from ..errors import UserError
+from ..fields import check_argument, number
 from ..files import check_new_file
 from ..fitting import FOLDS, collect_logits, compare, cross_fit, label_folders, measure_images
 from ..images import split_folder, spread
@@ -34,7 +35,10 @@ def run(args: argparse.Namespace) -> None:
     if args.data_dir is None:
         raise UserError('Expected --data-dir, labelled images.')
     check_new_file(args.output, args.overwrite)
+    if args.target_accuracy is not None:
+        check_argument('--target-accuracy', args.target_accuracy, number(1, 100))
     session = Session(args.file, args.threads, decode='exact')
+    session.check_classifies()
     errors = ReadErrors(args.max_unreadable)
     folder = split_folder(args.data_dir, args.split)
     images, labels = label_folders(folder, session, args.images)
