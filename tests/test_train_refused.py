@@ -178,6 +178,6 @@ def test_bad_config(tmp_path, capfd, content, message):
 
 def test_batch_that_is_too_small_for_batchnorm(images, tmp_path, capfd):
     argv = [images, *TINY, '--epochs', '1', '--output', tmp_path, '--batch-size', '1']
-    for flags in ([], ['--bn-statistics', 'auto']):
-        line = fails(train_rs.main, [*argv, *flags], capfd)
+    for name in 'batch', 'auto':
+        line = fails(train_rs.main, [*argv, '--bn-statistics', name, '--experiment', name], capfd)
         assert 'BatchNorm needs more than one value per channel, --batch-size 1' in line

@@ -116,6 +116,8 @@ def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:
         raise UserError(
             f'{args.data_dir} gives the same images for training and validation, '
             f'expected the folders {args.train_split} and {args.val_split} in it.')
+    for dataset in (eval_set,) if args.label_free else (train_set, eval_set):
+        check_class_folders(dataset)
     numbers = [number_classes(d) for d in (eval_set, train_set)]
     differ = explain_classes(*numbers) if all(numbers) and not args.label_free else None
     if differ:
@@ -128,7 +130,6 @@ def build_datasets(args: argparse.Namespace) -> Tuple[Dataset, Dataset]:
         num_classes = count_classes(dataset)
         if num_classes is None or args.label_free and dataset is train_set:
             continue
-        check_class_folders(dataset)
         if args.class_map and (args.num_classes or keeps_classifier):  # some of the classes
             continue
         if args.num_classes is None:
