@@ -15,7 +15,7 @@ from PIL import Image
 
 import train_rs
 import validate_rs
-from timm_rs.data.datasets import create_dataset, encode_labels
+from timm_rs.data.datasets import check_labels, create_dataset, encode_labels
 from timm_rs.evaluate import create_evaluator, evaluate
 from timm_rs.hub.card import model_card
 from timm_rs.load import load_model
@@ -160,6 +160,7 @@ def test_criterion_and_distillation_reduce_alike():
 def test_labels_that_are_wrong(shards, caplog):
     kwargs = dict(num_samples=9, is_training=False)
     dataset = create_dataset('wds/stripes', str(shards), 'validation-0000.tar', target_key='labels', **kwargs)
+    check_labels(dataset, 3)
     with pytest.raises(UserError, match='wds/stripes has several labels per image, which needs --task multilabel'):
         list(dataset)
     encode_labels(dataset, 2)
