@@ -144,7 +144,7 @@ def create_dataset(name: str, root: Optional[str], split: str, decode: str = 'ex
         source, kwargs['search_split'] = root, False
     if kwargs.get('class_map'):
         kwargs['class_map'] = _read_class_map(kwargs['class_map'], root or '')
-        if source == root:
+        if source == root and os.path.isdir(root):
             _name_unmapped(root, kwargs['class_map'])
     try:
         with _all_extensions():
