@@ -29,9 +29,6 @@ class SimulatedSession:
     def clock(self):
         return self.now
 
-    def _check_open(self):
-        """It is never closed."""
-
     def read(self, image, resolution):
         opened = self.preprocessing.open(image, resolution)
         self.now += self.per_pixel * opened.width * opened.height * (opened is not image)

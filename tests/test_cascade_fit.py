@@ -315,7 +315,7 @@ def test_command_refuses_in_one_line(file, photographs, tmp_path, capsys):
         (tmp_path / 'cut' / path.parent.name / path.name).touch()
     for arguments, message in (
         (['--target-madds', '100', '--images', '0'], '0 images are asked for'),
-        (['--target-accuracy', '101'], 'No cascade reaches an accuracy of 101.00%'),
+        (['--target-accuracy', '100'], 'No cascade reaches an accuracy of 100.00%'),
         (['--target-madds', '1', '--data-dir', str(tmp_path / 'nowhere')], 'nowhere does not exist'),
         (['--target-madds', '100', '--images', '4'], '4 labelled images are too few to judge a cascade, expected at'),
         (['--target-madds', '100', '--data-dir', str(tmp_path / 'cut'), '--max-unreadable', '3'],

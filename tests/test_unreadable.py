@@ -275,7 +275,8 @@ def test_padding_is_not_unreadable():
 def test_no_image_at_all():
     with pytest.raises(UnreadableError, match='None of the 3 images can be read'):
         check_images({8: dict(images=0, unreadable=3)})
-    check_images({8: dict(images=0, unreadable=0)})
+    with pytest.raises(UnreadableError, match='The data set gave no images to evaluate on'):
+        check_images({8: dict(images=0, unreadable=0)})
     check_images({8: dict(images=1, unreadable=3)})
 
 

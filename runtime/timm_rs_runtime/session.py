@@ -126,10 +126,10 @@ class Session(Closable):
         Raises:
             UserError: It is a session of another kind, or a closed one, or the file is not an export of timm_rs.
         """
-        if not hasattr(model, 'preprocess'):
-            return cls(model, threads, mode, decode=decode)
-        model._check_open()
-        return model
+        if isinstance(model, cls):
+            model._check_open()
+        is_other = isinstance(model, Closable) and not isinstance(model, cls)
+        return cls(model, threads, mode, decode=decode) if is_other or not hasattr(model, 'predict') else model
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}({self.path!r}, mode={self.mode!r}, resolutions={self.resolutions})'
