@@ -193,6 +193,6 @@ def serve(
     print(f'{session.path}: {address}', flush=True)
     if block:
         with suppress(ValueError):  # not in the main thread
-            signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # which deletes the pictures
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # after which the pictures are deleted
         app.block_thread()
     return app, address
