@@ -29,7 +29,7 @@ import yaml
 from timm import utils
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-from timm_rs.data.datasets import number_classes
+from timm_rs.data.classes import number_classes
 from timm_rs.evaluate import choose_amp
 from timm_rs.hub.push import TrainingPush
 from timm_rs.records import write_label_names

@@ -34,20 +34,22 @@ from tqdm import tqdm
 
 from timm_rs import SwitchableMixin, explain_unknown_model
 from timm_rs._compat import get_model_input_config
-from timm_rs.data.datasets import (
-    INTERPOLATIONS,
-    PyramidNormalizer,
+from timm_rs.data.classes import (
     check_class_folders,
     check_labels,
-    choose_img_mode,
     count_classes,
-    create_dataset,
-    create_eval_loader,
-    describe,
     encode_labels,
     explain_classes,
     explain_labels,
     number_classes,
+)
+from timm_rs.data.datasets import (
+    INTERPOLATIONS,
+    PyramidNormalizer,
+    choose_img_mode,
+    create_dataset,
+    create_eval_loader,
+    describe,
 )
 from timm_rs.data.readers import skip_unreadable
 from timm_rs.evaluate import (

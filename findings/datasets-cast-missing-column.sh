@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # datasets 5.2.0: `cast_column` of a column that a data set does not have raises ValueError for plain types, but with
-# Image it adds the column, empty: every row then has None for its image. timm's readers cast the field of
-# --input-key so, and a wrong name gives a data set of as many rows without images, with no word of the name.
+# Image it adds the column, empty: every row then has None for its image. timm 1.0.31 casts the field of --input-key
+# in this way, so a misspelt name gives a data set of the right length whose images are all missing.
 #
 # Prints the versions and what happens; exits 1 once that has changed.
 set -euo pipefail

@@ -221,10 +221,10 @@ def test_command(file, session, photographs, tmp_path, capsys):
         right = np.mean(session.predict(paths, r).argmax(-1) == labels)
         assert row['accuracy'] == pytest.approx(right, abs=1e-6)
         assert row['standard_error'] == pytest.approx((right * (1 - right) / 11) ** 0.5, abs=1e-6)
-    *alone, cascade = found['rows']
-    assert [line.split(' alone')[0] for line in lines[7:-1]] == [
-        row['network'] for row in alone
-        if row['accuracy'] >= cascade['accuracy'] and row['madds'] <= cascade['madds']]
+    *sizes, cascade = found['rows']
+    better = [r['network'] for r in sizes if r['accuracy'] >= cascade['accuracy'] and r['madds'] <= cascade['madds']]
+    assert lines[7:-1] == [
+        f'Without a cascade, {name} is at least as accurate and at most as expensive.' for name in better]
     logits, _ = collect_logits(session, paths)
     expected = cross_fit(logits, labels, session.madds, target_madds=100e6)
     assert found['rows'][-1]['accuracy'] == pytest.approx(expected.accuracy, abs=1e-6)

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
 
-from timm_rs.data.datasets import check_labels, choose_img_mode, create_dataset, describe
+from timm_rs.data.classes import check_labels
+from timm_rs.data.datasets import choose_img_mode, create_dataset, describe
 from timm_rs.data.readers import UNREADABLE, skip_unreadable
 from timm_rs_runtime import ImageError
 from timm_rs_runtime.errors import UserError

@@ -15,7 +15,8 @@ from PIL import Image
 
 import train_rs
 import validate_rs
-from timm_rs.data.datasets import check_labels, create_dataset, encode_labels
+from timm_rs.data.classes import check_labels, encode_labels
+from timm_rs.data.datasets import create_dataset
 from timm_rs.evaluate import create_evaluator, evaluate
 from timm_rs.hub.card import model_card
 from timm_rs.load import load_model

@@ -32,7 +32,7 @@ def test_images_beside_the_class_folders(images, tmp_path, capfd):
     shutil.copytree(images, tmp_path / 'loose')
     shutil.copy(images / 'train' / 'cat' / '1.jpg', tmp_path / 'loose' / 'train' / 'cover.jpg')
     argv = [tmp_path / 'loose', *TINY, '--epochs', '1', '--output', tmp_path / 'out']
-    assert 'train holds images that are in no folder of a class' in fails(train_rs.main, argv, capfd)
+    assert 'train holds images outside of its class folders' in fails(train_rs.main, argv, capfd)
     assert not (tmp_path / 'out').exists()
 
 

@@ -214,7 +214,7 @@ def test_images_beside_the_class_folders(images, trained, tmp_path, capfd):
     shutil.copytree(images, tmp_path / 'loose')
     shutil.copy(images / 'train' / 'cat' / '1.jpg', tmp_path / 'loose' / 'validation' / 'cover.jpg')
     argv = [tmp_path / 'loose', '--checkpoint', trained / 'last.pth.tar', '--device', 'cpu']
-    assert 'holds images that are in no folder of a class' in fails(validate_rs.main, argv, capfd)
+    assert 'holds images outside of its class folders' in fails(validate_rs.main, argv, capfd)
 
 
 def test_class_maps_that_do_not_fit(images, trained, tmp_path, capfd):

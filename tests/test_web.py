@@ -1,6 +1,10 @@
 """The local web page: what it computes, what its server answers, and what a browser shows"""
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +184,28 @@ def test_uploads_are_limited_and_deleted(session, photograph):
         assert Path(kept).is_file()
     finally:
         app.close()
+    assert not Path(kept).exists()
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='there is no SIGTERM')
+def test_the_command_ends_on_sigterm_and_deletes_pictures(session, photograph, tmp_path):
+    """Also where SIGINT is ignored, as in the background of a script."""
+    pytest.importorskip('gradio')
+    httpx = pytest.importorskip('httpx')
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'timm_rs_runtime', 'demo', session.path], stdout=subprocess.PIPE, text=True,
+        env=dict(os.environ, GRADIO_TEMP_DIR=str(tmp_path)),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    with process:
+        address = process.stdout.readline().split()[-1]
+        with open(photograph, 'rb') as f:
+            kept, = httpx.post(f'{address}gradio_api/upload', files={'files': ('a.jpg', f)}, timeout=240).json()
+        assert Path(kept).is_file()
+        process.terminate()
+        try:
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
     assert not Path(kept).exists()
 
 

@@ -39,15 +39,8 @@ def run(args: argparse.Namespace) -> None:
     from timm.data.model_config import resolve_input_data_config
 
     from timm_rs.calibrate import add_resolution
-    from timm_rs.data.datasets import (
-        check_labels,
-        choose_img_mode,
-        count_classes,
-        create_dataset,
-        encode_labels,
-        explain_labels,
-        number_classes,
-    )
+    from timm_rs.data.classes import check_labels, count_classes, encode_labels, explain_labels, number_classes
+    from timm_rs.data.datasets import choose_img_mode, create_dataset
     from timm_rs.data.readers import CheckedLoader, ReadableDataset
     from timm_rs.hub.convert import save_model
     from timm_rs.train.faults import open_device

@@ -42,7 +42,7 @@ class QueueFullError(UserError, RuntimeError):
 
 
 class BudgetError(UserError):
-    """Images take longer than the budget of their request, even alone and at the smallest size.
+    """Images take longer than the budget of their request, even at the smallest size with no others waiting.
 
     Attributes:
         least_ms: Milliseconds that they take.

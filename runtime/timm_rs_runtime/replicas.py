@@ -69,8 +69,9 @@ def connect(address: Optional[str], **options: Any) -> None:
 class Replicas:
     """The replicas behind a handle of Ray Serve; a request whose replica dies goes to another one.
 
-    Only so many requests are on their way as come back in time: the window shrinks by a fifth in a budget that saw a
-    refusal and grows by one in the time of an answer, as TCP's. One more is refused here, at once.
+    Only so many requests are on their way as come back in time: the window begins with what one replica holds, shrinks
+    by a fifth in a budget that saw a refusal and grows by one in the time of an answer, as TCP's. One more is refused
+    here, at once.
     """
 
     def __init__(self, handle: Any):

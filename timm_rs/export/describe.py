@@ -9,7 +9,7 @@ from timm_rs_runtime.errors import UserError
 from timm_rs_runtime.format import preprocessing_of
 from timm_rs_runtime.images import MODES
 
-from ..data.datasets import imagenet_classes
+from ..data.classes import imagenet_classes
 from ..evaluate import count_madds
 from ..version import __version__
 

@@ -17,7 +17,7 @@ from timm_rs_runtime.errors import UserError
 from timm_rs_runtime.files import atomic_folder, check_new_folder
 
 from ..checkpoint import check_finite
-from ..data.datasets import imagenet_classes
+from ..data.classes import imagenet_classes
 from ..models.rs_models import PREFIX
 from ..quant.packing import pack_state_dict
 from ..quant.quantize import StepFunction, fold, is_quantized

@@ -13,7 +13,7 @@ from timm.utils.distributed import init_distributed_device, world_info_from_env
 from timm_rs_runtime import fields
 from timm_rs_runtime.errors import UserError
 
-from ..data.datasets import explain_labels
+from ..data.classes import explain_labels
 from ..load import load_model
 from ..records import labels_beside, read_label_names
 from ..switchable import SwitchableMixin

@@ -19,20 +19,22 @@ from timm_rs_runtime.errors import UserError
 from timm_rs_runtime.unreadable import ReadErrors
 
 from ..data.cache import CropLoader, DecodedLoader, Squash, open_decoded
-from ..data.crop import random_boxes
-from ..data.datasets import (
-    PyramidNormalizer,
+from ..data.classes import (
     check_class_folders,
     check_labels,
-    choose_img_mode,
     count_classes,
-    create_dataset,
-    create_eval_loader,
-    describe,
     drop_labels,
     encode_labels,
     explain_classes,
     number_classes,
+)
+from ..data.crop import random_boxes
+from ..data.datasets import (
+    PyramidNormalizer,
+    choose_img_mode,
+    create_dataset,
+    create_eval_loader,
+    describe,
     share_shards,
 )
 from ..data.readers import ReadableDataset, skip_unreadable

@@ -12,7 +12,7 @@ from timm.models import is_model
 from timm_rs_runtime.errors import UserError
 from timm_rs_runtime.preprocess import PREPROCESSING
 
-from ..data.datasets import explain_labels
+from ..data.classes import explain_labels
 from ..evaluate import ENSEMBLE, count_madds, create_evaluator
 from ..load import load_weights, read_preprocessing, read_source
 from ..models.rs_models import PREFIX, explain_unknown_model
@@ -83,13 +83,13 @@ def build_model(
     if args.initial_checkpoint:
         load_weights(model, args.initial_checkpoint)
     args.resolutions = list(check_resolutions(model.resolutions))
-    numbered, is_given = max(classes.values()) + 1 if classes else model.num_classes, args.num_classes is not None
+    numbered, is_given = max(classes.values()) + 1 if classes else 0, args.num_classes is not None
     args.num_classes = model.num_classes
     if args.num_classes < numbered:
         raise UserError(
             f'--class-map {args.class_map} numbers {numbered} classes, the model has {args.num_classes}: give '
             '--num-classes.')
-    if args.num_classes > numbered and not is_given:
+    if args.class_map and args.num_classes > numbered and not is_given:
         _logger.info(
             f'--class-map {args.class_map} numbers {numbered} classes, the model keeps its {args.num_classes}: for a '
             f'new classifier give --num-classes {numbered}.')

@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> None:
         shares = ', '.join(f'{r} px {share:.0%}' for r, share in row['shares'].items())
         print(f"{row['network']:8} {row['accuracy']:8.2%} +- {row['standard_error']:<14.2%} "
               f"{row['madds'] / 1e6:10.1f}M {row['milliseconds']:8.2f}  {shares}")
-    *alone, cascade = rows
-    for row in alone:
+    *sizes, cascade = rows
+    for row in sizes:
         if row['accuracy'] >= cascade['accuracy'] and row['madds'] <= cascade['madds']:
-            print(f"{row['network']} alone is no less accurate and no more expensive than this cascade.")
+            print(f"Without a cascade, {row['network']} is at least as accurate and at most as expensive.")
     print(f'{args.output}: thresholds of a cascade for {args.file}')
