@@ -40,7 +40,7 @@ def check_class_folders(dataset: Dataset) -> None:
     """Raise UserError if a folder of class folders holds images beside these, which timm takes for one more class."""
     if '' in (number_classes(dataset) or ()):
         raise UserError(
-            f'{dataset.source} holds images outside of its class folders: move each into the folder of its class, or away.')
+            f'{dataset.source} holds images outside of its class folders: move each into that of its class, or away.')
 
 
 def read_class_map(name: str, root: str) -> Mapping[Any, int]:

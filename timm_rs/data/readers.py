@@ -141,7 +141,7 @@ class StreamDataset(timm_data.IterableImageDataset):
             except ImageError as e:
                 if self.errors is None:
                     raise
-                name = source.name if isinstance(source, ImageError) else name_of(source)
+                name = name_of(source)
                 self.errors.report(f'number {number}' if name == name_of(None) else name, e)
                 if self.stand_in:
                     waiting += 1
@@ -187,7 +187,7 @@ def _black(dataset: Dataset, target: int) -> Tuple[Any, Any]:
 
 
 def _encoded(dataset: Dataset, target: Any) -> Any:
-    """Return the label or labels of an image as the loss takes them, -1 for none if it does not look at them."""
+    """Return the label or labels of an image as the loss takes them; unchecked ones as they are, -1 for none."""
     if dataset.target_transform is None:
         return -1 if target is None else target
     try:

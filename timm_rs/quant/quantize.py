@@ -83,10 +83,9 @@ def quantize(
     if config.activation_bits != FLOAT_BITS:
         _quantize_activations(model, layers, config)
     for module in model.modules():
-        if is_quantized(module):
-            for name in FOLDING:
-                if hasattr(type(module), name):
-                    setattr(module, name, _refuse_reparameterization)
+        for name in FOLDING:
+            if hasattr(type(module), name) and is_quantized(module):
+                setattr(module, name, _refuse_reparameterization)
     model._quantization = config
     if hasattr(model, '_model_args'):
         model._model_args['quantization'] = asdict(config)  # as timm writes it into config.json
