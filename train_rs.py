@@ -124,8 +124,8 @@ def set_up(args, flags, held):
     if args.new_classifier and args.new_classifier_init == 'fitted' and not output.resume:
         fit_classifier(task, loaders, args)
     optimizer = build_optimizer(args, model)
-    if args.small_steps or args.sizes_per_update:  # Lookahead calls the step of the optimizer inside it
-        getattr(optimizer, '_base_optimizer', optimizer).register_step_pre_hook(lambda *_: task.drop_idle_gradients())
+    inner = getattr(optimizer, '_base_optimizer', optimizer)  # Lookahead calls the step of that
+    inner.register_step_pre_hook(lambda *_: task.adjust_gradients())
     amp_autocast, loss_scaler = nullcontext, None
     if args.amp:
         dtype = choose_amp(model, device, args.amp_dtype, args.in_chans)

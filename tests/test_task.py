@@ -11,6 +11,7 @@ from timm.task import TrainingTask
 from timm.utils import ModelEmaV3, unwrap_model
 
 from timm_rs import EnsembleDistillationLoss
+from timm_rs.private_bn import tie_affine
 from timm_rs.train import MultiResolutionTask, ResolutionPyramid
 
 MODES = ('none', 'ens', 'ens_topdown')
@@ -226,3 +227,38 @@ def test_plain_parts_are_refused():
         MultiResolutionTask(plain_model())
     with pytest.raises(ValueError, match='criterion CrossEntropyLoss'):
         MultiResolutionTask(rs_model(), torch.nn.CrossEntropyLoss())
+
+
+@pytest.mark.parametrize('reduction', EnsembleDistillationLoss.REDUCTIONS)
+@pytest.mark.parametrize('levels', [None, (0, 2)])
+@pytest.mark.parametrize('tied', [False, True])
+def test_private_parameters_learn_from_the_loss_of_their_own_resolution(reduction, levels, tied):
+    """And what is shared from the mean, or the sum, over the resolutions that a step trains."""
+    model, (x, target) = rs_model().double().train(), batch()
+    if tied:
+        tie_affine(model)
+    task = MultiResolutionTask(model, EnsembleDistillationLoss('none', reduction=reduction), verbose=False)
+    task.levels, trained = levels, [RESOLUTIONS[i] for i in levels or range(len(RESOLUTIONS))]
+    own = {}
+    for r, y in zip(RESOLUTIONS, task.pyramid(x.double())):
+        model.zero_grad()
+        plain = model.at(r)
+        F.cross_entropy(plain(y), target).backward()
+        own[r] = {n: p.grad.clone() for n, p in plain.named_parameters()}
+    for p in model.parameters():  # of a step before, which trained another resolution
+        p.grad = torch.zeros_like(p)
+    task(x.double(), target)['loss'].backward()
+    task.adjust_gradients()
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    assert any(name not in parameters for name in own[trained[0]])
+    for name in own[trained[0]]:
+        layer, _, kind = name.rpartition('.')
+        total = sum(own[r][name] for r in trained)
+        shared = total / len(trained) if reduction == 'mean' else total
+        for r in RESOLUTIONS:
+            is_private = name not in parameters and not tied
+            parameter = parameters[name if name in parameters else f'{layer}.{r}.{kind}']
+            expected = (own[r][name] if r in trained else None) if is_private else shared
+            assert (parameter.grad is None) == (expected is None)
+            if expected is not None:
+                torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-6)  # the loss is in float32

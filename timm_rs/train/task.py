@@ -1,5 +1,6 @@
 """The multi-resolution step as a timm training task"""
 import copy
+from collections import Counter
 from dataclasses import asdict
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -145,22 +146,31 @@ class MultiResolutionTask(ClassificationTask):
             losses = self.teachers.combine(losses, logits, answers, self.criterion.reduction)
         # DistributedDataParallel waits for the gradients of all parameters.
         if self.levels is not None and isinstance(self.trainable_module, DistributedDataParallel):
-            losses['loss'] = losses['loss'] + sum(0. * p.sum() for p in self._idle_parameters())
+            losses['loss'] = losses['loss'] + sum(0. * p.sum() for p in self._private_parameters(trained=False))
         return dict(losses, output=logits)
 
-    def drop_idle_gradients(self) -> None:
-        """Drop the gradients of resolutions that the step did not train, which momentum would otherwise move."""
-        for parameter in self._idle_parameters():
-            parameter.grad = None
+    def adjust_gradients(self) -> None:
+        """Give the private parameters of each resolution the gradient of the loss of that resolution, in place.
 
-    def _idle_parameters(self) -> List[nn.Parameter]:
-        """Return the BN parameters of resolutions that the step does not train."""
-        if self.levels is None:
-            return []
+        Call it before each step of an optimizer. A mean over resolutions is a mean for what they share, but would divide
+        the rate of what is private by their number. The gradients of resolutions that the step did not train are
+        dropped, as momentum would move their parameters.
+        """
+        for parameter in self._private_parameters(trained=False):
+            parameter.grad = None
+        gradients = [p.grad for p in self._private_parameters(trained=True) if p.grad is not None]
+        if gradients and self.criterion.reduction == 'mean':
+            torch._foreach_mul_(gradients, len(self.pyramid.resolutions if self.levels is None else self.levels))
+
+    def _private_parameters(self, trained: bool) -> List[nn.Parameter]:
+        """Return the BN parameters of one resolution alone, of those that the step trains or of the others."""
         model = unwrap_model(self.trainable_module)
+        levels = range(len(model.resolutions)) if self.levels is None else self.levels
         layers = [bn for bn in model.modules() if isinstance(bn, PrivateBN)]
-        in_use = {id(p) for bn in layers for i in self.levels for p in bn[model.resolutions[i]].parameters()}
-        return [p for bn in layers for p in bn.parameters() if id(p) not in in_use]
+        found = [[p for bn in layers for p in bn[r].parameters()] for r in model.resolutions]
+        owners = Counter(id(p) for parameters in found for p in parameters)
+        return [p for i, parameters in enumerate(found) if (i in levels) == trained
+                for p in parameters if owners[id(p)] == 1]
 
 
 def _use_batch_statistics(module: nn.Module, mode: bool) -> None:
