@@ -33,7 +33,9 @@ class EnsembleDistillationLoss(nn.Module):
         mode: 'none' (the paper's Parallel: classification only), 'ens', or 'ens_topdown'.
         criterion: Base criterion on logits [N, C] and the target, cross entropy if None.
         reduction: 'sum' of the terms, or 'mean', the sum divided by S. With SGD, 'mean' takes the learning rate and
-            weight decay of a network of one size; 'sum' takes 1 / S of that rate and S times that decay.
+            weight decay of a network of one size, for what is private to a resolution too if
+            MultiResolutionTask.adjust_gradients precedes each step; 'sum' takes 1 / S of that rate and S times that
+            decay.
         labels: 'one' per image; or several, over whose divergences the 'mean' or 'sum' is taken, as the base criterion
             takes it over their losses.
 

@@ -152,9 +152,9 @@ class MultiResolutionTask(ClassificationTask):
     def adjust_gradients(self) -> None:
         """Give the private parameters of each resolution the gradient of the loss of that resolution, in place.
 
-        Call it before each step of an optimizer. A mean over resolutions is a mean for what they share, but would divide
-        the rate of what is private by their number. The gradients of resolutions that the step did not train are
-        dropped, as momentum would move their parameters.
+        Call it before each step of an optimizer. A mean over resolutions suits what they share; what is private would
+        learn at a rate divided by their number. The gradients of resolutions that the step did not train are dropped,
+        as momentum would move their parameters.
         """
         for parameter in self._private_parameters(trained=False):
             parameter.grad = None
