@@ -260,7 +260,7 @@ def test_a_failure_of_the_runtime_leaves_the_line():
 
 
 @pytest.mark.parametrize('budget, kwargs, message', [
-    (0, {}, 'budget_ms is 0, expected a number above 0'),
+    (0, {}, 'budget_ms is 0, expected a finite number above 0'),
     (float('nan'), {}, 'budget_ms is nan'),
     (float('inf'), {}, 'budget_ms is inf'),
     ('10', {}, "budget_ms is '10'"),
@@ -268,6 +268,10 @@ def test_a_failure_of_the_runtime_leaves_the_line():
     (10, dict(max_queue=1.5), 'max_queue is 1.5'),
     (10, dict(read_timeout=0), 'read_timeout is 0'),
     (10, dict(floor=64), 'Unknown floor 64'),
+    (10, dict(floor=[64]), r'Unknown floor \[64\]'),
+    (10, dict(refuse_late='yes'), "refuse_late is 'yes', expected true or false"),
+    (10, dict(threads=1), 'are for a file, a session that is given has its own'),
+    (10, dict(decode='exact'), 'are for a file, a session that is given has its own'),
 ])
 def test_unusable_arguments(budget, kwargs, message):
     with pytest.raises(ValueError, match=message):

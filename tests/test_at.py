@@ -50,6 +50,15 @@ def test_numbers_of_numpy_are_resolutions():
     assert_equal(dict(model.at(48.0).state_dict()), dict(model.at(np.int64(48)).state_dict()))
 
 
+@pytest.mark.parametrize('take', [lambda m: m.at(48), copy.copy, copy.deepcopy])
+def test_both_names_of_the_configuration_follow(take):
+    view = take(rs_model())
+    if hasattr(view, 'switch_to'):
+        view.switch_to(np.int64(48))
+    assert view.default_cfg is view.pretrained_cfg
+    assert view.pretrained_cfg['input_size'] == (3, 48, 48) and type(view.pretrained_cfg['input_size'][1]) is int
+
+
 def test_at_leaves_the_network_alone():
     model = rs_model()
     keys, cfg = list(model.state_dict()), copy.deepcopy(model.pretrained_cfg)

@@ -1,7 +1,9 @@
 """A resolution that was not trained"""
 import copy
+from contextlib import nullcontext
 
 import pytest
+import timm
 import torch
 from conftest import assert_equal, images, randomize_bn, rs_model
 from timm.utils import freeze
@@ -166,6 +168,18 @@ def test_frozen_networks_learn_a_size(method):
         or not torch.equal(model.layer2[0].bn1[40].weight, between.layer2[0].bn1[40].weight)
 
 
+@pytest.mark.parametrize('fails', [False, True])
+def test_a_second_classifier_for_distillation_learns_too(fails):
+    model = timm.create_model('rs_swiftformer_xs', resolutions=(64, 32), num_classes=4)
+    before = [copy.deepcopy(head) for head in model.get_classifier()]
+    kwargs = dict(method='tune_bn_head', epochs=1, lr=1e30 if fails else 1e-3)
+    with pytest.raises(ValueError, match='is not finite') if fails else nullcontext():
+        add_resolution(model, 48, loader(64, 64), **kwargs)
+    after = list(model.get_classifier())
+    assert len(before) == len(after) == 2
+    assert all(torch.equal(b.weight, a.weight) == fails for b, a in zip(before, after))
+
+
 def test_what_gives_no_logits_is_not_taught():
     model = rs_model(features_only=True)
     with pytest.raises(ValueError, match='returns a list, expected logits'):
@@ -187,6 +201,11 @@ def test_what_gives_no_logits_is_not_taught():
     (48, None, dict(method='magic'), "Unknown method 'magic'"),
     (48, iter([torch.rand(64, 3, 64, 64)]), {}, 'The loader is an iterator'),
     (48, [torch.rand(64, 3, 64, 64)], dict(epochs=0), 'epochs is 0'),
+    (48, [torch.rand(64, 3, 64, 64)], dict(epochs=1.5), 'epochs is 1.5, expected an integer'),
+    (48, [torch.full((64, 3, 64, 64), torch.nan)], {}, 'images with values that are NaN or infinite'),
+    (48, [torch.full((64, 3, 64, 64), torch.inf)], dict(method='statistics'), 'images with values that are NaN'),
+    (48, [dict(image=torch.rand(64, 3, 64, 64))], {}, 'The loader gives dict, expected batches'),
+    (48, [(torch.rand(3, 64, 64), 0)] * 64, {}, 'The loader gives tensors of 3 dimensions, expected batches'),
 ])
 def test_bad_input_leaves_the_network_alone(resolution, batches, kwargs, message):
     model = randomize_bn(rs_model(resolutions=(64, 32)))

@@ -161,6 +161,7 @@ def test_unusable_images(session, photographs, tmp_path):
     ({32: 0.5, 64: 0.5}, 'the last with threshold 0'),
     ({32: 1.5, 64: 0.}, 'with thresholds from 0 to 1'),
     ({40: 0.5, 64: 0.}, 'Unknown resolution 40'),
+    ({32.5: 0.5, 64: 0.}, 'is not a cascade, expected rising resolutions'),
 ])
 def test_unusable_thresholds(session, thresholds, message):
     with pytest.raises(ValueError, match=message):
@@ -177,7 +178,8 @@ def test_features_are_not_answers(tmp_path, answer):
 # Files and the command
 
 def test_a_file_keeps_a_cascade(tmp_path):
-    cascade = Cascade({96: 0.25, 224: 0.}, True)
+    cascade = Cascade({np.int64(96): np.float32(0.25), 224.: 0}, True)
+    assert repr(cascade.thresholds) == '{96: 0.25, 224: 0.0}'
     write_cascade(tmp_path / 'c.json', cascade, images=3)
     assert read_cascade(tmp_path / 'c.json') == cascade
     assert [p.name for p in tmp_path.iterdir()] == ['c.json']

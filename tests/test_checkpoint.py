@@ -6,6 +6,7 @@ import timm
 import torch
 import torch.nn as nn
 from conftest import RESOLUTIONS, assert_equal, images, plain_model, plain_state_dict, randomize_bn, rs_model
+from timm.layers import convert_splitbn_model
 
 from timm_rs import PrivateBN, make_switchable
 from timm_rs.checkpoint import adapt_state_dict, extract_resolution, state_dict_resolutions
@@ -135,6 +136,20 @@ def test_sequential_indices_are_no_resolutions():
     with pytest.warns(UserWarning, match='4 from 5'):  # 16 - 1 > 25 - 16
         other.load_state_dict(model.state_dict())
     assert_equal(dict(other.at(4).state_dict()), extract_resolution(model.state_dict(), 5))
+
+
+@pytest.mark.parametrize('build', [
+    lambda: make_switchable(nn.Sequential(nn.BatchNorm2d(8, track_running_stats=False)), (64, 32)),
+    lambda: make_switchable(nn.Sequential(
+        nn.BatchNorm2d(8), nn.Identity(), nn.InstanceNorm2d(8, track_running_stats=True)), (64, 32)),
+    lambda: convert_splitbn_model(make_switchable(nn.Sequential(nn.BatchNorm2d(8)), (64, 32)), 2),
+], ids=['no statistics', 'statistics of others', 'split'])
+def test_weights_come_back_into_their_network(build):
+    model, other = build(), build()
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = torch.rand(tensor.shape).to(tensor.dtype)
+    other.load_state_dict(model.state_dict())
+    assert_equal(dict(other.state_dict()), dict(model.state_dict()))
 
 
 def test_another_network_is_refused_as_usual():

@@ -132,7 +132,7 @@ def test_floor():
 @pytest.mark.parametrize('options, message', [
     (dict(floor=100), 'Unknown floor 100, expected one of 224, 160, 96'),
     (dict(patience=0), 'patience is 0, expected an integer from 1'),
-    (dict(headroom=-1), 'headroom is -1, expected a number of at least 0'),
+    (dict(headroom=-1), 'headroom is -1, expected a finite number of at least 0'),
     (dict(margin=float('nan')), 'margin is nan'),
 ])
 def test_unusable_options(options, message):

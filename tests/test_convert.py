@@ -289,7 +289,7 @@ def test_truncated_checkpoint(suffix, trained, tmp_path, capsys):
     (['--resolutions', '64', '64'], 'names 64 twice'),
     (['--label-names', 'nowhere.txt'], 'nowhere.txt does not exist'),
     (['--mean', '0.5', '0.5'], 'mean is (0.5, 0.5), expected one value or 3'),
-    (['--std', '0'], '--std is 0.0, expected a number above 0'),
+    (['--std', '0'], '--std is 0.0, expected a finite number above 0'),
     (['--interpolation', 'cubic'], "--interpolation is 'cubic', expected one of nearest, "),
 ])
 def test_arguments_that_do_not_fit(flags, message, trained, tmp_path, capsys):

@@ -363,7 +363,7 @@ def test_a_photograph_of_a_telephone_is_read(tmp_path):
     (dict(crop_mode='middle'), "crop_mode is 'middle', expected one of center"),
     (dict(crop_pct=0), 'crop_pct is 0'),
     (dict(crop_pct=87.5), 'crop_pct is 87.5, expected a number of at least 0.1 and at most 4'),
-    (dict(std=(0., 1., 1.)), r'std\[0\] is 0.0, expected a number above 0'),
+    (dict(std=(0., 1., 1.)), r'std\[0\] is 0.0, expected a finite number above 0'),
     (dict(mean=(math.nan,) * 3), r'mean\[0\] is nan, expected a finite number'),
 ])
 def test_unusable_settings(config, message):

@@ -213,7 +213,7 @@ def test_names_of_other_classes_do_not_come_along(tmp_path):
 
 @pytest.mark.parametrize('change, message', [
     (dict(interpolation='cubic'), "interpolation is 'cubic', expected one of nearest"),
-    (dict(std=(0., 0., 0.)), r'std\[0\] is 0.0, expected a number above 0'),
+    (dict(std=(0., 0., 0.)), r'std\[0\] is 0.0, expected a finite number above 0'),
     (dict(crop_pct=87.5), 'crop_pct is 87.5'),
 ])
 def test_preprocessing_that_cannot_be(tiny, change, message):

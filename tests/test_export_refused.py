@@ -182,4 +182,6 @@ def test_files_are_not_written_over(tiny, photographs, tmp_path):
 
 def test_plain_networks_are_refused(tmp_path):
     with pytest.raises(ValueError, match='ResNet is not switchable'):
+        export_resolution(plain_model(), 48, tmp_path / 'm.onnx')
+    with pytest.raises(ValueError, match='ResNet is not switchable'):
         export_switchable(plain_model(), str(tmp_path / 'all.onnx'))

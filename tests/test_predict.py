@@ -3,6 +3,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -171,6 +172,36 @@ def test_standard_input(file, folder, capsys, monkeypatch, content):
         assert len(lines) == 6
 
 
+INTERRUPTED = """
+import io, os, sys
+from timm_rs_cli import main
+
+class Stdin(io.RawIOBase):
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        print('reading', flush=True)
+        return os.readv(0, [buffer])
+
+sys.stdin = io.TextIOWrapper(io.BufferedReader(Stdin()))
+main(sys.argv[1:])
+"""
+
+
+def test_an_interrupt_ends_waiting_for_standard_input(file):
+    with subprocess.Popen(
+            [sys.executable, '-c', INTERRUPTED, 'predict', '-', '--model', file], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == 'reading\n'
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130
+            assert process.stderr.read() == 'timm-rs predict: interrupted.\n'
+        finally:
+            process.kill()
+
+
 def test_a_pipe_is_refused_at_once(file, folder, capsys):
     os.mkfifo(folder / 'pipe.png')
     lines, (error,) = predict(capsys, folder / 'pipe.png', folder / 'a.png', '--model', file, code=1)
@@ -214,7 +245,7 @@ def test_cascades(file, folder, capsys, tmp_path):
 
 @pytest.mark.parametrize('arguments, code, message', [
     (['--resolution', '40'], 1, 'Unknown resolution 40'),
-    (['--budget-ms', '-1'], 1, 'budget_ms is -1.0, expected a number above 0'),
+    (['--budget-ms', '-1'], 1, 'budget_ms is -1.0, expected a finite number above 0'),
     (['--cascade', 'nowhere.json'], 1, 'nowhere.json does not exist'),
     (['--top', '0'], 1, '--top is 0'),
     (['--budget-ms', '5', '--resolution', '64'], 2, 'not allowed with argument'),

@@ -117,9 +117,13 @@ def loader_of(size, batches=3):
 
 def test_update_bn_is_refused_unless_it_is_given_a_resolution():
     model = rs_model()
-    for net in (copy.deepcopy(model), AveragedModel(model)):  # which stay without a momentum, as after any error
+    for net in (copy.deepcopy(model).eval(), AveragedModel(model).train()):
+        momenta = {m: m.momentum for m in net.modules() if isinstance(m, _BatchNorm)}
+        is_training = net.training
         with pytest.raises(UserError, match=r'update_bn\(loader, model.at\(size\)\)'):
             update_bn(loader_of(64), net)
+        assert {m: m.momentum for m in momenta} == momenta and None not in momenta.values()
+        assert {m.training for m in net.modules()} == {is_training}
     loaders = {r: loader_of(r) for r in RESOLUTIONS}
     for r, loader in loaders.items():
         update_bn(loader, model.at(r))

@@ -111,6 +111,12 @@ def test_bad_arguments(kwargs, message):
     assert_equal(model.state_dict(), before)
 
 
+def test_no_fields_are_the_defaults():
+    for quantization in ({}, None):
+        model = timm.create_model('rs_test_resnet', resolutions=(64, 32), quantization=quantization)
+        assert is_quantized(model) == (quantization is not None)
+
+
 def test_bad_networks():
     with pytest.raises(ValueError, match='is quantized already'):
         quantize(q_model())

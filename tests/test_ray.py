@@ -144,10 +144,15 @@ def test_bytes_in_parquet_and_in_shards(cluster, model, best, tmp_path):
     ('full', 'a', dict(workers=0), 'workers is 0'),
     ('full', 'a', dict(workers=3), '3 workers need 4 cores, one to read; the cluster has 3'),
     ('full', 'a', dict(resolution=3), 'Unknown resolution 3'),
+    ('named', 'a', {}, 'named holds a file whose name is not UTF-8, which Parquet needs'),
+    ('table.parquet', 'a', {}, 'table.parquet has the columns image, label, expected path and bytes'),
 ])
 def test_unusable_batches(cluster, model, tmp_path, source, output, kwargs, message):
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full' / 'note.txt').write_text('x')
+    (tmp_path / 'named').mkdir()
+    (tmp_path / 'named' / os.fsdecode(b'caf\xe9.png')).write_bytes(encoded(0))
+    pa.parquet.write_table(pa.table(dict(image=[encoded(0)], label=[3])), tmp_path / 'table.parquet')
     with pytest.raises(UserError, match=message):
         predict(str(tmp_path / source), model, str(tmp_path / output), **kwargs)
 

@@ -128,3 +128,13 @@ def test_config_takes_integers_as_yaml_writes_them(tmp_path):
     args = parse_args(['--config', str(tmp_path / 'c.yaml')])
     assert (args.epochs, args.batch_size, args.resolutions, args.epoch_repeats) == (7, 16, [64, 32], 2.5)
     assert isinstance(args.epochs, int)
+
+
+def test_first_weights_of_both_classifiers():
+    """Of a network with one more for distillation; one without a bias gets none."""
+    flags = ['--model', 'rs_swiftformer_xs', '--resolutions', '64', '32', '--num-classes', '3', '--smoothing', '0']
+    args = parse_args([*flags, '--head-init-scale', '0', '--head-init-bias', '0.5'])
+    heads = build_model(args, CPU).get_classifier()
+    assert len(heads) == 2
+    for head in heads:
+        assert not head.weight.any() and (head.bias == 0.5).all()

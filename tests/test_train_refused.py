@@ -8,7 +8,9 @@ from command_lines import MODEL, TINY, fails, images  # noqa: F401
 
 import train_rs
 from timm_rs.hub.convert import save_model
-from timm_rs.train.options import parse_args
+from timm_rs.train import refused
+from timm_rs.train.options import create_parser, parse_args
+from timm_rs_runtime import fields
 
 
 @pytest.mark.parametrize('flags', [[], ['--resolutions', '32', '16']])
@@ -68,6 +70,11 @@ def test_missing_package_leaves_nothing_behind(images, tmp_path, capfd, monkeypa
     (['--opt-betas', '0.9', '2'], '--opt-betas'),
     (['--layer-decay', '0'], '--layer-decay'),
     (['--save-epochs', '0', '9'], '--save-epochs'),
+    (['--clip-grad', '-1'], '--clip-grad is -1.0, expected a finite number above 0'),
+    (['--sched', 'step', '--decay-rate', '-1'], '--decay-rate is -1.0, expected a finite number above 0'),
+    (['--lr-base-size', '0'], '--lr-base-size is 0, expected a finite number of at least 1'),
+    (['--lr-cycle-mul', '0'], '--lr-cycle-mul is 0.0'),
+    (['--max-unreadable', '-1'], '--max-unreadable is -1, expected an integer from 0'),
     (['--all-sizes-from', '0.5'], '--all-sizes-from needs --small-steps or --sizes-per-update'),
     (['--sizes-per-update', '1', '--all-sizes-from', '1.5'], '--all-sizes-from'),
     (['--private', 'statistics', '--model-ema'], '--private statistics does not go with --model-ema'),
@@ -83,7 +90,7 @@ def test_missing_package_leaves_nothing_behind(images, tmp_path, capfd, monkeypa
     (['--opt', 'adamw', '--opt-kwargs', 'caution=1', 'speed=3'], "speed': 3}: "),
     (['--aa', 'original-x3'], '--aa original-x3 --color-jitter 0.4'),
     (['--smoothing', '1.5'], '--smoothing is 1.5, expected a number of at least 0 and at most 1'),
-    (['--ratio', '0', '1'], '--ratio is 0.0, expected a number above 0'),
+    (['--ratio', '0', '1'], '--ratio is 0.0, expected a finite number above 0'),
     (['--seed', '-1'], '--seed is -1, expected an integer from 0 to'),
     (['--crop-pct', '0'], '--crop-pct is 0.0, expected a number of at least 0.1'),
     (['--mean', '0.5', '0.5'], '--mean [0.5, 0.5]: mean must have one value or 3'),
@@ -107,6 +114,14 @@ def test_bad_training_input(images, tmp_path, capfd, flags, message):
     line = fails(train_rs.main, [images, *TINY, '--epochs', '1', '--output', tmp_path / 'out', *flags], capfd)
     assert message in line
     assert not (tmp_path / 'out').exists()
+
+
+def test_every_number_is_bounded():
+    """But for those that other checks bound, and those of which any number makes sense."""
+    bounded = {*refused._NUMBERS, *fields._NUMBERS, *refused.REFUSED, 'small_steps', 'multilabel_threshold', 'tta'}
+    free = {'local_rank', 'head_init_scale', 'head_init_bias', 'poly_epsilon', 'db_init_bias'}
+    numbers = {a.dest for a in create_parser()._actions if a.type in (int, float)}
+    assert len(numbers) > 80 and numbers - bounded == free - bounded
 
 
 def test_class_map_of_more_classes_than_the_model(images, tmp_path, capfd):

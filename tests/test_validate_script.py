@@ -181,7 +181,7 @@ def test_validation_compares_the_classes_that_are_named_beside_the_checkpoint(im
     (['--model', MODEL, '--input-size', '3', '32', '32', '--in-chans', '1'], '--input-size 3 32 32: expected'),
     (['--model', MODEL, '--num-gpu', '2'], '--num-gpu'),
     (['--model', MODEL, '--crop-pct', '0'], '--crop-pct is 0.0, expected a number of at least 0.1 and at most 4'),
-    (['--model', MODEL, '--std', '0', '1', '1'], '--std is 0.0, expected a number above 0'),
+    (['--model', MODEL, '--std', '0', '1', '1'], '--std is 0.0, expected a finite number above 0'),
     (['--model', MODEL, '--seed', '-1'], '--seed is -1, expected an integer from 0 to 4294967295'),
     (['--model', MODEL, '--device', 'gpu'], '--device gpu: Expected one of cpu, cuda'),
     (['--model', MODEL, '--device', 'mps'], '--device mps: '),

@@ -16,13 +16,14 @@ from timm.task.evaluator import ClassificationEvaluator
 from tqdm import tqdm
 
 from timm_rs_runtime.errors import UserError
+from timm_rs_runtime.fields import check_argument, integer
 
 from .data.readers import UNREADABLE
 from .data.resample import INTERPOLATIONS, downscale
 from .evaluate import METRICS, create_evaluator
 from .private_bn import PrivateBN, interpolate
 from .resolutions import check_resolutions, nearest_resolution, neighbours
-from .switchable import SwitchableMixin
+from .switchable import SwitchableMixin, classifiers
 
 __all__ = ['METHODS', 'add_resolution', 'measure_statistics', 'tune']
 
@@ -97,8 +98,7 @@ def add_resolution(
         raise UserError(f'Cannot add resolution {resolution!r} to {model.resolutions}, expected a new size in pixels.')
     if method == 'tune_bn_head' and not hasattr(model, 'get_classifier'):
         raise UserError(f'{type(model).__name__} has no classifier to teach (get_classifier), take method tune_bn.')
-    if method.startswith('tune') and epochs < 1:
-        raise UserError(f'epochs is {epochs}, expected a positive number.')
+    check_argument('epochs', epochs, integer(1, 10 ** 6))
     if method != 'copy':
         _check_images(loader, max(resolution, model.resolutions[0]), min_images)
 
@@ -144,7 +144,7 @@ def _restored(model: nn.Module, head: bool) -> Iterator[None]:
     layers = {m: m._modules for m in modes if isinstance(m, PrivateBN)}
     resolution, resolutions, alpha = model.resolution, model.resolutions, model.alpha
     args = dict(getattr(model, '_model_args', {}))
-    classifier = copy.deepcopy(model.get_classifier().state_dict()) if head else None
+    classifier = copy.deepcopy(classifiers(model).state_dict()) if head else None
     try:
         yield
     except BaseException:
@@ -155,7 +155,7 @@ def _restored(model: nn.Module, head: bool) -> Iterator[None]:
         if args:
             model._model_args = args
         if head:
-            model.get_classifier().load_state_dict(classifier)
+            classifiers(model).load_state_dict(classifier)
         raise
     finally:
         for module in model.modules():
@@ -215,7 +215,7 @@ def tune(
     teaching = model.at(teacher)
     if head:
         teaching = copy.deepcopy(teaching)  # the teacher must not change
-        parameters += model.get_classifier().parameters()
+        parameters += classifiers(model).parameters()
     if not parameters:
         raise UserError(f'{type(model).__name__} has only frozen BN parameters, none to teach.')
     frozen = [p for p in parameters if not p.requires_grad]
@@ -278,7 +278,7 @@ def _check_images(loader: Optional[Iterable], size: int, min_images: int) -> Non
                         'expected a list or a DataLoader.')
     count = 0
     for batch in loader:
-        images = batch[0] if isinstance(batch, (list, tuple)) else batch
+        images = _images_of(batch)
         if tuple(images.shape[-2:]) != (size, size):
             got = f'{images.shape[-2]}x{images.shape[-1]}'
             raise UserError(f'The loader gives images of {got}, expected {size}x{size}.')
@@ -286,6 +286,15 @@ def _check_images(loader: Optional[Iterable], size: int, min_images: int) -> Non
         if count >= min_images:
             return
     raise UserError(f'The loader gives {count} images, expected at least {min_images}.')
+
+
+def _images_of(batch: Any) -> torch.Tensor:
+    images = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
+    if not isinstance(images, torch.Tensor) or images.ndim != 4:
+        kind = type(images).__name__
+        got = f'tensors of {images.ndim} dimensions' if isinstance(images, torch.Tensor) else kind
+        raise UserError(f'The loader gives {got}, expected batches [N, C, H, W], or tuples that begin with these.')
+    return images
 
 
 def _insert(model: nn.Module, resolution: int) -> None:
@@ -314,6 +323,8 @@ def _batches(model: nn.Module, loader: Iterable, *sizes: int) -> Iterator[List[t
     interpolation = (getattr(model, 'pretrained_cfg', None) or {}).get('interpolation')
     interpolation = interpolation if interpolation in INTERPOLATIONS else INTERPOLATIONS[0]
     for batch in loader:
-        images = batch[0] if isinstance(batch, (list, tuple)) else batch
+        images = _images_of(batch)
+        if not images.isfinite().all():
+            raise UserError('The loader gives images with values that are NaN or infinite.')
         images = images.to(device=model.alpha.device, dtype=model.alpha.dtype)
         yield [downscale(images, size, interpolation) for size in sizes]

@@ -13,7 +13,7 @@ import re
 import warnings
 import zipfile
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterable, Iterator, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, Mapping, Optional, Set, Tuple
 
 import safetensors.torch
 import torch
@@ -30,7 +30,8 @@ __all__ = [
     'explain_mismatch', 'extract_resolution', 'has_taken', 'is_reference', 'read_checkpoint', 'state_dict_resolutions']
 
 _logger = logging.getLogger(__name__)
-_RUNNING_MEAN = re.compile(r'(?:^|\.)([1-9]\d{0,3})\.running_mean$')
+_SIZE = re.compile(r'[1-9]\d{0,3}')
+_RUNNING_MEAN = re.compile(rf'(?:^|\.)({_SIZE.pattern})\.running_mean$')
 _REFERENCE_KEY = re.compile(r'(?P<layer>.+)\.(?:module|bn_(?P<index>\d{1,3}))\.(?P<rest>\w+)')
 _MOBILENETV2_DEPTHS = (1, 2, 3, 4, 3, 3, 1)  # blocks per stage
 _MOBILENETV2_LAYERS = {
@@ -178,8 +179,16 @@ def _pick_state_dict(checkpoint: Any, use_ema: Optional[bool] = None) -> Dict[st
     return clean_state_dict(state_dict)
 
 
-def state_dict_resolutions(state_dict: Mapping[str, Any]) -> Optional[Tuple[int, ...]]:
+def state_dict_resolutions(
+        state_dict: Mapping[str, Any],
+        private_names: Optional[Set[str]] = None,
+) -> Optional[Tuple[int, ...]]:
     """Return the resolutions that a switchable network's state dict holds, largest first, None if it is a plain one.
+
+    Args:
+        state_dict: Weights.
+        private_names: Names of the PrivateBN modules of their network, if known. Otherwise all layers that hold running
+            statistics have to be named by a resolution.
 
     Raises:
         ValueError: It is from the authors' code, needs images of another normalization and must be converted first.
@@ -194,10 +203,15 @@ def state_dict_resolutions(state_dict: Mapping[str, Any]) -> Optional[Tuple[int,
             'convert them first by timm-rs convert FILE --model MODEL --output DIR.')
     if 'alpha' not in state_dict:
         return None
-    matches = [_RUNNING_MEAN.search(k) for k in state_dict if k.endswith('running_mean')]
-    if not matches or not all(matches):
+    if private_names is None:
+        matches = [_RUNNING_MEAN.search(k) for k in state_dict if k.endswith('running_mean')]
+        held = {m and m.group(1) for m in matches}
+    else:
+        split = (_split_private(k, private_names) for k in state_dict)
+        held = {rest.partition('.')[0] for name, rest in split if name is not None}
+    if not held or not all(r and _SIZE.fullmatch(r) for r in held):
         return None
-    return tuple(sorted({int(m.group(1)) for m in matches}, reverse=True))
+    return tuple(sorted(map(int, held), reverse=True))
 
 
 def extract_resolution(state_dict: Mapping[str, Any], resolution: int) -> Dict[str, Any]:
@@ -316,10 +330,10 @@ def adapt_state_dict(
         resolutions: The network's resolutions, largest first.
         alpha: The network's own ensemble weights [S], kept if the state dict has none.
     """
-    found = state_dict_resolutions(state_dict)
+    private_names = set(private_names)
+    found = state_dict_resolutions(state_dict, private_names)
     if found == resolutions:
         return state_dict
-    private_names = set(private_names)
     source = {r: r for r in resolutions}
     if found is not None:
         source = {r: nearest_resolution(r, r, found) for r in resolutions}
@@ -376,7 +390,7 @@ def _adapt_efficientnet(state_dict: Mapping[str, torch.Tensor]) -> Dict[str, tor
     return adapted
 
 
-def _split_private(key: str, private_names: set) -> Tuple[Optional[str], str]:
+def _split_private(key: str, private_names: Set[str]) -> Tuple[Optional[str], str]:
     """Split a key into the name of the private layer that it belongs to, if any, and the rest."""
     end = key.rfind('.')
     while end >= 0:

@@ -96,7 +96,7 @@ def load_model(
         UserError: The checkpoint cannot be read or does not fit the model.
     """
     data_config, kwargs = data_config or {}, dict(model_kwargs or {})
-    source = source.removeprefix('local-dir:')
+    source = os.fspath(source).removeprefix('local-dir:')
     is_folder = is_model_folder(source)
     is_known = ':' in source or is_model(source.split('.')[0]) and (keep_plain or source.startswith(PREFIX))
     if is_folder or is_known and not os.path.exists(source):

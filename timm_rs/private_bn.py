@@ -194,11 +194,19 @@ def tie_affine(module: nn.Module, statistics: bool = False) -> None:
 
 
 def _refuse_update_bn() -> None:
-    """Raise UserError if torch.optim.swa_utils.update_bn is running, which knows one size of images."""
+    """Raise UserError if torch.optim.swa_utils.update_bn is running, which knows one size of images.
+
+    What it changed of the network comes back, but for the statistics.
+    """
     frame = sys._getframe()
     while frame is not None and frame.f_code.co_name != 'update_bn':
         frame = frame.f_back
     if frame is not None and frame.f_globals.get('__name__') == 'torch.optim.swa_utils':
+        held = frame.f_locals
+        for layer, momentum in held.get('momenta', {}).items():
+            layer.momentum = momentum
+        if 'was_training' in held:
+            held['model'].train(held['was_training'])
         raise UserError(
             'update_bn resets the statistics of all resolutions and would estimate those of one. They are reset by '
             'now, so load the weights again. Then call update_bn(loader, model.at(size)) for each size, with a loader '

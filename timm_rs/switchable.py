@@ -102,14 +102,15 @@ class SwitchableMixin:
     def _choose(self, resolution: int, everywhere: bool = False) -> None:
         self._switch.to(resolution, everywhere)  # without reading the active one, which torch.compile would guard
         if not torch.compiler.is_compiling():  # nor the configuration
-            _note_input_size(self, resolution)
+            _note_input_size(self, int(resolution))
 
     def at(self, resolution: int) -> nn.Module:
         """Take out the plain network of one resolution.
 
         It has the backbone's own class and holds the very parameters and buffers of this network, not copies: train
-        one and the other follows. Hooks run in it too; what they belong to is not copied. To move or cast it
-        separately, copy it first: `copy.deepcopy(model.at(160)).half()`.
+        one and the other follows, until this network is cast, or loads weights with assign=True: take it out again
+        then. Hooks run in it too; what they belong to is not copied. To move or cast it separately, copy it first:
+        `copy.deepcopy(model.at(160)).half()`.
 
         Args:
             resolution: Input size in pixels.
@@ -122,7 +123,8 @@ class SwitchableMixin:
         """
         if resolution not in self.resolutions:
             raise UnknownResolutionError(resolution, self.resolutions)
-        plain = view(self, Switch(self.resolutions, int(resolution)), resolution)
+        resolution = int(resolution)
+        plain = view(self, Switch(self.resolutions, resolution), resolution)
         plain.__class__ = self._plain_class
         del plain.alpha, plain._switch
         architecture = plain.__dict__.pop('_plain_architecture')
@@ -318,6 +320,13 @@ def view(network: nn.Module, switch: Switch, resolution: Optional[int] = None) -
     return memo[id(network)]
 
 
+def classifiers(model: nn.Module) -> nn.ModuleList:
+    """Return the classifier of a network of timm; two where one more is for distillation."""
+    found = model.get_classifier()
+    found = found if isinstance(found, (list, tuple)) else [found]
+    return nn.ModuleList(m for m in found if isinstance(m, nn.Module))
+
+
 def refuse_folding(*_: Any, **__: Any) -> None:
     raise UserError(
         'A switchable network has a BatchNorm for each resolution, which cannot all be folded into one layer: take a '
@@ -326,8 +335,11 @@ def refuse_folding(*_: Any, **__: Any) -> None:
 
 def _counterpart(value: Any, memo: Dict[int, Any], module: Optional[nn.Module] = None) -> Any:
     """Return what stands in a view for an attribute of a module, or for a hook that this module of the view gets."""
+    if module is None and id(value) in memo:  # as timm's default_cfg, another name of pretrained_cfg
+        return memo[id(value)]
     if type(value) in (dict, OrderedDict):
-        return type(value)((k, _counterpart(v, memo, module)) for k, v in value.items())
+        items = ((k, _counterpart(v, memo, module)) for k, v in value.items())
+        return memo.setdefault(id(value), type(value)(items)) if module is None else type(value)(items)
     if type(value) in (list, tuple, set):
         return type(value)(_counterpart(v, memo, module) for v in value)
     if isinstance(value, MethodType):
@@ -343,7 +355,7 @@ def _counterpart(value: Any, memo: Dict[int, Any], module: Optional[nn.Module] =
         return hook
     if isinstance(value, torch.Tensor) and not value.is_leaf:
         return value.detach()  # kept with its graph, e.g. the attention biases of LeViT: it could not be copied later
-    if id(value) in memo or isinstance(value, torch.Tensor) or module is not None:
+    if isinstance(value, torch.Tensor) or module is not None:
         return memo.get(id(value), value)
     try:
         return copy.deepcopy(value, memo)
@@ -373,7 +385,13 @@ def _last_map(resolution: int, info: Sequence[Dict[str, Any]]) -> Tuple[int, int
 def _switchable_class(plain: type) -> type:
     features = {name: _name_other_size(getattr(plain, name))
                 for name in ('forward_features', 'forward_intermediates') if hasattr(plain, name)}
-    return type(f'RS{plain.__name__}', (SwitchableMixin, plain), dict(features, __module__=plain.__module__))
+    missing = {name: property(partial(_raise_missing, name))
+               for name in ('reset_classifier', 'set_grad_checkpointing') if not hasattr(plain, name)}
+    return type(f'RS{plain.__name__}', (SwitchableMixin, plain), dict(features, **missing, __module__=plain.__module__))
+
+
+def _raise_missing(name: str, module: nn.Module) -> None:
+    raise AttributeError(f'{type(module).__name__} has no {name}')  # it is timm's
 
 
 def _name_other_size(method: Callable) -> Callable:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from .controller import Controller, ReadingTime
 from .errors import UserError
-from .fields import check_argument, integer, number
+from .fields import check_argument, flag, integer, number
 from .images import ImageError, ImageSource, buffered, is_in_memory, name_of, open_image, work_of
 from .lifetime import Closable
 from .session import NotFiniteError, Session, image_list
@@ -99,7 +99,7 @@ class AdaptiveSession(Closable):
     file and measures again; a forked process starts with an empty line and counters at 0.
 
     Args:
-        path: File of `timm-rs export --format onnx`, or a Session.
+        path: File of `timm-rs export --format onnx`, or a Session, which has its own threads, mode and decode.
         budget_ms: Milliseconds from a call of predict to its answer; for binary files, from the end of their reading.
         floor: Smallest resolution to use, the smallest one of the file if None.
         max_queue: Requests that may wait, at most MAX_QUEUE; one more is refused.
@@ -145,7 +145,7 @@ class AdaptiveSession(Closable):
     ):
         self.budget_ms = check_argument('budget_ms', budget_ms, _POSITIVE)
         self.max_queue = check_argument('max_queue', max_queue, integer(0, MAX_QUEUE))
-        self.refuse_late = refuse_late
+        self.refuse_late = check_argument('refuse_late', refuse_late, flag())
         self.read_timeout = check_argument('read_timeout', read_timeout, number(0, threading.TIMEOUT_MAX, above=True))
         self.session = Session.open(path, threads, mode, decode)
         self._is_owner = self.session is not path
@@ -157,7 +157,7 @@ class AdaptiveSession(Closable):
         fastest_ms = 1e3 * self._controller.expected(smallest)
         self.feasible = fastest_ms <= budget_ms
         if not self.feasible:
-            what = 'refused' if refuse_late else f'served at {smallest} px, late'
+            what = 'refused, but for a trial at times' if refuse_late else f'served at {smallest} px, late'
             warnings.warn(
                 f'A budget of {budget_ms:g} ms is below the {fastest_ms:.1f} ms that {smallest} px takes here: every '
                 f'request is {what}.', RuntimeWarning, stacklevel=2)

@@ -51,10 +51,12 @@ class Cascade:
         table = self.thresholds if isinstance(self.thresholds, Mapping) else {}
         sizes, values = list(table), list(table.values())
         is_sound = all(isinstance(x, Real) for x in sizes + values) and all(0 <= value <= 1 for value in values)
+        is_sound = is_sound and all(size == size // 1 for size in sizes)
         if not sizes or not is_sound or sizes != sorted(sizes) or values[-1] != 0:
             raise UserError(
                 f'{self.thresholds} is not a cascade, expected rising resolutions with thresholds from 0 to 1, '
                 'the last with threshold 0.')
+        object.__setattr__(self, 'thresholds', {int(size): float(value) for size, value in table.items()})
 
     @property
     def resolutions(self) -> Tuple[int, ...]:
@@ -82,7 +84,7 @@ class CascadeSession(Closable):
     It can be closed, is a context manager, can be pickled and copied, and works in forked processes, as a Session.
 
     Args:
-        path: File of `timm-rs export --format onnx`, or a Session.
+        path: File of `timm-rs export --format onnx`, or a Session, which has its own threads, mode and decode.
         cascade: File of `timm-rs fit-cascade`, a Cascade, or thresholds by resolution.
         threads: Threads of an inference, all cores if None.
         mode, decode: See Session. An image is decoded once, for the cascade's largest size.

@@ -79,7 +79,7 @@ class Controller:
             headroom: float = 0.2,
             patience: int = 4,
     ):
-        if floor is not None and floor not in latency:
+        if floor is not None and floor not in list(latency):
             raise UserError(f"Unknown floor {floor!r}, expected one of {', '.join(map(str, latency))}.")
         self.resolutions = tuple(sorted((r for r in latency if r >= (floor or 0)), reverse=True))
         self.resolution = self.resolutions[0]

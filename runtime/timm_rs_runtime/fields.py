@@ -124,14 +124,14 @@ def integer(low: int, high: int) -> Check:
 
 def number(low: float = -math.inf, high: float = math.inf, above: bool = False) -> Check:
     """Expect a finite number; with `above` it has to be larger than `low`."""
-    expected = 'a finite number'
+    expected = 'a number' if high < math.inf else 'a finite number'
     if low > -math.inf:
-        expected = f"a number {'above' if above else 'of at least'} {low:g}"
+        expected += f" {'above' if above else 'of at least'} {low:g}"
     if high < math.inf:
         expected += f' and at most {high:g}'
 
     def is_right(value: Any) -> bool:
-        if not _is(numbers.Real, value) or not -1e300 < value < 1e300:
+        if not _is(numbers.Real, value) or not -1e300 < (value if isinstance(value, int) else float(value)) < 1e300:
             return False
         return low <= value <= high and not (above and value == low)
 
@@ -318,6 +318,10 @@ _NUMBERS = dict(
     mean=number(),
     std=number(0, above=True),
     crop_pct=crop_share(),
+    bn_eps=number(0),
+    max_unreadable=integer(0, 10 ** 9),
+    **dict.fromkeys(('num_samples', 'train_num_samples', 'val_num_samples'), integer(1, 10 ** 12)),
+    **dict.fromkeys(('num_classes', 'in_chans'), integer(1, 10 ** 9)),
     **dict.fromkeys(('batch_size', 'validation_batch_size', 'log_freq'), integer(1, 10 ** 6)),
-    **dict.fromkeys(('resolution', 'resolutions', 'img_size'), integer(1, MAX_SIZE)),
+    **dict.fromkeys(('resolution', 'resolutions', 'img_size', 'input_size'), integer(1, MAX_SIZE)),
 )

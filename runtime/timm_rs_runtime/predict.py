@@ -22,7 +22,7 @@ class Predictor:
     """Answers one image after the other, at a size that is chosen in one of three ways.
 
     Args:
-        path: File of `timm-rs export --format onnx`, or a Session.
+        path: File of `timm-rs export --format onnx`, or a Session, which has its own threads, mode and decode.
         resolution: Answer at this size, the largest if None.
         budget_ms: Or at the largest size that keeps this budget.
         cascade: Or by the cascade in this file.
@@ -106,19 +106,34 @@ def top(
 
 
 def find_sources(names: Sequence[str]) -> Iterator[Tuple[str, Union[str, IO[bytes], ImageError]]]:
-    """Give a name and an image, or the error instead, for files, the images below folders, and '-', standard input."""
+    """Give a name and an image, or the error instead, for files, the images below folders, and '-', standard input.
+
+    Standard input is read at once, where an interrupt ends it: `answers` reads in a thread, which none reaches.
+    """
+    return _sources(names, [_read_stdin() for name in names if name == STDIN])
+
+
+def _sources(names: Sequence[str], stdin: List[Any]) -> Iterator[Tuple[str, Union[str, IO[bytes], ImageError]]]:
+    stdin = iter(stdin)
     for name in names:
         try:
             if name == STDIN:
-                file = buffered(sys.stdin.buffer)
-                file.name = name = 'standard input'
-                yield name, file
+                yield 'standard input', next(stdin)
             elif os.path.isdir(name):
                 yield from ((path, path) for path in find_images(name))
             else:
                 yield name, name
         except ImageError as e:
             yield name, e
+
+
+def _read_stdin() -> Union[IO[bytes], ImageError]:
+    try:
+        file = buffered(sys.stdin.buffer)
+    except ImageError as e:
+        return e
+    file.name = 'standard input'
+    return file
 
 
 def answers(

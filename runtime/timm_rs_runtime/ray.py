@@ -6,7 +6,7 @@ import os
 import posixpath
 import sys
 import time
-from typing import Any, Dict, Iterator, List, Optional, Set, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
 from .errors import UserError, one_line
 from .fields import check_argument, integer
@@ -172,11 +172,11 @@ def _dataset_of(
 ) -> Tuple[ray.data.Dataset, Tuple[str, Optional[str]]]:
     """Return a Dataset, and its columns as Worker takes them."""
     if not isinstance(source, str):
-        return source, columns
+        return _with_columns(source, columns, 'The Dataset'), columns
     names = _files(_absolute(source))
     endings = {posixpath.splitext(name)[1].lower() for name in names}
     if endings == {'.parquet'}:
-        return ray.data.read_parquet(names), columns
+        return _with_columns(ray.data.read_parquet(names), columns, source), columns
     if endings == {'.tar'}:
         return ray.data.read_webdataset(names, decoder=None), ('__key__', '')
     names = [name for name in names if posixpath.splitext(name)[1].lower() in extensions() and name not in done]
@@ -184,6 +184,15 @@ def _dataset_of(
         raise UserError(f'{source} holds no images, only Parquet files or only WebDataset shards.')
     tables = [pa.table(dict(path=names[i:i + ROWS])) for i in range(0, max(len(names), 1), ROWS)]
     return ray.data.from_arrow(tables), ('path', None)
+
+
+def _with_columns(dataset: ray.data.Dataset, columns: Sequence[str], source: str) -> ray.data.Dataset:
+    found = dataset.schema().names
+    if not set(columns) <= set(found):
+        raise UserError(
+            f"{source} has the columns {', '.join(found)}, expected {' and '.join(columns)}; predict of "
+            'timm_rs_runtime.ray takes others as columns=(names, images).')
+    return dataset
 
 
 def _files(source: str) -> List[str]:
@@ -195,11 +204,16 @@ def _files(source: str) -> List[str]:
     scheme = source[:source.index('://') + 3] if '://' in source else ''
     if info.type == FileType.File:
         return [source]
-    found = filesystem.get_file_info(FileSelector(path, recursive=True))
-    names = sorted(scheme + f.path for f in found if f.type == FileType.File)
-    if scheme or {posixpath.splitext(name)[1].lower() for name in names} <= {'.parquet', '.tar'}:
-        return names
-    return find_images(source)  # which follows links
+    try:
+        found = filesystem.get_file_info(FileSelector(path, recursive=True))
+        names = sorted(scheme + f.path for f in found if f.type == FileType.File)
+        if not scheme and not {posixpath.splitext(name)[1].lower() for name in names} <= {'.parquet', '.tar'}:
+            names = find_images(source)  # which follows links
+        for name in names:
+            name.encode()
+    except UnicodeError as e:
+        raise UserError(f'{source} holds a file whose name is not UTF-8, which Parquet needs: {one_line(e)}.') from None
+    return names
 
 
 def _read(name: str) -> Union[ImageSource, ImageError]:

@@ -124,12 +124,16 @@ class Session(Closable):
         """Return a session as it is, or open a file.
 
         Raises:
-            UserError: It is a session of another kind, or a closed one, or the file is not an export of timm_rs.
+            UserError: It is a session of another kind, or a closed one, or one beside arguments that it has already, or
+                the file is not an export of timm_rs.
         """
+        if not hasattr(model, 'predict') or isinstance(model, Closable) and not isinstance(model, cls):
+            return cls(model, threads, mode, decode=decode)
+        if (threads, mode, decode) != (None, 'fast', 'scaled'):
+            raise UserError('threads, mode and decode are for a file, a session that is given has its own.')
         if isinstance(model, cls):
             model._check_open()
-        is_other = isinstance(model, Closable) and not isinstance(model, cls)
-        return cls(model, threads, mode, decode=decode) if is_other or not hasattr(model, 'predict') else model
+        return model
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}({self.path!r}, mode={self.mode!r}, resolutions={self.resolutions})'

@@ -4,6 +4,7 @@ One ONNX file for all resolutions with one copy of the shared weights, or one re
 compared with the network before it gets its name.
 """
 import json
+import os
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -289,7 +290,7 @@ def export_resolution(
     _check_precision(precision)
     if precision != 'float32' and format != 'onnx':
         raise UserError(f'{precision} is written to ONNX files, expected format onnx instead of {format}.')
-    if format == 'torch-export' and not path.endswith('.pt2'):
+    if format == 'torch-export' and not os.fspath(path).endswith('.pt2'):
         raise UserError(f'{path}: expected a name that ends in .pt2, which torch.export.load needs.')
     check_new_file(path, overwrite)
     network = _take(model, resolution)
@@ -320,8 +321,14 @@ def _check_precision(precision: str) -> None:
         raise UserError(f"Unknown precision {precision!r}, expected {' or '.join(PRECISIONS)}.")
 
 
+def _check_switchable(model: nn.Module) -> None:
+    if not isinstance(model, SwitchableMixin):
+        raise UserError(f'{type(model).__name__} is not switchable, expected a network of make_switchable.')
+
+
 def _take(model: nn.Module, resolution: int) -> nn.Module:
     """Return the plain network of one resolution in eval mode, with layers that every runtime has."""
+    _check_switchable(model)
     network = model.at(resolution).eval()
     check_finite(network.state_dict(), f'{type(network).__name__} at {resolution} px')
     return fold(network) if is_quantized(network) else network
@@ -329,8 +336,7 @@ def _take(model: nn.Module, resolution: int) -> nn.Module:
 
 def _take_all(model: nn.Module, class_names: Optional[Sequence[str]]) -> Tuple[Dict[int, nn.Module], Dict[str, Any]]:
     """Return the plain network of each resolution, and the metadata of their file."""
-    if not isinstance(model, SwitchableMixin):
-        raise UserError(f'{type(model).__name__} is not switchable, expected a network of make_switchable.')
+    _check_switchable(model)
     metadata = describe(model, model.resolutions, class_names)
     return {r: _take(model, r) for r in model.resolutions}, metadata
 

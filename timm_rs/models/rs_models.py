@@ -125,7 +125,7 @@ def _create_rs(
         _check_taken(weights, model, PREFIX + name)
     model.pretrained_cfg.update(sources, architecture=PREFIX + name)
     model._model_args = dict(resolutions=model.resolutions)  # timm does not store defaults, config.json needs them
-    if quantization:
+    if quantization is not None:
         quantize(model, **asdict(QuantConfig.of(quantization)), trained=pretrained)
     load_bases(model, bases)
     return model

@@ -15,7 +15,7 @@ from timm.layers import Conv2dSame
 from timm_rs_runtime.errors import UserError
 
 from .._compat import FeatureDictNet, FeatureGetterNet, FeatureHookNet
-from ..switchable import FOLDING, SwitchableMixin, refuse_folding
+from ..switchable import FOLDING, SwitchableMixin, classifiers, refuse_folding
 from .config import FLOAT_BITS, QuantConfig
 from .packing import unpack_state_dict
 from .quantizers import (
@@ -277,8 +277,7 @@ def _classifiers(model: nn.Module) -> Set[nn.Module]:
     """Return all modules of the classifier."""
     heads = _named_in_cfg(model, 'classifier')
     if hasattr(model, 'get_classifier'):
-        found = model.get_classifier()
-        heads += [m for m in (found if isinstance(found, tuple) else [found]) if isinstance(m, nn.Module)]
+        heads += classifiers(model)
     return {m for head in heads for m in head.modules()}
 
 

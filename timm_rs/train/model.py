@@ -19,6 +19,7 @@ from ..models.rs_models import PREFIX, explain_unknown_model
 from ..private_bn import tie_affine
 from ..records import find_checkpoint
 from ..resolutions import check_resolutions
+from ..switchable import classifiers
 from .faults import name_flags
 from .loaders import resolve_data_config
 from .refused import largest_size_conflict
@@ -112,16 +113,19 @@ def build_model(
     _record_preprocessing(args, model)
     args.new_classifier = _has_new_classifier(args, model, classes)
     if args.head_init_scale is not None:
-        for parameter in model.get_classifier().parameters():
+        for parameter in classifiers(model).parameters():
             parameter.data.mul_(args.head_init_scale)
     elif args.new_classifier:  # at random it would first disturb what is trained
-        heads = model.get_classifier()
-        for layer in nn.ModuleList(heads if isinstance(heads, (list, tuple)) else [heads]).modules():
+        for layer in classifiers(model).modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)) and len(layer.weight) == model.num_classes:
                 for parameter in layer.parameters(recurse=False):
                     nn.init.zeros_(parameter)
     if args.head_init_bias is not None:
-        nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
+        biases = [p for name, p in classifiers(model).named_parameters() if name.endswith('bias')]
+        if not biases:
+            raise UserError(f'--head-init-bias {args.head_init_bias:g}: the classifier of {args.model} has no bias.')
+        for bias in biases:
+            nn.init.constant_(bias, args.head_init_bias)
     if args.grad_checkpointing:
         name_flags(args, 'grad_checkpointing')(model.set_grad_checkpointing)(True)
     if args.memory == 'lean':

@@ -45,16 +45,24 @@ _NOT_DECODED = dict(  # values that go with --decoded-cache, the one to give fir
 _LENGTHS = dict(scale=(2,), ratio=(2,), cutmix_minmax=(2,), opt_betas=(2, 3))
 _NUMBERS = {name: check for check, names in (
     (fields.number(1), (
-        'epochs', 'grad_accum_steps', 'num_classes', 'in_chans', 'log_interval', 'val_interval', 'checkpoint_hist',
-        'stop_epoch', 'decoded_cache_side', 'sizes_per_update', 'save_epochs')),
+        'epochs', 'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist',
+        'stop_epoch', 'decoded_cache_side', 'sizes_per_update', 'save_epochs', 'lr_base_size',
+        'lr_cycle_limit', 'recount')),
     (fields.number(0), (
-        'recovery_interval', 'push_interval', 'start_epoch', 'decoded_cache_gb', 'mixup', 'cutmix')),
-    (fields.number(0, above=True), ('ratio', 'kd_temperature')),
+        'recovery_interval', 'push_interval', 'start_epoch', 'decoded_cache_gb', 'mixup', 'cutmix', 'lr', 'lr_base',
+        'min_lr', 'warmup_lr', 'lr_noise', 'lr_noise_pct', 'lr_noise_std', 'lr_cycle_decay', 'weight_decay', 'opt_eps',
+        'task_loss_weight', 'distill_loss_weight', 'decay_milestones', 'warmup_epochs', 'cooldown_epochs',
+        'patience_epochs', 'epoch_repeats', 'aug_repeats', 'color_jitter', 'mixup_off_epoch',
+        'loss_weight_power', 'bce_pos_weight', 'asl_gamma_pos', 'asl_gamma_neg', 'poly_gamma', 'db_focal_gamma')),
+    (fields.number(0, above=True), (
+        'ratio', 'kd_temperature', 'clip_grad', 'lr_cycle_mul', 'lr_k_decay', 'lr_stable_timescale', 'decay_epochs',
+        'decay_rate', 'loss_weight_max', 'twoway_tp', 'twoway_tn', 'db_neg_scale')),
     (fields.number(0, 1, above=True), ('layer_decay',)),
     (fields.number(0, 1), (
         'scale', 'hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'mixup_prob',
-        'mixup_switch_prob', 'drop', 'drop_connect', 'drop_path', 'smoothing', 'model_ema_decay', 'all_sizes_from',
-        'opt_betas')),
+        'mixup_switch_prob', 'drop', 'drop_connect', 'drop_path', 'drop_block', 'smoothing', 'model_ema_decay',
+        'all_sizes_from', 'opt_betas', 'momentum', 'bn_momentum', 'layer_decay_min_scale', 'layer_decay_no_opt_scale',
+        'loss_weight_beta', 'bce_target_thresh', 'asl_clip', 'poly_alpha', 'cutmix_minmax')),
 ) for name in names}
 
 
