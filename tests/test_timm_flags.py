@@ -134,6 +134,7 @@ def test_first_weights_of_both_classifiers():
     """Of a network with one more for distillation; one without a bias gets none."""
     flags = ['--model', 'rs_swiftformer_xs', '--resolutions', '64', '32', '--num-classes', '3', '--smoothing', '0']
     args = parse_args([*flags, '--head-init-scale', '0', '--head-init-bias', '0.5'])
+    args.distributed = False
     heads = build_model(args, CPU).get_classifier()
     assert len(heads) == 2
     for head in heads:
