@@ -54,6 +54,8 @@ def test_missing_package_leaves_nothing_behind(images, tmp_path, capfd, monkeypa
     (['--num-classes', '3'], 'has 2 classes, expected 3'),
     (['--batch-size', '100'], '--batch-size 100'),
     (['--img-size', '64'], '--img-size 64: the training sizes are --resolutions'),
+    (['--input-size', '3', '64', '64'], '--input-size 3 64 64: the training sizes are --resolutions'),
+    (['--dataset', 'digits'], '--dataset digits comes with scikit-learn, leave out the folder'),
     (['--kd-distill-type', 'feature'], '--kd-distill-type is not supported'),
     (['--split-bn'], '--split-bn is not supported'),
     (['--aug-splits', '3'], '--aug-splits is not supported'),

@@ -101,7 +101,10 @@ def load_model(
     is_known = ':' in source or is_model(source.split('.')[0]) and (keep_plain or source.startswith(PREFIX))
     if is_folder or is_known and not os.path.exists(source):
         if name or use_ema or is_folder and (kwargs or num_classes is not None):
-            raise UserError(f'{source} records its model, leave out what describes it except the resolutions.')
+            given = [*(['a name'] if name else []), *(['the moving average'] if use_ema else []), *kwargs]
+            given += ['num_classes'] if num_classes is not None else []
+            raise UserError(
+                f"{source} records its model, leave out what describes it except the resolutions: {', '.join(given)}.")
         kwargs.update(num_classes=num_classes)
         model = _create_named(f'local-dir:{source}' if is_folder else source, resolutions, keep_plain, kwargs)
         _set_preprocessing(model, data_config, source)

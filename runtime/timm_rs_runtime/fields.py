@@ -321,7 +321,8 @@ _NUMBERS = dict(
     bn_eps=number(0),
     max_unreadable=integer(0, 10 ** 9),
     **dict.fromkeys(('num_samples', 'train_num_samples', 'val_num_samples'), integer(1, 10 ** 12)),
-    **dict.fromkeys(('num_classes', 'in_chans'), integer(1, 10 ** 9)),
+    num_classes=integer(0, 10 ** 9),
+    in_chans=integer(1, 10 ** 9),
     **dict.fromkeys(('batch_size', 'validation_batch_size', 'log_freq'), integer(1, 10 ** 6)),
     **dict.fromkeys(('resolution', 'resolutions', 'img_size', 'input_size'), integer(1, MAX_SIZE)),
 )

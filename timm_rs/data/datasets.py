@@ -109,6 +109,8 @@ def create_dataset(name: str, root: Optional[str], split: str, decode: str = 'ex
                     f'{flag} is for data sets hfds/, hfids/, wds/ and tfds/: {name or root} has no fields, and one '
                     'label per image.')
     if name == 'digits':
+        if root:
+            raise UserError(f'--dataset digits comes with scikit-learn, leave out the folder {root}.')
         dataset = DigitsDataset(split, input_img_mode=mode)
         dataset.source = source
         return dataset

@@ -2,7 +2,7 @@
 import argparse
 import logging
 import math
-from typing import Any, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Mapping, Optional, Sequence, Tuple
 
 from huggingface_hub.utils import validate_repo_id
 from timm.loss import MULTI_LABEL_LOSS_TYPES
@@ -45,15 +45,14 @@ _NOT_DECODED = dict(  # values that go with --decoded-cache, the one to give fir
 _LENGTHS = dict(scale=(2,), ratio=(2,), cutmix_minmax=(2,), opt_betas=(2, 3))
 _NUMBERS = {name: check for check, names in (
     (fields.number(1), (
-        'epochs', 'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist',
-        'stop_epoch', 'decoded_cache_side', 'sizes_per_update', 'save_epochs', 'lr_base_size',
-        'lr_cycle_limit', 'recount')),
+        'epochs', 'num_classes', 'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist', 'stop_epoch',
+        'decoded_cache_side', 'sizes_per_update', 'save_epochs', 'lr_base_size', 'lr_cycle_limit', 'recount')),
     (fields.number(0), (
         'recovery_interval', 'push_interval', 'start_epoch', 'decoded_cache_gb', 'mixup', 'cutmix', 'lr', 'lr_base',
         'min_lr', 'warmup_lr', 'lr_noise', 'lr_noise_pct', 'lr_noise_std', 'lr_cycle_decay', 'weight_decay', 'opt_eps',
         'task_loss_weight', 'distill_loss_weight', 'decay_milestones', 'warmup_epochs', 'cooldown_epochs',
-        'patience_epochs', 'epoch_repeats', 'aug_repeats', 'color_jitter', 'mixup_off_epoch',
-        'loss_weight_power', 'bce_pos_weight', 'asl_gamma_pos', 'asl_gamma_neg', 'poly_gamma', 'db_focal_gamma')),
+        'patience_epochs', 'epoch_repeats', 'aug_repeats', 'color_jitter', 'mixup_off_epoch', 'loss_weight_power',
+        'bce_pos_weight', 'asl_gamma_pos', 'asl_gamma_neg', 'poly_gamma', 'db_focal_gamma')),
     (fields.number(0, above=True), (
         'ratio', 'kd_temperature', 'clip_grad', 'lr_cycle_mul', 'lr_k_decay', 'lr_stable_timescale', 'decay_epochs',
         'decay_rate', 'loss_weight_max', 'twoway_tp', 'twoway_tn', 'db_neg_scale')),
@@ -186,7 +185,9 @@ def is_mixing(args: argparse.Namespace) -> bool:
 
 def largest_size_conflict(args: argparse.Namespace, resolutions: Sequence[int]) -> Optional[str]:
     """Return what is wrong with --img-size or --input-size, None if it is unset or the largest resolution."""
-    sizes: List[int] = [args.img_size] if args.img_size else list(args.input_size[1:]) if args.input_size else []
-    if any(s != resolutions[0] for s in sizes):
-        return f'--img-size {sizes[-1]}: the training sizes are --resolutions, now {" ".join(map(str, resolutions))}.'
+    expected = f'the training sizes are --resolutions, now {" ".join(map(str, resolutions))}.'
+    if args.img_size and args.img_size != resolutions[0]:
+        return f'--img-size {args.img_size}: {expected}'
+    if args.input_size and set(args.input_size[1:]) != {resolutions[0]}:
+        return f"--input-size {' '.join(map(str, args.input_size))}: {expected}"
     return None

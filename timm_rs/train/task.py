@@ -158,9 +158,11 @@ class MultiResolutionTask(ClassificationTask):
         """
         for parameter in self._private_parameters(trained=False):
             parameter.grad = None
-        gradients = [p.grad for p in self._private_parameters(trained=True) if p.grad is not None]
-        if gradients and self.criterion.reduction == 'mean':
-            torch._foreach_mul_(gradients, len(self.pyramid.resolutions if self.levels is None else self.levels))
+        if self.criterion.reduction == 'mean':
+            count = len(self.pyramid.resolutions if self.levels is None else self.levels)
+            for parameter in self._private_parameters(trained=True):
+                if parameter.grad is not None:
+                    parameter.grad.mul_(count)
 
     def _private_parameters(self, trained: bool) -> List[nn.Parameter]:
         """Return the BN parameters of one resolution alone, of those that the step trains or of the others."""
