@@ -321,7 +321,7 @@ def test_command_refuses_in_one_line(file, photographs, tmp_path, capsys):
         (['--target-madds', '100', '--data-dir', str(tmp_path / 'cut'), '--max-unreadable', '3'],
          '4 images cannot be read, expected at most 3 (--max-unreadable): '),
         (['--target-madds', '100', '--data-dir', str(tmp_path / 'cut')], 'None of the 12 images can be read'),
-        (['--target-madds', '100', '--max-unreadable', '-1'], '--max-unreadable is -1, expected at least 0'),
+        (['--target-madds', '100', '--max-unreadable', '-1'], '--max-unreadable is -1, expected an integer from 0'),
     ):
         with pytest.raises(SystemExit) as e:
             main(['fit-cascade', file, '--data-dir', str(photographs), *arguments, '-o', str(tmp_path / 'c.json')])

@@ -173,8 +173,10 @@ def test_standard_input(file, folder, capsys, monkeypatch, content):
 
 
 INTERRUPTED = """
-import io, os, sys
+import io, os, signal, sys
 from timm_rs_cli import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which the background of a script ignores
 
 class Stdin(io.RawIOBase):
     def readable(self):

@@ -316,7 +316,7 @@ def test_validation_of_ten_in_a_row(tmp_path, checkpoint, capfd):
     line = fails(validate_rs.main, [*argv, '--max-unreadable', '9'], capfd)
     assert line.startswith('validate_rs.py: error: 10 images cannot be read, expected at most 9 (--max-unreadable): ')
     line = fails(validate_rs.main, [*argv, '--max-unreadable', '-1'], capfd)
-    assert '--max-unreadable is -1, expected at least 0' in line
+    assert '--max-unreadable is -1, expected an integer from 0' in line
 
 
 def test_validation_of_nothing_but_unreadable_images(tmp_path, checkpoint, capfd):
