@@ -4,6 +4,7 @@ import json
 import random
 import signal
 import tarfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,15 @@ TINY = (
     '--warmup-epochs 0 --epochs 2 --log-interval 1000 --checkpoint-hist 1'
 ).split()
 RANDOM = '--recovery-interval 1 --reprob 0.5 --drop-path 0.2 --mixup 0.2 --model-ema --model-ema-decay 0.5'.split()
+
+
+@pytest.fixture(autouse=True, scope='module')
+def no_sleep():
+    """Leave out the five seconds that datasets sleeps at the end of each pass."""
+    with pytest.MonkeyPatch.context() as patch:
+        if find_spec('datasets'):
+            patch.setattr('datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN', 0.)
+        yield
 
 
 def pictures(split):
