@@ -125,7 +125,7 @@ def set_up(args, flags, held):
         fit_classifier(task, loaders, args)
     optimizer = build_optimizer(args, model)
     inner = getattr(optimizer, '_base_optimizer', optimizer)  # Lookahead calls the step of that
-    inner.register_step_pre_hook(lambda *_: task.adjust_gradients())
+    inner.register_step_pre_hook(lambda *_: task.adjust_gradients())  # unless clipping has done so
     amp_autocast, loss_scaler = nullcontext, None
     if args.amp:
         dtype = choose_amp(model, device, args.amp_dtype, args.in_chans)

@@ -25,11 +25,8 @@ from functools import partial
 import torch
 from timm import utils
 from timm.data.model_config import resolve_input_data_config
-from timm.data.readers.reader_image_folder import ReaderImageFolder
-from timm.data.real_labels import RealLabelsImagenet
 from timm.layers import set_fast_norm
 from timm.models import is_model
-from timm.task import ClassificationEvaluator
 from tqdm import tqdm
 
 from timm_rs import SwitchableMixin, explain_unknown_model
@@ -52,6 +49,7 @@ from timm_rs.data.datasets import (
     describe,
 )
 from timm_rs.data.readers import skip_unreadable
+from timm_rs.data.real_labels import use_real_labels
 from timm_rs.evaluate import (
     ENSEMBLE,
     METRICS,
@@ -70,7 +68,7 @@ from timm_rs.resolutions import check_resolutions, neighbours
 from timm_rs.train.faults import name_flags, open_device
 from timm_rs.train.refused import add_refused
 from timm_rs_runtime.errors import KeyValues, OneLineParser, UserError, one_line, one_line_errors
-from timm_rs_runtime.fields import MAX_SIZE, array, check_argument, check_numbers, integer, read_json, read_text
+from timm_rs_runtime.fields import MAX_SIZE, array, check_argument, check_numbers, integer, read_text
 from timm_rs_runtime.files import atomic_write, check_new_file
 from timm_rs_runtime.preprocess import MARGINS
 from timm_rs_runtime.unreadable import MAX_UNREADABLE, ReadErrors
@@ -341,54 +339,6 @@ def build_model(args, device):
 def data_args(args):
     chosen = {k: getattr(args, k) for k in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')}
     return {k: v for k, v in chosen.items() if v}
-
-
-class RealLabels(ClassificationEvaluator):
-    """Evaluator of answers to images, which are right if they are among the real labels of the image.
-
-    Args:
-        device: Device of the answers.
-        labels: Real labels of each image; images without any do not count.
-        targets: Label of each image in the data set, for the loss.
-    """
-
-    def __init__(self, device, labels, targets):
-        super().__init__(device)
-        self.labels, self.targets = labels, torch.tensor(targets, device=device)
-
-    def update(self, output, target):
-        """Take answers [N, C] to the images with the numbers target [N]."""
-        real = [self.labels[i] for i in target.tolist()]
-        kept = [i for i, labels in enumerate(real) if labels]
-        if kept:
-            self._accumulate_loss(self.criterion(output[kept], self.targets[target[kept]]), len(kept))
-        best = output.topk(min(5, output.shape[1])).indices.tolist()
-        for i in kept:
-            right = [c in real[i] for c in best[i]]
-            self.counts[1] += right[0]
-            self.counts[2] += any(right)
-
-    def compute(self, distributed=False):
-        return dict(super().compute(distributed), images=int(self.counts[0]))
-
-
-def use_real_labels(dataset, path):
-    """Let a folder give the numbers of its images as labels, and return what makes an evaluator of real labels."""
-    reader = getattr(dataset, 'reader', None)
-    if not isinstance(reader, ReaderImageFolder):
-        raise UserError('--real-labels needs the folder of the validation images of ImageNet.')
-    names = dataset.filenames(basename=True)
-    listed = read_json(path, array(array(integer(0, 999)), most=10 ** 6))
-    if len(listed) != len(names):
-        raise UserError(f'--real-labels {path} has labels of {len(listed)} images, the data set has {len(names)}.')
-    try:
-        real = RealLabelsImagenet(names, real_json=path).real_labels
-        labels = [set(real[name]) for name in names]
-    except KeyError as e:
-        raise UserError(f'--real-labels is for files named as ILSVRC2012_val_00000001.JPEG, not {e}.') from e
-    targets = [target for _, target in reader.samples]
-    reader.samples = [(name, i) for i, (name, _) in enumerate(reader.samples)]
-    return partial(RealLabels, labels=labels, targets=targets)
 
 
 def read_classes(path, num_classes):

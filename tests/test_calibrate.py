@@ -202,6 +202,7 @@ def test_what_gives_no_logits_is_not_taught():
     (48, iter([torch.rand(64, 3, 64, 64)]), {}, 'The loader is an iterator'),
     (48, [torch.rand(64, 3, 64, 64)], dict(epochs=0), 'epochs is 0'),
     (48, [torch.rand(64, 3, 64, 64)], dict(epochs=1.5), 'epochs is 1.5, expected an integer'),
+    (48, [torch.rand(64, 3, 64, 64)], dict(lr=-1.), 'lr is -1.0, expected a finite number above 0'),
     (48, [torch.full((64, 3, 64, 64), torch.nan)], {}, 'images with values that are NaN or infinite'),
     (48, [torch.full((64, 3, 64, 64), torch.inf)], dict(method='statistics'), 'images with values that are NaN'),
     (48, [dict(image=torch.rand(64, 3, 64, 64))], {}, 'The loader gives dict, expected batches'),

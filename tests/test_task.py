@@ -229,6 +229,20 @@ def test_plain_parts_are_refused():
         MultiResolutionTask(rs_model(), torch.nn.CrossEntropyLoss())
 
 
+@pytest.mark.parametrize('clip', [nn.utils.clip_grad_value_, nn.utils.clip_grad_norm_])
+def test_gradients_are_clipped_after_they_are_adjusted(clip):
+    task = MultiResolutionTask(rs_model().train(), EnsembleDistillationLoss(reduction='mean'), verbose=False)
+    for _ in range(2):
+        task.trainable_module.zero_grad()
+        task(*batch())['loss'].backward()
+        found = torch.cat([g.flatten() for g in gradients(task.trainable_module).values()]).norm()
+        clip(task.get_clip_parameters(), 1e-4)
+        task.adjust_gradients()
+        clipped = torch.cat([g.flatten() for g in gradients(task.trainable_module).values()])
+        assert found > 1e-2 and clipped.abs().max() <= 1e-4
+        assert clip is nn.utils.clip_grad_value_ or clipped.norm() <= 1.01e-4
+
+
 @pytest.mark.parametrize('reduction', EnsembleDistillationLoss.REDUCTIONS)
 @pytest.mark.parametrize('levels', [None, (0, 2)])
 @pytest.mark.parametrize('tied', [False, True])

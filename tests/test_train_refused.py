@@ -119,7 +119,7 @@ def test_bad_training_input(images, tmp_path, capfd, flags, message):
 
 
 def test_every_number_is_bounded():
-    """But for those that other checks bound, and those of which any number makes sense."""
+    """Except those that other checks bound, and those of which any number makes sense."""
     bounded = {*refused._NUMBERS, *fields._NUMBERS, *refused.REFUSED, 'small_steps', 'multilabel_threshold', 'tta'}
     free = {'local_rank', 'head_init_scale', 'head_init_bias', 'poly_epsilon', 'db_init_bias'}
     numbers = {a.dest for a in create_parser()._actions if a.type in (int, float)}

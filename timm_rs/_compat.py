@@ -31,6 +31,7 @@ __all__ = [
     'download_from_hf',
     'get_model_input_config',
     'is_inside_ddp',
+    'multiply',
     'parse_model_cfg',
     'registry',
     'torch_load',
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 NO_GRAPH_TASK = -1
+multiply = torch._foreach_mul_  # many tensors in place by few calls
 
 
 def current_graph_task() -> int:

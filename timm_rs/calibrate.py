@@ -16,7 +16,7 @@ from timm.task.evaluator import ClassificationEvaluator
 from tqdm import tqdm
 
 from timm_rs_runtime.errors import UserError
-from timm_rs_runtime.fields import check_argument, integer
+from timm_rs_runtime.fields import check_argument, integer, number
 
 from .data.readers import UNREADABLE
 from .data.resample import INTERPOLATIONS, downscale
@@ -99,6 +99,7 @@ def add_resolution(
     if method == 'tune_bn_head' and not hasattr(model, 'get_classifier'):
         raise UserError(f'{type(model).__name__} has no classifier to teach (get_classifier), take method tune_bn.')
     check_argument('epochs', epochs, integer(1, 10 ** 6))
+    check_argument('lr', lr, number(0, above=True))
     if method != 'copy':
         _check_images(loader, max(resolution, model.resolutions[0]), min_images)
 

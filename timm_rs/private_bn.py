@@ -196,7 +196,7 @@ def tie_affine(module: nn.Module, statistics: bool = False) -> None:
 def _refuse_update_bn() -> None:
     """Raise UserError if torch.optim.swa_utils.update_bn is running, which knows one size of images.
 
-    What it changed of the network comes back, but for the statistics.
+    What it changed of the network comes back, except the statistics.
     """
     frame = sys._getframe()
     while frame is not None and frame.f_code.co_name != 'update_bn':

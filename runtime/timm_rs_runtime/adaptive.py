@@ -157,7 +157,7 @@ class AdaptiveSession(Closable):
         fastest_ms = 1e3 * self._controller.expected(smallest)
         self.feasible = fastest_ms <= budget_ms
         if not self.feasible:
-            what = 'refused, but for a trial at times' if refuse_late else f'served at {smallest} px, late'
+            what = 'refused, except a trial at times' if refuse_late else f'served at {smallest} px, late'
             warnings.warn(
                 f'A budget of {budget_ms:g} ms is below the {fastest_ms:.1f} ms that {smallest} px takes here: every '
                 f'request is {what}.', RuntimeWarning, stacklevel=2)

@@ -108,7 +108,7 @@ def top(
 def find_sources(names: Sequence[str]) -> Iterator[Tuple[str, Union[str, IO[bytes], ImageError]]]:
     """Give a name and an image, or the error instead, for files, the images below folders, and '-', standard input.
 
-    Standard input is read at once, where an interrupt ends it: `answers` reads in a thread, which none reaches.
+    Standard input is read at once. `answers` reads in a thread, where an interrupt would not end the waiting.
     """
     return _sources(names, [_read_stdin() for name in names if name == STDIN])
 

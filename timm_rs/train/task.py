@@ -2,7 +2,7 @@
 import copy
 from collections import Counter
 from dataclasses import asdict
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from timm_rs_runtime.errors import UserError
 
-from .._compat import BatchNorm
+from .._compat import BatchNorm, multiply
 from ..private_bn import PrivateBN
 from ..switchable import SwitchableMixin
 from .loss import EnsembleDistillationLoss
@@ -78,6 +78,7 @@ class MultiResolutionTask(ClassificationTask):
         self.progress = Progress()
         self.levels: Optional[Tuple[int, ...]] = None
         self.keep_statistics = False
+        self._adjusted = False
         if self.criterion.mode == 'none':
             model.alpha.requires_grad_(False)  # DistributedDataParallel would wait for its gradient
 
@@ -146,33 +147,47 @@ class MultiResolutionTask(ClassificationTask):
             losses = self.teachers.combine(losses, logits, answers, self.criterion.reduction)
         # DistributedDataParallel waits for the gradients of all parameters.
         if self.levels is not None and isinstance(self.trainable_module, DistributedDataParallel):
-            losses['loss'] = losses['loss'] + sum(0. * p.sum() for p in self._private_parameters(trained=False))
+            idle = self._private_parameters()[1]
+            losses['loss'] = losses['loss'] + sum(0. * p.sum() for p in idle)
+        self._adjusted = False
         return dict(losses, output=logits)
+
+    def get_clip_parameters(self, *args: Any, **kwargs: Any) -> Iterator[nn.Parameter]:
+        """Give the parameters whose gradients are clipped, after these have been adjusted."""
+        parameters = super().get_clip_parameters(*args, **kwargs)
+        self.adjust_gradients()
+        yield from parameters
 
     def adjust_gradients(self) -> None:
         """Give the private parameters of each resolution the gradient of the loss of that resolution, in place.
 
         Call it before each step of an optimizer. A mean over resolutions suits what they share; what is private would
         learn at a rate divided by their number. The gradients of resolutions that the step did not train are dropped,
-        as momentum would move their parameters.
+        as momentum would move their parameters. A second call before the next forward does nothing.
         """
-        for parameter in self._private_parameters(trained=False):
+        count = len(self.pyramid.resolutions if self.levels is None else self.levels)
+        is_mean = self.criterion.reduction == 'mean' and count > 1
+        if self._adjusted or self.levels is None and not is_mean:
+            return
+        self._adjusted = True
+        trained, idle = self._private_parameters()
+        for parameter in idle:
             parameter.grad = None
-        if self.criterion.reduction == 'mean':
-            count = len(self.pyramid.resolutions if self.levels is None else self.levels)
-            for parameter in self._private_parameters(trained=True):
-                if parameter.grad is not None:
-                    parameter.grad.mul_(count)
+        gradients = [p.grad for p in trained if p.grad is not None]
+        if is_mean and gradients:
+            multiply(gradients, count)
 
-    def _private_parameters(self, trained: bool) -> List[nn.Parameter]:
-        """Return the BN parameters of one resolution alone, of those that the step trains or of the others."""
+    def _private_parameters(self) -> Tuple[List[nn.Parameter], List[nn.Parameter]]:
+        """Return the BN parameters that belong to one resolution, of those that the step trains and of the others."""
         model = unwrap_model(self.trainable_module)
         levels = range(len(model.resolutions)) if self.levels is None else self.levels
         layers = [bn for bn in model.modules() if isinstance(bn, PrivateBN)]
-        found = [[p for bn in layers for p in bn[r].parameters()] for r in model.resolutions]
-        owners = Counter(id(p) for parameters in found for p in parameters)
-        return [p for i, parameters in enumerate(found) if (i in levels) == trained
-                for p in parameters if owners[id(p)] == 1]
+        owned = [[p for bn in layers for p in bn[r].parameters()] for r in model.resolutions]
+        owners = Counter(id(p) for parameters in owned for p in parameters)
+        trained, idle = [], []
+        for i, parameters in enumerate(owned):
+            (trained if i in levels else idle).extend(p for p in parameters if owners[id(p)] == 1)
+        return trained, idle
 
 
 def _use_batch_statistics(module: nn.Module, mode: bool) -> None:
