@@ -208,6 +208,8 @@ def main(argv=None):
                 f'--multilabel-threshold is {args.multilabel_threshold:g}, expected a number between 0 and 1.')
         if args.valid_labels and args.real_labels:
             raise UserError('--valid-labels and --real-labels do not go together.')
+        if args.real_labels and args.task == 'multilabel':
+            raise UserError('--real-labels does not go with --task multilabel.')
         if args.img_size is not None:
             args.img_size = check_resolutions(args.img_size)
         for module in args.device_modules:
@@ -244,12 +246,13 @@ def main(argv=None):
         classes = read_classes(args.valid_labels, model.num_classes) if args.valid_labels else None
         check_classes(args, dataset, model, classes)
         evaluator = partial(create_evaluator, args.task, threshold=args.multilabel_threshold)
+        num_classes = model.num_classes if classes is None else len(classes)
         if args.task == 'multilabel':
-            encode_labels(dataset, model.num_classes, args.target_format)
+            encode_labels(dataset, num_classes, args.target_format)
         elif args.real_labels:
             evaluator = use_real_labels(dataset, args.real_labels)
         else:
-            check_labels(dataset, model.num_classes if classes is None else len(classes))
+            check_labels(dataset, num_classes)
         errors = ReadErrors(args.max_unreadable)
         _logger.info(f'Validation reads {describe(dataset)}.')
         readable = skip_unreadable(dataset, errors, stand_in=False)

@@ -70,6 +70,10 @@ def parse_args(argv=None):
         parser.error(f'{args.config} does not name resolutions, give --resolutions.')
     if args.target and len(args.target) != len(args.recipe.resolutions):
         parser.error(f'--target has {len(args.target)} values, expected {len(args.recipe.resolutions)}, one per size.')
+    for name, flags in args.recipes.items():
+        sizes = parse_flags([args.data_dir, *args.common, *flags]).resolutions
+        if sizes != args.recipe.resolutions:
+            parser.error(f'{name!r} has the resolutions {sizes}, expected those of all, {args.recipe.resolutions}.')
     costs = {size: madds(args.recipe, size, num_classes=num_classes) for size in args.recipe.resolutions}
     own = cost(args.recipe, costs)
     args.full_epochs = {  # of each recipe, for what the first takes in its own number of epochs

@@ -28,11 +28,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from _runs import Run, madds, parse_known, train_all
+from _runs import Run, madds, parse_known, same_evaluation, train_all
 from _shared import ROOT, create_parser, environment, shell_command, write_json
 from _tables import write_rows
 
-from timm_rs.train.options import WARM_START
+from timm_rs.train.options import WARM_START, is_warm_start
 from timm_rs.train.options import parse_args as parse_flags
 
 SINGLE = '--distill none'
@@ -100,6 +100,10 @@ def flags_from_scratch(args):
         flag = '--' + name.replace('_', '-')
         if flag not in kept and value is not False:
             kept += [flag, *([] if value is True else map(str, value if isinstance(value, list) else [value]))]
+    if is_warm_start(vars(parse_flags(kept))):
+        raise SystemExit(
+            f"'from scratch' cannot leave out the trained weights: name them by {', '.join(_SOURCES)}, written out, "
+            'with the file after a space.')
     return kept
 
 
@@ -116,7 +120,7 @@ def read(cell, args):
             subprocess.run([
                 sys.executable, 'validate_rs.py', run.flags[0], '--split', 'val', '--checkpoint',
                 str(run.folder / 'last.pth.tar'), '--img-size', *map(str, others), '--results-file', str(path),
-                '--workers', str(args.recipe.workers)], cwd=ROOT, check=True)
+                '--workers', str(args.recipe.workers), *same_evaluation(args.recipe)], cwd=ROOT, check=True)
         top1.update({row['resolution']: row['top1'] for row in json.loads(path.read_text())})
     return top1, json.loads((run.folder / 'spent.json').read_text())['seconds']
 

@@ -104,6 +104,16 @@ def test_one_sentence_on_other_files(tmp_path, content, message):
     assert not printed and re.match(message, error) and len(error.splitlines()) == 1, error
 
 
+def test_several_labels():
+    out, errors = run_node('''
+        const {answer} = await page('network.js');
+        const metadata = {class_names: ['cat', 'dog', 'emu'], multilabel_threshold: 0.5};
+        const network = {metadata, run: async () => [2, -2, 1]};
+        console.log((await answer(network, () => 0, 0, 32)).classes.map((c) => c.name + c.probability.toFixed(2)).join());
+        ''')
+    assert out.strip() == 'cat0.88,emu0.73' and not errors
+
+
 def test_choice_of_a_size():
     printed, _ = run_node('''
         const {chooseSize, median} = await page('network.js');

@@ -169,9 +169,10 @@ def test_unusable_thresholds(session, thresholds, message):
 
 
 @pytest.mark.parametrize('answer', [lambda path: CascadeSession(path, {48: 0.}), Predictor])
-def test_features_are_not_answers(tmp_path, answer):
-    export_switchable(rs_model(num_classes=0), str(tmp_path / 'features.onnx'))
-    with pytest.raises(ValueError, match='features.onnx has no classes, expected a classifier'):
+@pytest.mark.parametrize('num_classes, message', [(0, 'no classes, expected a classifier'), (1, 'one class, which')])
+def test_features_are_not_answers(tmp_path, answer, num_classes, message):
+    export_switchable(rs_model(num_classes=num_classes), str(tmp_path / 'features.onnx'))
+    with pytest.raises(ValueError, match=f'features.onnx has {message}'):
         answer(str(tmp_path / 'features.onnx'))
 
 

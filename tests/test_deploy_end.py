@@ -140,9 +140,8 @@ def child(work):
         os._exit(0)
     os.waitpid(pid, 0)
 child('same file')
-model = onnx.load('m.onnx')
-onnx.helper.set_model_props(model, {{**{{p.key: p.value for p in model.metadata_props}}, 'mean': '[0.1, 0.2, 0.3]'}})
-onnx.save(model, 'm.onnx')
+shutil.copy('m.onnx', 'n.onnx')  # other weights would have the same metadata
+os.replace('n.onnx', 'm.onnx')
 child('another file')
 """
     process = subprocess.run(
@@ -176,6 +175,21 @@ def test_opens_names_only():
         Session(b'onnx')
 
 
+def test_a_cascade_answers_what_runs_when_it_is_closed(file, photograph, monkeypatch):
+    opened = CascadeSession(file, {32: 1., 48: 0.}, threads=1)
+    run = ort.run
+
+    def close_and_run(*args):
+        opened.close()
+        return run(*args)
+
+    monkeypatch.setattr(ort, 'run', close_and_run)
+    assert opened.predict([photograph] * 20).logits.shape == (20, 10)
+    for call in (opened, opened.session):
+        with pytest.raises(ClosedError):
+            call.predict(photograph)
+
+
 def test_images_of_a_request_are_bounded(file):
     opened = Session(file, threads=1)
     with pytest.raises(UserError, match='number of images is 4097, expected an integer from 0 to 4096'):
@@ -196,3 +210,12 @@ def test_a_file_that_was_opened_as_text(file):
     with open(__file__, encoding='utf-8') as text, Session(file, threads=1) as opened:
         with pytest.raises(ImageError, match='was opened as text, expected a binary file'):
             opened.predict(text)
+
+
+def test_a_file_that_is_read_in_another_way(file):
+    class Upload:  # as FastAPI's
+        async def read(self, size):
+            return b''
+
+    with Session(file, threads=1) as opened, pytest.raises(ImageError, match='gives coroutine, expected bytes'):
+        opened.predict(Upload())

@@ -1,4 +1,5 @@
 """Tables of accuracy: planned, trained by train_rs.py, and compared"""
+import argparse
 import csv
 import json
 import multiprocessing
@@ -22,6 +23,7 @@ from _runs import Run, hold_out
 from _tables import markdown, scores_of
 
 import validate_rs
+from timm_rs.train.options import is_warm_start
 from timm_rs.train.options import parse_args as parse_flags
 
 CONTEXT = multiprocessing.get_context('fork')
@@ -218,10 +220,22 @@ def test_table_of_warm_starts(tmp_path, argv):
         warm_start.main([*argv, '--variants', 'distill'])
 
 
+def test_from_scratch_has_no_trained_weights():
+    for flags in (['--pretrained'], ['--pretrained-path', 'x.pth'], ['--initial-checkpoint', 'x.pth', '--lr', '0.1']):
+        args = argparse.Namespace(flags=flags, recipe=parse_flags(flags))
+        assert not is_warm_start(vars(parse_flags(warm_start.flags_from_scratch(args))))
+    with pytest.raises(SystemExit, match='cannot leave out the trained weights: name them by --pretrained, '):
+        warm_start.flags_from_scratch(argparse.Namespace(
+            flags=['--pretrained-path=x.pth'], recipe=parse_flags(['--pretrained-path=x.pth'])))
+
+
 def test_smallest_share_that_reaches_the_target(tmp_path, argv, monkeypatch, capfd):
     """Both seeds must reach it; the mean may lack nothing, one size 0.3 points."""
     argv = [*argv, 'recipe=', 'small=--small-steps 0.5', '--shares', '0.5', '1', '--seeds', '0', '1', '--epochs', '20']
     monkeypatch.setattr(time_to_accuracy, 'madds', lambda recipe, size, num_classes: {32: 3, 24: 2}[size])
+    with pytest.raises(SystemExit):
+        time_to_accuracy.parse_args([*argv, 'other=--resolutions 32 16'])
+    assert "'other' has the resolutions [32, 16], expected those of all, [32, 24]" in capfd.readouterr().err
     args = time_to_accuracy.parse_args(argv)
     cells = [(name, share) for name in ('recipe', 'small') for share in (0.5, 1.)]
     epochs = [parse_flags(time_to_accuracy.plan(args, *cell)[0].flags).epochs for cell in cells]

@@ -14,7 +14,8 @@ pytest.importorskip('onnx.version_converter')
 onnxruntime = pytest.importorskip('onnxruntime')
 
 from timm_rs.export import ExportError, export_int8, export_switchable  # noqa: E402
-from timm_rs.export.export import INT8_FORMATS  # noqa: E402
+from timm_rs.export.export import INT8_FORMATS, _read  # noqa: E402
+from timm_rs_runtime.unreadable import ReadErrors  # noqa: E402
 
 
 @pytest.fixture(scope='module', params=INT8_FORMATS)
@@ -46,6 +47,22 @@ def optimized(path, folder, level='EXTENDED', **sizes):
         options.add_free_dimension_override_by_name(name, size)
     onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
     return onnx.load(folder / 'optimized.onnx').graph
+
+
+def test_int8_of_one_logit(photographs, tmp_path):
+    model = rs_model('resnet10t', num_classes=1, channels=[8, 16, 24, 32], stem_width=8)
+    found = export_int8(model, str(tmp_path / 'int8.onnx'), sorted(map(str, photographs.iterdir())))
+    assert all(0 < row['error'] < 0.5 and 0.5 < row['agreement'] <= 1 for row in found.values())
+
+
+def test_unreadable_images_leave_whole_batches(tmp_path):
+    for i in range(5):
+        Image.new('RGB', (40, 40)).save(tmp_path / f'{i}.png')
+    (tmp_path / '1.png').write_text('nothing')
+    metadata = dict(
+        resolutions=[32], mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1., crop_mode='center', interpolation='bilinear')
+    found = _read(sorted(map(str, tmp_path.iterdir())), 2, metadata, ReadErrors(1))
+    assert [len(batch) for batch in found[32]] == [2, 2]
 
 
 def test_int8(tiny, exported, tmp_path):

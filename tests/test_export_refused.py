@@ -2,14 +2,16 @@
 import copy
 import math
 import os
+import resource
 
 import pytest
 import torch
-from conftest import images, plain_model, rs_model
+from conftest import images, plain_model, randomize_bn, rs_model
 
 from timm_rs import make_switchable
 from timm_rs.quant import quantize
 from timm_rs_runtime.errors import UserError
+from timm_rs_runtime.format import read_metadata
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
@@ -162,10 +164,66 @@ def test_levels_of_activations_may_flip():
     (dict(format='torch-export'), r'one: expected a name that ends in \.pt2'),
     (dict(path='nowhere/one.onnx'), 'nowhere does not exist'),
     (dict(class_names=['a', 'b']), '2 class names'),
+    (dict(class_names=[*'abcdefghi', 9]), r'class_names\[9\] is 9, expected text of at most 1000 characters'),
 ])
 def test_bad_arguments(tiny, tmp_path, change, message):
     with pytest.raises((ValueError, KeyError), match=message):
         export_resolution(**dict(dict(model=tiny, resolution=48, path=str(tmp_path / 'one')), **change))
+    assert os.listdir(tmp_path) == []
+
+
+class TwoReaders(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return (x + self.bn(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize('network', [
+    torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(inplace=True), torch.nn.BatchNorm2d(4), torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten()), TwoReaders()], ids=['changed in place', 'two readers'])
+def test_batch_norms_that_cannot_be_fused(network, tmp_path):
+    model = randomize_bn(make_switchable(network.eval(), (16, 12)))
+    for name, format in ('one.pt2', 'torch-export'), ('one.pt', 'torchscript'):
+        assert export_resolution(model, 12, str(tmp_path / name), format) < 1e-5
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.bn, self.wrap = torch.nn.BatchNorm2d(3), wrap
+
+    def forward(self, x):
+        return self.wrap(self.bn(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize('wrap, kind', [(lambda x: dict(logits=x), 'dict'), (lambda x: (x, x), 'tuple')])
+def test_answers_that_are_not_one_tensor(wrap, kind, tmp_path):
+    model = make_switchable(Wrapped(wrap).eval(), (16, 12))
+    with pytest.raises(ExportError, match=f'Wrapped returns a {kind}, expected one tensor of logits'):
+        export_switchable(model, str(tmp_path / 'all.onnx'))
+    with pytest.raises(ExportError, match='returns a list, expected one tensor of logits'):
+        export_switchable(rs_model(features_only=True), str(tmp_path / 'all.onnx'))
+
+
+def test_the_number_of_classes_is_that_of_the_answers(tmp_path):
+    export_switchable(make_switchable(Wrapped(lambda x: x).eval(), (16, 12)), str(tmp_path / 'all.onnx'))
+    assert read_metadata(str(tmp_path / 'all.onnx'))['num_classes'] == 3
+
+
+@pytest.mark.parametrize('format', ['onnx', 'torch-export', 'torchscript'])
+def test_a_disk_that_is_full(tiny, tmp_path, format):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        with pytest.raises(OSError, match='File too large'):
+            export_resolution(tiny, 48, str(tmp_path / 'one.pt2'), format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path) == []
 
 

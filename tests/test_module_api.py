@@ -120,6 +120,19 @@ def switchable_net():
     return randomize_bn(make_switchable(small_net(), RESOLUTIONS)).eval()
 
 
+@pytest.mark.parametrize('duplicate', [
+    copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.at(48)])
+def test_copies_of_a_network_that_is_compiled_in_place_run_themselves(duplicate):
+    model = rs_model()
+    x = images(48)
+    expected = model(x)
+    model.compile(backend='eager')
+    other = duplicate(model)
+    assert_equal(other(x), expected)
+    other.fc = torch.nn.Identity()
+    assert other(x).shape != expected.shape
+
+
 def test_compile_with_dynamic_shapes():
     model, pyramid = switchable_net(), images(*RESOLUTIONS)
     with torch.no_grad():

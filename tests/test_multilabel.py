@@ -1,4 +1,5 @@
 """Several labels per image: from WebDataset shards to an answer"""
+import argparse
 import csv
 import io
 import json
@@ -9,6 +10,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import rs_model
 from PIL import Image
@@ -86,6 +88,20 @@ def test_training_and_validation_agree(shards, run, tmp_path):
                 assert float(row[name]) == pytest.approx(float(last[f'eval_{name}_{place}']), rel=1e-5)
     history = read_run(str(run))
     assert history.metric == 'map' and history.best['eval_map_mean'] == max(r['eval_map_mean'] for r in history.rows)
+
+
+def test_valid_labels(shards, tmp_path):
+    path, flags = tmp_path / 'rows.csv', '--split validation-0000.tar --num-samples 9 --workers 0 --device cpu'.split()
+    (tmp_path / 'labels.txt').write_text('3\n0\n1\n')
+    args = argparse.Namespace(
+        model='rs_test_resnet', resolutions=[32, 16], num_classes=4, task='multilabel', multilabel_threshold=0.5)
+    network = timm.create_model(args.model, resolutions=args.resolutions, num_classes=args.num_classes)
+    torch.save(dict(state_dict=network.state_dict(), args=args), tmp_path / 'four.pth')
+    validate_rs.main([
+        *source(shards), *flags, '--task', 'multilabel', '--checkpoint', str(tmp_path / 'four.pth'), '--valid-labels',
+        str(tmp_path / 'labels.txt'), '--results-file', str(path)])
+    rows = {row['resolution']: float(row['map']) for row in csv.DictReader(path.open())}
+    assert set(rows) == {'32', '16', 'ens'} and all(0 < value <= 100 for value in rows.values())
 
 
 def test_from_a_run_to_answers(run, tmp_path, capsys):

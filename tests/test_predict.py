@@ -19,7 +19,7 @@ pytest.importorskip('onnxruntime')
 
 from timm_rs.export.export import export_switchable  # noqa: E402
 from timm_rs_cli import main  # noqa: E402
-from timm_rs_runtime import Cascade, Session  # noqa: E402
+from timm_rs_runtime import Cascade, Session, UserError  # noqa: E402
 from timm_rs_runtime.cascade import softmax, write_cascade  # noqa: E402
 from timm_rs_runtime.predict import Predictor, top  # noqa: E402
 
@@ -189,6 +189,34 @@ class Stdin(io.RawIOBase):
 sys.stdin = io.TextIOWrapper(io.BufferedReader(Stdin()))
 main(sys.argv[1:])
 """
+
+
+def test_standard_input_and_output_that_are_closed(file, folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, 'stdin', None)
+    _, (error,) = predict(capsys, '-', '--model', file, code=1)
+    assert error.endswith('Standard input is closed, expected an image.')
+    monkeypatch.setattr(sys, 'stdout', None)
+    main(['predict', str(folder / 'a.png'), '--model', str(file)])
+
+
+def test_two_ways_to_choose_a_size(file):
+    with pytest.raises(UserError, match='Got resolution 32 and budget_ms 20, expected one of resolution, budget_ms, '):
+        Predictor(file, resolution=32, budget_ms=20)
+
+
+def test_folders_that_cannot_be_read_are_named(file, tmp_path, capsys, monkeypatch):
+    (tmp_path / 'closed').mkdir()
+    Image.new('RGB', (40, 40)).save(tmp_path / 'a.png')
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith('closed'):
+            raise PermissionError(13, 'Permission denied', str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', refuse)
+    _, (error,) = predict(capsys, tmp_path, '--model', file, code=1)
+    assert 'closed cannot be read, its images would be left out: Permission denied' in error
 
 
 def test_an_interrupt_ends_waiting_for_standard_input(file):

@@ -91,6 +91,17 @@ def test_answers_for_the_active_one():
     assert not hasattr(container, 'nonsense')
 
 
+def test_what_is_set_is_set_for_all():
+    container = private_bn(BatchNormAct2d(4))
+    container.momentum, container.act = 0., nn.ReLU()
+    container.train()(torch.rand(2, 4, 3, 3))
+    for r in RESOLUTIONS:
+        assert container[r].momentum == 0 and type(container[r].act) is nn.ReLU
+        assert not container[r].running_mean.any()
+    with pytest.raises(AttributeError, match=r'Each resolution has its own running_mean, set that of bn\[64\]'):
+        container.running_mean = torch.ones(4)
+
+
 @pytest.mark.parametrize('register, value', [
     ('register_buffer', torch.zeros(1)),
     ('register_parameter', nn.Parameter(torch.zeros(1))),

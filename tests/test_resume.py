@@ -236,6 +236,16 @@ def test_another_metric_does_not_replace_the_best_checkpoint(images, tmp_path, f
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize('flags, message', [
+    ('--in-chans 1', 'was trained with --in-chans 3, but now it is 1'),
+    ('--gp max', 'was trained with --gp None, but now it is max'),
+])
+def test_another_network_does_not_resume(images, tmp_path, finished, capfd, flags, message):
+    copy_run(finished, tmp_path)
+    assert run(images, tmp_path, flags=('--resume', 'auto', *flags.split())) == 1
+    assert message in capfd.readouterr().err
+
+
 def contents(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != '.lock'}
 

@@ -8,7 +8,7 @@ from conftest import RESOLUTIONS, assert_equal, images, plain_model, rs_model
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.task import TrainingTask
-from timm.utils import ModelEmaV3, unwrap_model
+from timm.utils import ModelEmaV3, dispatch_clip_grad, unwrap_model
 
 from timm_rs import EnsembleDistillationLoss
 from timm_rs.private_bn import tie_affine
@@ -227,6 +227,15 @@ def test_plain_parts_are_refused():
         MultiResolutionTask(plain_model())
     with pytest.raises(ValueError, match='criterion CrossEntropyLoss'):
         MultiResolutionTask(rs_model(), torch.nn.CrossEntropyLoss())
+
+
+def test_adaptive_clipping_leaves_the_weights_of_the_ensemble():
+    task = MultiResolutionTask(rs_model(), verbose=False)
+    task(images(RESOLUTIONS[0], n=4), torch.arange(4))['loss'].backward()
+    alpha = task.trainable_module.alpha
+    before = alpha.grad.clone()
+    dispatch_clip_grad(task.get_clip_parameters(exclude_head=True), 1e-2, mode='agc')
+    assert before.any() and torch.equal(alpha.grad, before)
 
 
 @pytest.mark.parametrize('clip', [nn.utils.clip_grad_value_, nn.utils.clip_grad_norm_])

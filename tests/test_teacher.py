@@ -125,6 +125,22 @@ def test_flags(tmp_path):
         assert_equal(task.teachers.teachers[0](x), model.at(64).eval()(x))
 
 
+def test_a_switchable_teacher_has_the_batch_norms_of_the_largest_images(tmp_path):
+    model = rs_model('resnet10t', (96, 64, 32), num_classes=3)
+    save_model(model, str(tmp_path / 'rs'))
+    _, task = build('--kd-model-name', str(tmp_path / 'rs'))
+    x = images(64)
+    assert_equal(task.teachers.teachers[0](x), model.at(64).eval()(x))
+
+
+def test_a_classifier_of_other_names_that_is_kept_can_teach(tmp_path):
+    save_model(timm.create_model('rs_resnet10t', resolutions=(64, 32), num_classes=3), str(tmp_path / 'rs'), list('abc'))
+    flags = ['--model', f"local-dir:{tmp_path / 'rs'}", '--pretrained', '--head-init-scale', '1', '--self-teacher']
+    model, task = build(*flags, classes=dict(x=0, y=1, z=2))
+    x = images(64)
+    assert_equal(task.teachers.teachers[0](x), model.at(64).eval()(x))
+
+
 @pytest.mark.parametrize('flags, message', [
     (['--self-teacher'], '--self-teacher needs trained weights with their classifier for 3 classes'),
     (['--pretrained-path', 'RS', '--self-teacher'], '--self-teacher needs trained weights with their classifier'),

@@ -45,7 +45,8 @@ class PrivateBN(nn.Module):
     The modules are deep copies of the given one, so a layer with an activation (timm's BatchNormAct2d) keeps it. The
     container is not itself a BN: converters that look for BN layers (sync, freeze, split) recurse into it and treat
     each private one. It has the attributes of the active BN (weight, eps, act, ...), so that code which looks into a
-    BN still works. State-dict keys are `<name>.<resolution>.<key>`, such as `layer1.0.bn1.224.weight`.
+    BN still works; those that are not tensors are set for all of them. State-dict keys are
+    `<name>.<resolution>.<key>`, such as `layer1.0.bn1.224.weight`.
 
     Args:
         bn: The BN layer to replace, of any subclass, e.g. BatchNorm1d, BatchNorm2d or BatchNormAct2d.
@@ -121,6 +122,16 @@ class PrivateBN(nn.Module):
             if name not in self._names and not hasattr(type(active), name):  # it was given only to that layer
                 raise
             return getattr(active, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        names = self.__dict__.get('_names', ())
+        if name not in names or name == 'training' or name.startswith('_'):
+            super().__setattr__(name, value)
+            return
+        if isinstance(value, torch.Tensor):
+            raise AttributeError(f'Each resolution has its own {name}, set that of bn[{self.resolution}].')
+        for resolution in self:
+            setattr(self[resolution], name, value)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         switch = self._switch

@@ -268,7 +268,12 @@ class SwitchableMixin:
         return type(self).__bases__[1]
 
     def __reduce_ex__(self, protocol: int) -> Tuple[Callable, Tuple, dict]:
-        return _new_switchable, (self._plain_class,), self.__dict__.copy()
+        return _new_switchable, (self._plain_class,), _attributes(self)
+
+
+def _attributes(module: nn.Module) -> Dict[str, Any]:
+    """Return what a copy of a module takes over: not what model.compile() made, which runs the module itself."""
+    return {k: v for k, v in vars(module).items() if k != '_compiled_call_impl'}
 
 
 FOLDING = ('fuse', 'reparameterize', 'switch_to_deploy')  # as timm names what makes one layer of several
@@ -294,7 +299,7 @@ def view(network: nn.Module, switch: Switch, resolution: Optional[int] = None) -
         if id(module) in memo:  # a BN whose PrivateBN was met before
             continue
         source = stand_in(module)
-        attributes = dict(vars(source))
+        attributes = _attributes(source)
         if source is not module:
             for name in HOOK_DICTS:
                 attributes[name] = type(attributes[name])({**attributes[name], **vars(module)[name]})

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from timm_rs_runtime.commands.images import add_images, print_read
 from timm_rs_runtime.errors import UserError
-from timm_rs_runtime.files import check_new_file, check_new_folder
+from timm_rs_runtime.files import check_new_file, check_new_folder, report_beside
 
 from ._source import add_source, load, read_labels
 
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
             exports.export_int8, int8_format=args.int8_format or 'qdq')
         found = export(model, args.output, images, errors=errors, **common)
         count = len(images) - len(errors.names)
-        print_read(count, len(errors.names), folder)
+        count -= count % common.get('batch_size', 1)  # ExecuTorch takes only whole batches
         lines = {r: f"top-1 of {row['agreement']:.1%} of {count} images as the network's, "
                     f"logits {row['error']:.1%} off" for r, row in found.items()}
     elif is_package:
@@ -126,8 +126,12 @@ def run(args: argparse.Namespace) -> None:
             model, args.resolution, args.output, args.format, args.batch_size, labels, args.tolerance, args.overwrite,
             args.precision)
         lines = {args.resolution: f'differs from the network by at most {error:.2g}'}
-    for resolution, text in lines.items():
-        print(f'{resolution} px: {text}')
     output = Path(args.output)
     size = sum(path.stat().st_size for path in (output, *output.rglob('*')) if path.is_file())
-    print(f"{output}: {model.pretrained_cfg['architecture']} at {' '.join(map(str, lines))}, {size / 1e6:.1f} MB")
+    size = f', {size / 1e6:.1f} MB' * bool(size)  # what went through a pipe has none
+    with report_beside(output):
+        if args.quantize:
+            print_read(count, len(errors.names), folder)
+        for resolution, text in lines.items():
+            print(f'{resolution} px: {text}')
+        print(f"{output}: {model.pretrained_cfg['architecture']} at {' '.join(map(str, lines))}{size}")

@@ -83,6 +83,10 @@ function chosenSize() {
   return chooseSize(network.metadata.resolutions, milliseconds, Number(element('budget').value));
 }
 
+function best({classes}) {
+  return classes.length ? classes[0].name : 'no label';
+}
+
 function update() {
   const budget = Number(element('budget').value);
   element('milliseconds').textContent = `${format(budget)} ms`;
@@ -90,13 +94,13 @@ function update() {
   const chosen = answers[chosenSize()];
   const fits = chosen.milliseconds <= budget;
   element('chosen').textContent =
-    `${chosen.classes[0].name} at ${chosen.size} px${fits ? '' : ' (the smallest; no size keeps the budget)'}`;
+    `${best(chosen)} at ${chosen.size} px${fits ? '' : ' (the smallest; no size keeps the budget)'}`;
   rows('classes', chosen.classes.map(({name, probability}) =>
     [{}, name, `${(100 * probability).toFixed(1)} %`, [probability, 1]]));
   const slowest = Math.max(...Object.values(answers).map((a) => a.milliseconds));
   rows('sizes', network.metadata.resolutions.map((size) => {
-    const {milliseconds, classes} = answers[size];
-    return [{chosen: size === chosen.size}, `${size} px`, classes[0].name, `${format(milliseconds)} ms`,
+    const {milliseconds} = answers[size];
+    return [{chosen: size === chosen.size}, `${size} px`, best(answers[size]), `${format(milliseconds)} ms`,
       [milliseconds, slowest]];
   }));
 }

@@ -19,7 +19,7 @@ export function readMetadata(bytes) {
   }
   const missing = REQUIRED.filter((name) => !(name in found));
   if (missing.length) throw new Error(`not a file of timm-rs export: its metadata lack ${missing.join(', ')}`);
-  const names = [...REQUIRED, 'architecture', 'class_names'];  // other tools add some of their own
+  const names = [...REQUIRED, 'architecture', 'class_names', 'multilabel_threshold'];  // other tools add some of their own
   return Object.fromEntries(names.filter((name) => name in found).map((name) => [name, JSON.parse(found[name])]));
 }
 
@@ -71,7 +71,7 @@ export async function answer(network, preprocess, picture, size) {
   const start = performance.now();
   const logits = await network.run(preprocess(picture, size, network.metadata), size);
   const milliseconds = performance.now() - start;
-  return {size, milliseconds, logits, classes: top(logits, network.metadata.class_names)};
+  return {size, milliseconds, logits, classes: top(logits, network.metadata)};
 }
 
 /** Return the answer at every size, by size, with median times. The sizes take turns, so that all are slowed down alike. */
@@ -89,13 +89,19 @@ export async function answerAll(network, preprocess, picture) {
     size, {...rounds[0][size], milliseconds: median(rounds.map((round) => round[size].milliseconds))}]));
 }
 
-/** Return name and probability of the most probable classes. */
-function top(logits, names, count = 5) {
+/** Return name and probability of the most probable classes; of several labels, of those that reach the threshold. */
+function top(logits, {class_names: names, multilabel_threshold: threshold}, count = 5) {
+  const probabilities = threshold == null ? softmax(logits) : Array.from(logits, (x) => 1 / (1 + Math.exp(-x)));
+  return probabilities.map((probability, i) => ({name: names?.[i] ?? `class ${i}`, probability}))
+    .filter(({probability}) => probability >= (threshold ?? 0))
+    .sort((a, b) => b.probability - a.probability).slice(0, count);
+}
+
+function softmax(logits) {
   const largest = Math.max(...logits);
   const exponentials = Array.from(logits, (x) => Math.exp(x - largest));
   const sum = exponentials.reduce((a, b) => a + b);
-  return exponentials.map((e, i) => ({name: names?.[i] ?? `class ${i}`, probability: e / sum}))
-    .sort((a, b) => b.probability - a.probability).slice(0, count);
+  return exponentials.map((e) => e / sum);
 }
 
 export function median(values) {

@@ -5,6 +5,7 @@ answers. timm_rs_runtime.fitting chooses sizes and thresholds.
 """
 import json
 import os
+import threading
 from dataclasses import asdict, dataclass
 from functools import partial
 from numbers import Real
@@ -115,6 +116,7 @@ class CascadeSession(Closable):
             self.session.check_resolution(resolution)
         self.session.check_classifies()
         check_one_label(self.session)
+        self._after_fork()
         super().__init__(partial(
             type(self), os.path.abspath(path) if self._is_owner else path, self.cascade, threads, mode, decode))
 
@@ -122,10 +124,18 @@ class CascadeSession(Closable):
         return f'{type(self).__name__}({self.session!r}, {self.cascade})'
 
     def close(self) -> None:
-        """Stop answering, and close the Session unless it was given."""
-        super().close()
-        if self._is_owner:
+        """Stop answering, and close the Session unless it was given. Requests that are running are answered."""
+        with self._lock:
+            super().close()
+            self._end_if_over()
+
+    def _end_if_over(self) -> None:
+        if self._closed and self._is_owner and not self._running:
             self.session.close()
+
+    def _after_fork(self) -> None:
+        self._lock = threading.RLock()  # a signal handler may close it
+        self._running = 0  # requests
 
     def predict(self, images: Union[ImageSource, Sequence[ImageSource]]) -> CascadePrediction:
         """Answer images; only the unsure ones go on to the next size. The next ones are read while the network runs.
@@ -139,11 +149,18 @@ class CascadeSession(Closable):
             NotFiniteError: The last size answers with NaN or infinity.
             UserError: See Session.predict.
         """
-        self._check_open()
-        read = partial(self.session.read, resolution=self.cascade.resolutions[-1])
-        opened = read_in_chunks(read, image_list(images), IMAGES_AT_A_TIME)
-        answers = [self._answer(chunk) for chunk in opened] or [self._answer([])]
-        return CascadePrediction(*map(np.concatenate, zip(*answers)))
+        with self._lock:
+            self._check_open()
+            self._running += 1
+        try:
+            read = partial(self.session.read, resolution=self.cascade.resolutions[-1])
+            opened = read_in_chunks(read, image_list(images), IMAGES_AT_A_TIME)
+            answers = [self._answer(chunk) for chunk in opened] or [self._answer([])]
+            return CascadePrediction(*map(np.concatenate, zip(*answers)))
+        finally:
+            with self._lock:
+                self._running -= 1
+                self._end_if_over()
 
     def _answer(self, images: Sequence[Image.Image]) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return logits, size and multiply-adds of each image."""

@@ -5,8 +5,8 @@ import shutil
 import stat
 import sys
 import tempfile
-from contextlib import contextmanager, nullcontext
-from typing import IO, Any, Iterator, Optional, Union
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from typing import IO, Any, ContextManager, Iterator, Optional, Union
 
 from .errors import UserError
 
@@ -16,7 +16,8 @@ except ImportError:  # not on Windows
     fcntl = None
 
 __all__ = [
-    'STDIO', 'atomic_folder', 'atomic_path', 'atomic_write', 'check_new_file', 'check_new_folder', 'make_folder']
+    'STDIO', 'atomic_folder', 'atomic_path', 'atomic_write', 'check_new_file', 'check_new_folder', 'make_folder',
+    'report_beside']
 
 STDIO = '-'
 _PREFIX = '.part-'
@@ -126,6 +127,11 @@ def atomic_write(path: _Path, mode: str = 'w', overwrite: bool = False, **kwargs
         kwargs.setdefault('encoding', 'utf-8')
     with atomic_path(path, overwrite) as partial, open(partial, mode, **kwargs) as file:
         yield file
+
+
+def report_beside(path: _Path) -> ContextManager:
+    """Return a context in which print writes to stderr if the file may be standard output."""
+    return redirect_stdout(sys.stderr) if _is_special(os.fspath(path)) else nullcontext()
 
 
 @contextmanager

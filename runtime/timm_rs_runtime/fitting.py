@@ -285,7 +285,7 @@ def _class_of(path: str) -> str:
 
 
 def _natural_key(name: str) -> List[Union[int, str]]:
-    return [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', name.lower())]
+    return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', name.lower())]
 
 
 def _class_index(names: Sequence[str], session: Session) -> Dict[str, int]:

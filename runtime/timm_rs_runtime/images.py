@@ -224,6 +224,9 @@ def buffered(source: ImageSource) -> ImageSource:
             content = source.read(MAX_BYTES + 1) or b''
             if isinstance(content, str):
                 raise ImageError(f'{name} was opened as text, expected a binary file.')
+            if not isinstance(content, (bytes, bytearray, memoryview)):
+                getattr(content, 'close', bool)()  # a coroutine, which would warn that nobody awaits it
+                raise ImageError(f'{name}: read() gives {type(content).__name__}, expected bytes.')
     except ImageError:
         raise
     except FileNotFoundError as e:
@@ -284,13 +287,16 @@ def find_images(folder: Union[str, os.PathLike], most: Optional[int] = None) -> 
     """Return the image files below a folder, sorted by name, at most `most`, spread evenly; links are followed.
 
     Raises:
-        ImageError: The folder does not exist, or holds no images.
+        ImageError: The folder does not exist, holds no images, or one below it cannot be read.
         UserError: `most` is less than 1.
     """
     if not os.path.isdir(folder):
         raise ImageError(f'{folder} does not exist, expected a folder of images.')
+    def fail(e: OSError) -> None:
+        raise ImageError(f'{e.filename} cannot be read, its images would be left out: {e.strerror}.')
+
     known, paths, seen = extensions(), [], set()
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:  # each folder once, however many links lead to it
             folders.clear()

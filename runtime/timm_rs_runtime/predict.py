@@ -30,7 +30,7 @@ class Predictor:
         mode, decode: See Session.
 
     Raises:
-        UserError: A file or argument is not usable.
+        UserError: A file or argument is not usable, or two ways are given.
     """
 
     def __init__(
@@ -43,6 +43,10 @@ class Predictor:
             mode: str = 'fast',
             decode: str = 'scaled',
     ):
+        ways = dict(resolution=resolution, budget_ms=budget_ms, cascade=cascade)
+        given = [f'{name} {value}' for name, value in ways.items() if value is not None]
+        if len(given) > 1:
+            raise UserError(f"Got {' and '.join(given)}, expected one of {', '.join(ways)}.")
         self.session = session = Session.open(path, threads, mode, decode)
         session.check_classifies()
         self._resolution = session.check_resolution(resolution)
@@ -128,6 +132,8 @@ def _sources(names: Sequence[str], stdin: List[Any]) -> Iterator[Tuple[str, Unio
 
 
 def _read_stdin() -> Union[IO[bytes], ImageError]:
+    if sys.stdin is None:
+        return ImageError('Standard input is closed, expected an image.')
     try:
         file = buffered(sys.stdin.buffer)
     except ImageError as e:

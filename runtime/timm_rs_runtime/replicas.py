@@ -229,6 +229,7 @@ def _replicas(settings: Settings) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', RuntimeWarning)  # an error here
         with AdaptiveSession(settings.path, settings.budget_ms, threads=1) as session:
+            session.session.check_classifies()
             smallest_ms = min(session.stats()['expected_ms'].values())
     if not session.feasible:
         raise UserError(

@@ -48,8 +48,8 @@ class NotFiniteError(UserError):
 class Session(Closable):
     """Runs a file of `timm-rs export` at any of its resolutions; safe to be called from several threads.
 
-    It can be closed, is a context manager, can be pickled and copied, and works in forked processes: a copy or a forked
-    process opens the file again.
+    It can be closed, is a context manager, can be pickled and copied, and works in forked processes. A copy opens the
+    file as it is then. A forked process opens the file again, which must not have been replaced.
 
     Args:
         path: File of `timm-rs export --format onnx`, or of one size.
@@ -98,6 +98,7 @@ class Session(Closable):
         self.path = os.fspath(path)
         self.mode = mode
         self._threads = threads
+        self._version = _version_of(self.path)
         self.metadata = read_metadata(self.path)
         self.resolutions: Tuple[int, ...] = self.metadata['resolutions']
         self.num_classes: int = self.metadata['num_classes']
@@ -243,7 +244,7 @@ class Session(Closable):
 
     def _open_again(self) -> Dict[int, Any]:
         """Return the sessions of a forked process."""
-        if read_metadata(self._file) != self.metadata:
+        if _version_of(self._file) != self._version:
             raise UserError(f'{self.path} is another file than at the start of the session, open it again.')
         return self._open(self._file)
 
@@ -267,10 +268,12 @@ class Session(Closable):
             raise ImageError(f'{self.path} takes {len(self.mean)} channels, expected float32 arrays instead of images.')
 
     def check_classifies(self) -> None:
-        """Raise UserError if it does not take images, or answers with features instead of classes."""
+        """Raise UserError if it does not take images, or has no classes to choose from."""
         self.check_takes_images()
         if not self.num_classes:
             raise UserError(f'{self.path} has no classes, expected a classifier.')
+        if self.num_classes == 1 and self.threshold is None:
+            raise UserError(f'{self.path} has one class, which always has probability 1; expected several, or labels.')
 
     def _check_batch(self, images: np.ndarray, resolution: Optional[int]) -> int:
         channels = len(self.mean)
@@ -283,6 +286,15 @@ class Session(Closable):
             expected = ', '.join(f'{r}x{r}' for r in expected)
             raise UserError(f'Got a batch of {height}x{width}, expected {expected}.')
         return height
+
+
+def _version_of(path: str) -> Optional[Tuple[int, int, int]]:
+    """Return what changes when a file is replaced, None if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def image_list(images: Union[ImageSource, Iterable[ImageSource]]) -> List[ImageSource]:

@@ -2,16 +2,18 @@
 import json
 from typing import Any, Dict, Optional, Sequence
 
+import torch
 import torch.nn as nn
 from timm.data.model_config import resolve_input_data_config
 
 from timm_rs_runtime.errors import UserError
-from timm_rs_runtime.format import preprocessing_of
+from timm_rs_runtime.format import parse_metadata, preprocessing_of
 from timm_rs_runtime.images import MODES
 
 from ..data.classes import imagenet_classes
 from ..evaluate import count_madds
 from ..version import __version__
+from .trace import ExportError, example_images
 
 __all__ = ['describe', 'set_metadata']
 
@@ -24,16 +26,19 @@ def describe(
     """Return the metadata of a file.
 
     Args:
-        model: Network of timm, switchable or not.
+        model: Switchable network.
         resolutions: Input sizes in pixels.
         class_names: Names of the classes, in their order; if None those that the model records, or ImageNet's.
 
     Raises:
-        UserError: There is another number of class names than classes, or the preprocessing is not one of timm.
+        ExportError: The network does not return one tensor.
+        UserError: There is another number of class names than classes, one is not text of at most 1000 characters, or
+            the preprocessing is not one of timm.
     """
     config = resolve_input_data_config(model)
     cfg = getattr(model, 'pretrained_cfg', None) or {}
-    num_classes = model.num_classes
+    logits = _try(model, min(resolutions))
+    num_classes = getattr(model, 'num_classes', logits.shape[-1])
     class_ids, imagenet_names = imagenet_classes(num_classes)
     if class_names is None:
         class_names = cfg.get('label_names') or ()
@@ -62,12 +67,27 @@ def describe(
     )
     if channels in MODES:  # others take no images, but batches
         preprocessing_of(found)
+    parse_metadata(_as_texts(found), found['architecture'])  # what is written can be read
     return found
+
+
+def _try(model: nn.Module, resolution: int) -> torch.Tensor:
+    """Return what the network makes of an image."""
+    network = model.at(resolution).eval()
+    with torch.no_grad():
+        logits = network(example_images(network, resolution, 2))
+    if not isinstance(logits, torch.Tensor):
+        raise ExportError(f'{type(model).__name__} returns a {type(logits).__name__}, expected one tensor of logits.')
+    return logits
+
+
+def _as_texts(metadata: Dict[str, Any]) -> Dict[str, str]:
+    return {k: json.dumps(v, ensure_ascii=False) for k, v in metadata.items()}
 
 
 def set_metadata(model: Any, metadata: Dict[str, Any]) -> None:
     """Write metadata into an ONNX model, values as JSON."""
     from onnx import helper
 
-    helper.set_model_props(model, {k: json.dumps(v, ensure_ascii=False) for k, v in metadata.items()})
+    helper.set_model_props(model, _as_texts(metadata))
     model.producer_name, model.producer_version = 'timm_rs', __version__

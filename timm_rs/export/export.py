@@ -3,8 +3,11 @@
 One ONNX file for all resolutions with one copy of the shared weights, or one resolution as a plain network. A file is
 compared with the network before it gets its name.
 """
+import io
 import json
 import os
+from itertools import islice
+from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -169,7 +172,7 @@ def export_executorch(
         batches = _read(images, batch_size, metadata, errors or ReadErrors(0))
         batches = {r: [b for b in some if len(b) == batch_size] for r, some in batches.items()}
         if not all(batches.values()):
-            raise UserError(f'There are fewer images than batch_size, {batch_size}.')
+            raise UserError(f'There are fewer readable images than batch_size, {batch_size}.')
         programs = trace_int8(plain, batches)
     else:
         programs = trace_float(plain, batch_size)
@@ -239,6 +242,7 @@ def export_coreml(
         ExportError: The network cannot be traced or converted, or is another one in 16 bits.
         UserError: The network is not switchable, a weight is not finite, or the number of names is wrong.
     """
+    path = os.fspath(path)
     if not path.endswith('.mlpackage'):
         raise UserError(f'{path}: expected a name that ends in .mlpackage, which Core ML needs.')
     check_new_folder(path)
@@ -300,7 +304,9 @@ def export_resolution(
         if format == 'onnx':
             run = _save_onnx(trace_onnx(network, resolution, batch_size, fuse=True), metadata, partial)
         elif format == 'torch-export':
-            torch.export.save(trace_program(network, resolution, batch_size), partial, extra_files=extra_files)
+            content = io.BytesIO()  # torch would end the process where the disk is full
+            torch.export.save(trace_program(network, resolution, batch_size), content, extra_files=extra_files)
+            Path(partial).write_bytes(content.getbuffer())
             run = torch.export.load(partial).module()
         else:
             with open(partial, 'wb') as file:  # torch does not accept every name
@@ -337,8 +343,8 @@ def _take(model: nn.Module, resolution: int) -> nn.Module:
 def _take_all(model: nn.Module, class_names: Optional[Sequence[str]]) -> Tuple[Dict[int, nn.Module], Dict[str, Any]]:
     """Return the plain network of each resolution, and the metadata of their file."""
     _check_switchable(model)
-    metadata = describe(model, model.resolutions, class_names)
-    return {r: _take(model, r) for r in model.resolutions}, metadata
+    plain = {r: _take(model, r) for r in model.resolutions}
+    return plain, describe(model, model.resolutions, class_names)
 
 
 def _read(
@@ -354,11 +360,10 @@ def _read(
         raise UserError(f'The ranges of activations are measured on images, but {name} takes {channels} channels.')
     preprocessing, mode = preprocessing_of(metadata), MODES[channels]
     batches = {resolution: [] for resolution in metadata['resolutions']}
-    for i in range(0, len(images), batch_size):
-        opened = [errors.open(image, mode) for image in images[i:i + batch_size]]
-        opened = [image for image in opened if image is not None]
-        for resolution in batches if opened else ():
-            batches[resolution].append(np.stack([preprocessing(image, resolution) for image in opened]))
+    opened = (image for image in (errors.open(image, mode) for image in images) if image is not None)
+    while group := list(islice(opened, batch_size)):
+        for resolution in batches:
+            batches[resolution].append(np.stack([preprocessing(image, resolution) for image in group]))
     if not any(batches.values()):
         raise UnreadableError(f'None of the {len(images)} images can be read.')
     return batches

@@ -90,13 +90,17 @@ def compare_int8(
     for resolution, network in plain.items():
         images = [torch.from_numpy(batch) for batch in batches[resolution]]
         expected, actual = (_logits(f, images).double() for f in (network, run))
-        agreement = (expected.argmax(-1) == actual.argmax(-1)).double().mean().item()
+        agreement = (_decisions(expected) == _decisions(actual)).double().mean().item()
         found[resolution] = dict(agreement=agreement, error=_relative_error(actual - expected, expected))
         if not found[resolution]['error'] <= _INT8_TOLERANCE:
             raise ExportError(
                 f"The int8 form of {name} is {found[resolution]['error']:.0%} off at {resolution} px, "
                 f'expected at most {_INT8_TOLERANCE:.0%}; no file was written.')
     return found
+
+
+def _decisions(logits: torch.Tensor) -> torch.Tensor:
+    return logits.argmax(-1) if logits.shape[-1] > 1 else logits > 0
 
 
 def _logits(run: Run, batches: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -116,6 +120,7 @@ def _largest(values: torch.Tensor) -> float:
 
 
 def _relative_error(difference: torch.Tensor, logits: torch.Tensor) -> float:
-    """Return the root mean square of differences over that of logits less their mean."""
-    spread = (logits - logits.mean(-1, keepdim=True)).square().mean().sqrt()
+    """Return the root mean square of differences over that of logits less their mean over classes; of one over images.
+    """
+    spread = (logits - logits.mean(-1 if logits.shape[-1] > 1 else 0, keepdim=True)).square().mean().sqrt()
     return (difference.square().mean().sqrt() / spread.clamp(min=1e-12)).item()

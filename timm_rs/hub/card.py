@@ -30,12 +30,14 @@ Flags of `train_rs.py` that are not its defaults:
 """
 # Flags of a run that describe the machine and not the training.
 _MACHINE = (
-    'checkpoint_hist', 'class_map', 'config', 'data', 'data_dir', 'dataset_download', 'decoded_cache',
-    'decoded_cache_gb', 'decoded_cache_side', 'device', 'device_modules', 'distributed', 'experiment', 'hub_private',
-    'initial_checkpoint', 'local_rank', 'log_interval', 'log_tensorboard', 'log_wandb', 'max_unreadable',
-    'no_prefetcher', 'output', 'pin_mem', 'pretrained_path', 'push_interval', 'push_to_hub', 'recovery_interval',
-    'resume', 'save_epochs', 'save_images', 'workers',
+    'checkpoint_hist', 'class_map', 'class_stats', 'config', 'data', 'data_dir', 'dataset_download',
+    'decoded_cache', 'decoded_cache_gb', 'decoded_cache_side', 'device', 'device_modules', 'distributed',
+    'experiment', 'hub_private', 'initial_checkpoint', 'local_rank', 'log_interval', 'log_tensorboard', 'log_wandb',
+    'max_unreadable', 'no_prefetcher', 'output', 'pin_mem', 'pretrained_cfg_overlay', 'pretrained_path',
+    'push_interval', 'push_to_hub', 'recovery_interval', 'resume', 'save_epochs', 'save_images', 'traceback',
+    'workers',
 )
+_MAY_BE_FILES = 'kd_model_name', 'loss_class_weight', 'loss_pos_weight'
 
 
 def model_card(
@@ -117,8 +119,15 @@ def _recipe(args: Mapping[str, Any]) -> str:
     if is_warm_start(args):
         defaults.update(dict.fromkeys(WARM_START))
     shown = {k: v for k, v in args.items() if k in defaults and v != defaults[k] and k not in _MACHINE}
+    shown = {k: v for k, v in shown.items() if k not in _MAY_BE_FILES or not _is_path(v)}
     shown = {k: list(v) if isinstance(v, tuple) else v for k, v in shown.items() if not k.startswith('wandb')}
     return yaml.safe_dump(shown, sort_keys=True) if shown else ''
+
+
+def _is_path(value: Any) -> bool:
+    """Return whether it is a file or folder of the machine, not a number or a name such as hf-hub:user/name."""
+    is_name = not isinstance(value, str) or ':' in value[2:]
+    return not is_name and (os.path.exists(value) or '/' in value or os.sep in value)
 
 
 def _count_madds(model: nn.Module, resolution: int, in_chans: int) -> Optional[int]:

@@ -16,6 +16,7 @@ from timm_rs_runtime.errors import UserError
 from ..data.classes import explain_labels
 from ..load import load_model
 from ..records import labels_beside, read_label_names
+from ..resolutions import nearest_resolution
 from ..switchable import SwitchableMixin
 from .faults import name_flags, open_device
 from .loaders import resolve_data_config
@@ -127,7 +128,9 @@ def _build_teachers(
                 f'--kd-model-name {args.kd_model_name} has {network.num_classes} classes, expected {args.num_classes}.')
         if getattr(network, 'multilabel_threshold', None) is not None:
             raise UserError(f'--kd-model-name {args.kd_model_name} was trained with several labels per image.')
-        networks.append(network.at(network.resolutions[0]) if isinstance(network, SwitchableMixin) else network)
+        if isinstance(network, SwitchableMixin):
+            network = network.at(nearest_resolution(args.resolutions[0], args.resolutions[0], network.resolutions))
+        networks.append(network)
         _compare_classes(f'--kd-model-name {args.kd_model_name}', classes, loaded.source, network)
     if not networks:
         return None

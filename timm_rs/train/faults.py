@@ -27,7 +27,7 @@ def name_flags(args: argparse.Namespace, *flags: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as e:
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
         values = {f"--{flag.replace('_', '-')}": getattr(args, flag) for flag in flags}
         given = ' '.join(
             f'{flag} {value}' for flag, value in values.items() if value is not False and value not in (None, {}))

@@ -1,6 +1,7 @@
 """From flags to the network that is trained"""
 import argparse
 import logging
+from contextlib import nullcontext
 from typing import Any, Mapping, Optional
 
 import timm
@@ -27,6 +28,7 @@ from .refused import largest_size_conflict
 __all__ = ['build_model']
 
 _logger = logging.getLogger('train')
+_OWN_FLAGS = {'checkpoint_path', 'features_only', 'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay'}
 _PLAIN = '{} is a plain network, expected a switchable one: an rs_* model, its weights by --initial-checkpoint.'
 
 
@@ -68,19 +70,24 @@ def build_model(
         bn_momentum=args.bn_momentum,
         bn_eps=args.bn_eps,
     )
+    own_flags = _OWN_FLAGS & set(args.model_kwargs)
+    if own_flags:
+        raise UserError(f"--model-kwargs does not take {', '.join(sorted(own_flags))}.")
     kwargs = {**kwargs, **args.model_kwargs, **{k: v for k, v in chosen.items() if v is not None}}
     if args.pretrained_path:
         overlay.update(file=args.pretrained_path, num_classes=-1)  # a new classifier
     overlay.update(args.pretrained_cfg_overlay)
     if overlay:
         kwargs['pretrained_cfg_overlay'] = overlay
-    try:
-        model = timm.create_model(args.model, pretrained=args.pretrained or bool(args.pretrained_path), **kwargs)
-    except TypeError as e:
-        _, unexpected, argument = str(e).partition('unexpected keyword argument ')
-        if unexpected:  # such as --bn-momentum for the ResNets of timm
-            raise UserError(f'{args.model} does not take the argument {argument}.') from e
-        raise
+    given = [flag for flag in ('model_kwargs', 'pretrained_cfg_overlay', 'gp') if getattr(args, flag)]
+    with name_flags(args, 'model', *given) if given else nullcontext():
+        try:
+            model = timm.create_model(args.model, pretrained=args.pretrained or bool(args.pretrained_path), **kwargs)
+        except TypeError as e:
+            _, unexpected, argument = str(e).partition('unexpected keyword argument ')
+            if unexpected:  # such as --bn-momentum for the ResNets of timm
+                raise UserError(f'{args.model} does not take the argument {argument}.') from e
+            raise
     if args.initial_checkpoint:
         load_weights(model, args.initial_checkpoint)
     args.resolutions = list(check_resolutions(model.resolutions))
@@ -147,6 +154,8 @@ def _has_new_classifier(args: argparse.Namespace, model: nn.Module, classes: Opt
     if model.pretrained_cfg['num_classes'] != model.num_classes:
         return True
     differ = explain_labels(classes, model.pretrained_cfg.get('label_names'))
+    if differ and args.head_init_scale is not None:  # then the classifier is kept
+        return False
     if differ:
         _logger.info(f'The weights are of other classes ({differ}), so the classifier is new.')
     return differ is not None

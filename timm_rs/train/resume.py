@@ -206,7 +206,8 @@ def resume_run(
     saved = checkpoint.get('args')
     if saved is None:
         raise UserError(f'--resume {path} is not a checkpoint of train_rs.py, load it with --initial-checkpoint.')
-    for name in ('model', 'resolutions', 'num_classes', *['eval_metric'] * output.continues):  # which ranks the best
+    network = ('model', 'model_kwargs', 'gp', 'in_chans', 'resolutions', 'num_classes')
+    for name in (*network, *['eval_metric'] * output.continues):  # which ranks the best
         if getattr(saved, name, None) != getattr(args, name):
             raise UserError(
                 f"--resume {path} was trained with --{name.replace('_', '-')} {getattr(saved, name, None)}, "

@@ -152,11 +152,17 @@ class MultiResolutionTask(ClassificationTask):
         self._adjusted = False
         return dict(losses, output=logits)
 
-    def get_clip_parameters(self, *args: Any, **kwargs: Any) -> Iterator[nn.Parameter]:
-        """Give the parameters whose gradients are clipped, after these have been adjusted."""
-        parameters = super().get_clip_parameters(*args, **kwargs)
+    def get_clip_parameters(self, exclude_head: bool = False) -> Iterator[nn.Parameter]:
+        """Give the parameters whose gradients are clipped, after these have been adjusted.
+
+        Args:
+            exclude_head: Leave out the classifier and the weights of the ensemble. These begin at zero, and adaptive
+                clipping bounds a gradient by the size of its parameter.
+        """
+        parameters = super().get_clip_parameters(exclude_head)
+        alpha = unwrap_model(self.trainable_module).alpha if exclude_head else None
         self.adjust_gradients()
-        yield from parameters
+        yield from (p for p in parameters if p is not alpha)
 
     def adjust_gradients(self) -> None:
         """Give the private parameters of each resolution the gradient of the loss of that resolution, in place.

@@ -1,10 +1,11 @@
 """fit-cascade"""
 import argparse
+from typing import Any, Mapping, Sequence
 
 from ..cascade import write_cascade
 from ..errors import UserError
 from ..fields import check_argument, number
-from ..files import check_new_file
+from ..files import check_new_file, report_beside
 from ..fitting import FOLDS, collect_logits, compare, cross_fit, label_folders, measure_images
 from ..images import split_folder, spread
 from ..session import Session
@@ -51,7 +52,14 @@ def run(args: argparse.Namespace) -> None:
     write_cascade(
         args.output, found.cascade, args.overwrite, folder=folder, images=len(images), unreadable=len(errors.names),
         target_accuracy=accuracy, target_madds=madds, note=_NOTE, rows=rows)
-    print_read(len(images), len(errors.names), folder)
+    with report_beside(args.output):
+        print_read(len(images), len(errors.names), folder)
+        print_table(rows)
+        print(f'{args.output}: thresholds of a cascade for {args.file}')
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print how the cascade, the last row, compares with each size."""
     print(_NOTE)
     print('network  accuracy +- standard error  mean MAdds  mean ms  images through each size')
     for row in rows:
@@ -62,4 +70,3 @@ def run(args: argparse.Namespace) -> None:
     for row in sizes:
         if row['accuracy'] >= cascade['accuracy'] and row['madds'] <= cascade['madds']:
             print(f"Without a cascade, {row['network']} is at least as accurate and at most as expensive.")
-    print(f'{args.output}: thresholds of a cascade for {args.file}')
