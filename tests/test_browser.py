@@ -109,7 +109,8 @@ def test_several_labels():
         const {answer} = await page('network.js');
         const metadata = {class_names: ['cat', 'dog', 'emu'], multilabel_threshold: 0.5};
         const network = {metadata, run: async () => [2, -2, 1]};
-        console.log((await answer(network, () => 0, 0, 32)).classes.map((c) => c.name + c.probability.toFixed(2)).join());
+        const {classes} = await answer(network, () => 0, 0, 32);
+        console.log(classes.map((c) => c.name + c.probability.toFixed(2)).join());
         ''')
     assert out.strip() == 'cat0.88,emu0.73' and not errors
 

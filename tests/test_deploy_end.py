@@ -123,7 +123,7 @@ def test_a_forked_process_in_another_folder(file, photograph, tmp_path):
     """It answers as its parent, and not at all from a file with other classes that has taken the place since."""
     shutil.copy(file, tmp_path / 'm.onnx')
     program = f"""
-import os, onnx
+import os, shutil
 from timm_rs_runtime import Session
 from timm_rs_runtime.errors import UserError
 session = Session('m.onnx')

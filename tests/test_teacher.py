@@ -134,7 +134,8 @@ def test_a_switchable_teacher_has_the_batch_norms_of_the_largest_images(tmp_path
 
 
 def test_a_classifier_of_other_names_that_is_kept_can_teach(tmp_path):
-    save_model(timm.create_model('rs_resnet10t', resolutions=(64, 32), num_classes=3), str(tmp_path / 'rs'), list('abc'))
+    model = timm.create_model('rs_resnet10t', resolutions=(64, 32), num_classes=3)
+    save_model(model, str(tmp_path / 'rs'), ['a', 'b', 'c'])
     flags = ['--model', f"local-dir:{tmp_path / 'rs'}", '--pretrained', '--head-init-scale', '1', '--self-teacher']
     model, task = build(*flags, classes=dict(x=0, y=1, z=2))
     x = images(64)

@@ -177,7 +177,7 @@ def test_validation_compares_the_classes_that_are_named_beside_the_checkpoint(im
     (['--model', MODEL], f'Cannot load {MODEL}: '),  # there is no network
     (['--model', 'rs_resnet10t.imagenette', '--split', ''], "as the split instead of ''"),
     (['--model', 'rs_resnet10t.imagenette', '--reparam'], '--reparam is for plain models'),
-    (['--model', MODEL, '--task', 'multilabel', '--real-labels', 'x.json'], '--real-labels does not go with --task mult'),
+    (['--model', MODEL, '--task', 'multilabel', '--real-labels', 'x.json'], '--real-labels does not go with'),
     (['--model', MODEL, '--input-size', '3', '32', '16'], '--input-size 3 32 16: expected a square'),
     (['--model', MODEL, '--input-size', '3', '32', '32', '--in-chans', '1'], '--input-size 3 32 32: expected'),
     (['--model', MODEL, '--num-gpu', '2'], '--num-gpu'),

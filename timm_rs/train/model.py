@@ -80,7 +80,11 @@ def build_model(
     if overlay:
         kwargs['pretrained_cfg_overlay'] = overlay
     given = [flag for flag in ('model_kwargs', 'pretrained_cfg_overlay', 'gp') if getattr(args, flag)]
-    with name_flags(args, 'model', *given) if given else nullcontext():
+
+    def name_given():
+        return name_flags(args, 'model', *given) if given else nullcontext()
+
+    with name_given():
         try:
             model = timm.create_model(args.model, pretrained=args.pretrained or bool(args.pretrained_path), **kwargs)
         except TypeError as e:
@@ -116,7 +120,8 @@ def build_model(
     conflict = largest_size_conflict(args, args.resolutions)
     if conflict:
         raise UserError(conflict)
-    count_madds(model, args.resolutions[-1], args.in_chans)  # the smallest size must pass through the network
+    with name_given():
+        count_madds(model, args.resolutions[-1], args.in_chans)  # the smallest size must pass through the network
     _record_preprocessing(args, model)
     args.new_classifier = _has_new_classifier(args, model, classes)
     if args.head_init_scale is not None:
