@@ -234,7 +234,8 @@ def test_smallest_share_that_reaches_the_target(tmp_path, argv, monkeypatch, cap
     argv = [*argv, 'recipe=', 'small=--small-steps 0.5', '--shares', '0.5', '1', '--seeds', '0', '1', '--epochs', '20']
     monkeypatch.setattr(time_to_accuracy, 'madds', lambda recipe, size, num_classes: {32: 3, 24: 2}[size])
     with pytest.raises(SystemExit):
-        time_to_accuracy.parse_args([argv[0], 'other=--resolutions 32 16', *argv[1:]])
+        at = argv.index('recipe=') + 1
+        time_to_accuracy.parse_args([*argv[:at], 'other=--resolutions 32 16', *argv[at:]])
     assert "'other' has the resolutions [32, 16], expected those of all, [32, 24]" in capfd.readouterr().err
     args = time_to_accuracy.parse_args(argv)
     cells = [(name, share) for name in ('recipe', 'small') for share in (0.5, 1.)]
