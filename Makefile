@@ -25,7 +25,8 @@ demo: $(INSTALLED)  ## train a small RS-Net on handwritten digits, on the CPU, i
 	$(BIN)/python examples/digits_demo.py --output output/demo
 
 test: $(INSTALLED)  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile --no-loadscope-reorder --durations=40
+	OMP_NUM_THREADS=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(BIN)/python -m pytest -p xdist -p pytest_timeout tests -n auto \
+		--dist loadfile --no-loadscope-reorder --durations=40
 
 fuzz: $(INSTALLED)  ## run the commands on 3,000 mutated files, into results/fuzz.json
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzzing.py --cases 3000 --output results/fuzz.json
