@@ -132,9 +132,10 @@ def break_size(path, index):
 
 
 def pytest_collection_modifyitems(items):
-    """Put first what forks: a process that has run a backward pass may not fork one that runs another. Then long files.
+    """Put first what forks: a process that has run a backward pass, as test_streams does, may not fork one that runs
+    another. Then long files.
     """
-    forking = ('test_distributed', 'test_resume', 'test_streams', 'test_experiments', 'test_quant_distributed')
+    forking = ('test_distributed', 'test_resume', 'test_experiments', 'test_quant_distributed', 'test_streams')
     long = ('test_executorch', 'test_runtime_alone', 'test_zoo', 'test_scripts', 'test_training_options', 'test_export')
     order = {name: i for i, name in enumerate((*forking, *long))}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))

@@ -91,7 +91,7 @@ def test_logits_of_int8_may_be_larger_than_those_measured():
 @pytest.mark.parametrize('change, message', [
     (dict(batch_size=0), 'batch_size is 0, expected a positive number'),
     (dict(class_names=['a']), '1 class names, expected one for each of 5'),
-    (dict(images=[Image.new('RGB', (20, 20))], batch_size=2), 'fewer images than batch_size, 2'),
+    (dict(images=[Image.new('RGB', (20, 20))], batch_size=2), 'fewer readable images than batch_size, 2'),
 ])
 def test_bad_arguments(small, tmp_path, change, message):
     with pytest.raises(UserError, match=message):
