@@ -20,12 +20,12 @@ from timm_rs.evaluate import count_madds
 from timm_rs.records import read_summary
 from timm_rs.train.options import parse_args
 
-__all__ = ['Run', 'count_classes', 'hold_out', 'madds', 'parse_known', 'same_evaluation', 'train_all']
+__all__ = ['Run', 'count_classes', 'evaluation_flags', 'hold_out', 'madds', 'parse_known', 'train_all']
 
 _FREE = ('resume', 'output', 'experiment', 'config', 'data', 'num_classes', 'in_chans', 'workers', 'device')
 
 
-def same_evaluation(recipe: argparse.Namespace) -> List[str]:
+def evaluation_flags(recipe: argparse.Namespace) -> List[str]:
     """Return the flags of validate_rs.py for what train_rs.py evaluates of a network."""
     use_ema = recipe.model_ema and not recipe.model_ema_force_cpu
     return [*['--use-ema'] * use_ema, *(['--tta', str(recipe.tta)] if recipe.tta else [])]

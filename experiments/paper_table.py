@@ -30,7 +30,7 @@ import sys
 from pathlib import Path
 
 import timm
-from _runs import Run, count_classes, hold_out, madds, parse_known, same_evaluation, train_all
+from _runs import Run, count_classes, evaluation_flags, hold_out, madds, parse_known, train_all
 from _shared import ROOT, create_parser
 from _tables import METHODS, plot, rows_of, scores_of, write_table
 
@@ -155,7 +155,8 @@ def read(cell, args):
                 '--crop-pct', str(recipe.crop_pct or 0.875),
                 *(['--interpolation', recipe.interpolation] if recipe.interpolation else []),
                 *(['--amp', '--amp-dtype', recipe.amp_dtype] if recipe.amp else []),
-                *(['--channels-last'] if recipe.channels_last else []), *same_evaluation(recipe)], cwd=ROOT, check=True)
+                *(['--channels-last'] if recipe.channels_last else []),
+                *evaluation_flags(recipe)], cwd=ROOT, check=True)
         for row in json.loads(path.read_text()):
             for metric, values in found.items():
                 values[str(row['resolution'])] = row[metric]

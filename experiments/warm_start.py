@@ -28,7 +28,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from _runs import Run, madds, parse_known, same_evaluation, train_all
+from _runs import Run, evaluation_flags, madds, parse_known, train_all
 from _shared import ROOT, create_parser, environment, shell_command, write_json
 from _tables import write_rows
 
@@ -120,7 +120,7 @@ def read(cell, args):
             subprocess.run([
                 sys.executable, 'validate_rs.py', run.flags[0], '--split', 'val', '--checkpoint',
                 str(run.folder / 'last.pth.tar'), '--img-size', *map(str, others), '--results-file', str(path),
-                '--workers', str(args.recipe.workers), *same_evaluation(args.recipe)], cwd=ROOT, check=True)
+                '--workers', str(args.recipe.workers), *evaluation_flags(args.recipe)], cwd=ROOT, check=True)
         top1.update({row['resolution']: row['top1'] for row in json.loads(path.read_text())})
     return top1, json.loads((run.folder / 'spent.json').read_text())['seconds']
 

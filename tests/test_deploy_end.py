@@ -147,7 +147,7 @@ child('another file')
     process = subprocess.run(
         [sys.executable, '-W', 'ignore', '-c', program], stdout=subprocess.PIPE, text=True, timeout=240, cwd=tmp_path)
     assert process.stdout.splitlines() == [
-        'True', 'm.onnx is another file than at the start of the session, open it again.']
+        'True', 'm.onnx was replaced or deleted since the session was opened, open it again.']
 
 
 def test_contacts_nobody():

@@ -296,12 +296,15 @@ def test_ray_that_does_not_start(monkeypatch):
         connect(None, num_cpus=1)
 
 
-def test_unusable_services(model):
+def test_unusable_services(model, tmp_path):
+    features = tmp_path / 'features.onnx'
+    export_switchable(rs_model(num_classes=0), str(features))
     with pytest.raises(UserError, match='No Ray cluster answers at 127.0.0.1:1: '):
         connect('127.0.0.1:1')
     for values, message in (
             (dict(replicas=0), 'replicas is 0'), (dict(min_replicas=2), 'min_replicas is 2'),
             (dict(max_bytes=0), 'max_bytes is 0'), (dict(path=f'{model}.none'), 'm.onnx.none'),
+            (dict(path=str(features)), 'features.onnx has no classes, expected a classifier'),
             (dict(budget_ms=1e-3), 'The smallest size of .* takes .* ms here')):
         settings = Settings(**dict(dict(path=model, budget_ms=1000.), **values))
         for start in (serve, replicas.app):

@@ -1,4 +1,5 @@
 """What train_rs.py refuses, in one line and before it writes anything"""
+import os
 import shutil
 import sys
 
@@ -129,6 +130,13 @@ def test_every_number_is_bounded():
     free = {'local_rank', 'head_init_scale', 'head_init_bias', 'poly_epsilon', 'db_init_bias'}
     numbers = {a.dest for a in create_parser()._actions if a.type in (int, float)}
     assert len(numbers) > 80 and numbers - bounded == free - bounded
+
+
+def test_class_folders_that_cannot_be_read(images, tmp_path, capfd, monkeypatch):
+    access = os.access
+    monkeypatch.setattr(os, 'access', lambda path, mode: not str(path).endswith('train/dog') and access(path, mode))
+    argv = [images, *TINY, '--epochs', '1', '--output', tmp_path / 'out']
+    assert 'train/dog cannot be read, its images would be left out' in fails(train_rs.main, argv, capfd)
 
 
 def test_class_map_of_more_classes_than_the_model(images, tmp_path, capfd):

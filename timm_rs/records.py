@@ -30,7 +30,7 @@ _WEIGHTS = ('model.safetensors', 'pytorch_model.bin', 'model_best.pth.tar', 'las
 _logger = logging.getLogger(__name__)
 
 # Arguments of timm.create_model that say where weights come from or go to, not what the network is.
-_NOT_FROM_FILES = {
+SOURCE_ARGUMENTS = {
     'cache_dir', 'checkpoint_path', 'device', 'dtype', 'file', 'hf_hub_filename', 'hf_hub_id', 'pretrained',
     'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_custom_load', 'pretrained_filter_fn',
     'pretrained_model_args', 'pretrained_strict', 'pruned', 'state_dict', 'url',
@@ -139,7 +139,7 @@ def check_model_args(values: Mapping[str, Any], source: str) -> Dict[str, Any]:
         >>> check_model_args(dict(stem_width=8, pretrained_cfg_overlay=dict(url='http://example.org')), 'a.pth')
         {'stem_width': 8}
     """
-    left_out = sorted(_NOT_FROM_FILES & values.keys())
+    left_out = sorted(SOURCE_ARGUMENTS & values.keys())
     if left_out:
         _logger.warning(f'{source}: the model arguments {", ".join(left_out)} are left out, a file may not set them.')
     values = fields.check_fields(values, _arguments, f'{source}: model arguments')

@@ -83,6 +83,7 @@ function chosenSize() {
   return chooseSize(network.metadata.resolutions, milliseconds, Number(element('budget').value));
 }
 
+/** Return the name of the most probable class; of several labels none may reach the threshold. */
 function best({classes}) {
   return classes.length ? classes[0].name : 'no label';
 }

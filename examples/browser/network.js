@@ -19,7 +19,8 @@ export function readMetadata(bytes) {
   }
   const missing = REQUIRED.filter((name) => !(name in found));
   if (missing.length) throw new Error(`not a file of timm-rs export: its metadata lack ${missing.join(', ')}`);
-  const names = [...REQUIRED, 'architecture', 'class_names', 'multilabel_threshold'];  // other tools add some of their own
+  // Other tools add some of their own.
+  const names = [...REQUIRED, 'architecture', 'class_names', 'multilabel_threshold'];
   return Object.fromEntries(names.filter((name) => name in found).map((name) => [name, JSON.parse(found[name])]));
 }
 

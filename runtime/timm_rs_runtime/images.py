@@ -292,11 +292,8 @@ def find_images(folder: Union[str, os.PathLike], most: Optional[int] = None) -> 
     """
     if not os.path.isdir(folder):
         raise ImageError(f'{folder} does not exist, expected a folder of images.')
-    def fail(e: OSError) -> None:
-        raise ImageError(f'{e.filename} cannot be read, its images would be left out: {e.strerror}.')
-
     known, paths, seen = extensions(), [], set()
-    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+    for root, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:  # each folder once, however many links lead to it
             folders.clear()
@@ -306,6 +303,10 @@ def find_images(folder: Union[str, os.PathLike], most: Optional[int] = None) -> 
     if not paths:
         raise ImageError(f'{folder} holds no images.')
     return spread(sorted(paths), most)
+
+
+def _refuse_folder(e: OSError) -> None:
+    raise ImageError(f'{e.filename} cannot be read, its images would be left out: {e.strerror}.')
 
 
 def spread(paths: Sequence[str], most: Optional[int]) -> List[str]:

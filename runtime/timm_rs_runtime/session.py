@@ -245,7 +245,7 @@ class Session(Closable):
     def _open_again(self) -> Dict[int, Any]:
         """Return the sessions of a forked process."""
         if _version_of(self._file) != self._version:
-            raise UserError(f'{self.path} is another file than at the start of the session, open it again.')
+            raise UserError(f'{self.path} was replaced or deleted since the session was opened, open it again.')
         return self._open(self._file)
 
     def _opened(self) -> Dict[int, Any]:

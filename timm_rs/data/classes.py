@@ -37,10 +37,17 @@ def count_classes(dataset: Dataset) -> Optional[int]:
 
 
 def check_class_folders(dataset: Dataset) -> None:
-    """Raise UserError if a folder of class folders holds images beside these, which timm takes for one more class."""
+    """Raise UserError if a folder of class folders holds images beside these, which timm takes for one more class, or a
+    folder that cannot be read, which timm leaves out.
+    """
     if '' in (number_classes(dataset) or ()):
         raise UserError(
             f'{dataset.source} holds images outside of its class folders: move each into that of its class, or away.')
+    if isinstance(getattr(dataset, 'reader', None), ReaderImageFolder):
+        folders = sorted(entry.path for entry in os.scandir(dataset.reader.root) if entry.is_dir())
+        closed = next((path for path in folders if not os.access(path, os.R_OK | os.X_OK)), None)
+        if closed:
+            raise UserError(f'{closed} cannot be read, its images would be left out: permission denied.')
 
 
 def read_class_map(name: str, root: str) -> Mapping[Any, int]:

@@ -39,7 +39,8 @@ def reduce_batch_norms(network: nn.Module) -> nn.Module:
 def fuse_batch_norms(network: nn.Module, images: torch.Tensor) -> nn.Module:
     """Return a copy for inference in which each BatchNorm that follows a convolution is fused into it.
 
-    None is where a convolution has other readers than its BatchNorm, or is changed in place before it.
+    Nothing is fused where that changes the answers: where something else reads the output of such a convolution, or
+    changes it in place before.
 
     Args:
         network: Plain network.

@@ -2,6 +2,7 @@
 import argparse
 import logging
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Mapping, Optional
 
 import timm
@@ -18,7 +19,7 @@ from ..evaluate import ENSEMBLE, count_madds, create_evaluator
 from ..load import load_weights, read_preprocessing, read_source
 from ..models.rs_models import PREFIX, explain_unknown_model
 from ..private_bn import tie_affine
-from ..records import find_checkpoint
+from ..records import SOURCE_ARGUMENTS, find_checkpoint
 from ..resolutions import check_resolutions
 from ..switchable import classifiers
 from .faults import name_flags
@@ -28,7 +29,6 @@ from .refused import largest_size_conflict
 __all__ = ['build_model']
 
 _logger = logging.getLogger('train')
-_OWN_FLAGS = {'checkpoint_path', 'features_only', 'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay'}
 _PLAIN = '{} is a plain network, expected a switchable one: an rs_* model, its weights by --initial-checkpoint.'
 
 
@@ -44,6 +44,9 @@ def build_model(
         device: Device of the model.
         classes: The index of each class of the data set by its name, if it records them.
     """
+    refused = (SOURCE_ARGUMENTS | {'features_only'}) & args.model_kwargs.keys()
+    if refused:
+        raise UserError(f"--model-kwargs does not take {', '.join(sorted(refused))}.")
     name, kwargs = read_source(args.model, args.pretrained)
     if not name.startswith(PREFIX) or not is_model(name):
         raise UserError(_PLAIN.format(args.model) if kwargs else explain_unknown_model(name))
@@ -70,9 +73,6 @@ def build_model(
         bn_momentum=args.bn_momentum,
         bn_eps=args.bn_eps,
     )
-    own_flags = _OWN_FLAGS & set(args.model_kwargs)
-    if own_flags:
-        raise UserError(f"--model-kwargs does not take {', '.join(sorted(own_flags))}.")
     kwargs = {**kwargs, **args.model_kwargs, **{k: v for k, v in chosen.items() if v is not None}}
     if args.pretrained_path:
         overlay.update(file=args.pretrained_path, num_classes=-1)  # a new classifier
@@ -80,11 +80,8 @@ def build_model(
     if overlay:
         kwargs['pretrained_cfg_overlay'] = overlay
     given = [flag for flag in ('model_kwargs', 'pretrained_cfg_overlay', 'gp') if getattr(args, flag)]
-
-    def name_given():
-        return name_flags(args, 'model', *given) if given else nullcontext()
-
-    with name_given():
+    named = partial(name_flags, args, 'model', *given) if given else nullcontext
+    with named():
         try:
             model = timm.create_model(args.model, pretrained=args.pretrained or bool(args.pretrained_path), **kwargs)
         except TypeError as e:
@@ -120,7 +117,7 @@ def build_model(
     conflict = largest_size_conflict(args, args.resolutions)
     if conflict:
         raise UserError(conflict)
-    with name_given():
+    with named():
         count_madds(model, args.resolutions[-1], args.in_chans)  # the smallest size must pass through the network
     _record_preprocessing(args, model)
     args.new_classifier = _has_new_classifier(args, model, classes)
