@@ -126,8 +126,9 @@ def _recipe(args: Mapping[str, Any]) -> str:
 
 def _is_path(value: Any) -> bool:
     """Return whether it is a file or folder of the machine, not a number or a name such as hf-hub:user/name."""
-    is_name = not isinstance(value, str) or ':' in value[2:]
-    return not is_name and (os.path.exists(value) or '/' in value or os.sep in value)
+    if not isinstance(value, str) or ':' in value[2:]:
+        return str(value).startswith('local-dir:')
+    return os.path.exists(value) or '/' in value or os.sep in value
 
 
 def _count_madds(model: nn.Module, resolution: int, in_chans: int) -> Optional[int]:
