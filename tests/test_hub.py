@@ -126,7 +126,8 @@ def test_wrapped_networks_and_channels_last(hub):
 def test_card(hub, model):
     recipe = dict(
         model=NAME, lr=0.3, epochs=5, data_dir='/data/of/me/flowers', output='/data/of/me', wandb_project='x',
-        kd_model_name='local-dir:of/me/teacher', class_stats='/of/me.json', loss_pos_weight='/of/me.txt', traceback=True)
+        kd_model_name='local-dir:of/me/teacher', class_stats='/of/me.json', loss_pos_weight='/of/me.txt',
+        traceback=True)
     push_to_hub(model, REPO, metrics=METRICS, recipe=recipe, license='mit')
     metadata, body = card(hub)
     assert metadata['library_name'] == 'timm' and metadata['license'] == 'mit'
